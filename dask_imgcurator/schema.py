@@ -1,0 +1,123 @@
+"""The columns that this library reads and makes: one table, from which every ``meta``, file schema and page is made.
+
+Image bytes are never a column. A row says where its image lies (`shard`, `offset`, `nbytes`), and the
+step that needs the pixels reads them from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+__all__ = ["COLUMNS", "STATUSES", "Column", "arrow_schema", "columns_of", "kind_of"]
+
+Step = Literal["read", "embed", "aesthetic", "nsfw", "text", "write"]
+Kind = Literal["number", "string", "boolean", "list", "other"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table.
+
+    Attributes
+    ----------
+    name : str
+        Column name.
+    type : pyarrow.DataType
+        Type in Arrow and Parquet. On pandas, strings are ``string`` columns, integers that can be missing are
+        ``Int32``, and lists are Arrow-backed.
+    step : str
+        The step that adds it.
+    nullable : bool
+        Whether a row may lack it.
+    meaning : str
+        One line, for the documentation.
+    """
+
+    name: str
+    type: pa.DataType
+    step: Step
+    nullable: bool
+    meaning: str
+
+
+COLUMNS: Mapping[str, Column] = {
+    c.name: c
+    for c in (
+        Column("key", pa.string(), "read", True, "webdataset `__key__`; null in the row that reports an unreadable shard"),
+        Column("shard", pa.string(), "read", False, "URL of the tar"),
+        Column("offset", pa.int64(), "read", False, "where the image member's data begin in the tar, bytes"),
+        Column("nbytes", pa.int64(), "read", False, "length of the image member's data, bytes; 0 where there is no image"),
+        Column("sample_offset", pa.int64(), "read", False, "where the sample's first header begins in the tar, bytes"),
+        Column("sample_nbytes", pa.int64(), "read", False, "extent of all members of the sample, headers and padding included"),
+        Column("ext", pa.string(), "read", True, "image member's extension, lower case, without the leading dot"),
+        Column("caption", pa.string(), "read", True, "the `.txt` member, or the JSON field that `caption=` names"),
+        Column("status", pa.string(), "read", False, "`ok`, or why there is no embedding (see the statuses)"),
+        Column("error_message", pa.string(), "read", True, "null when `status` is `ok`"),
+        Column("width", pa.int32(), "embed", True, "pixels, as decoded (EXIF orientation not applied)"),
+        Column("height", pa.int32(), "embed", True, "pixels, as decoded (EXIF orientation not applied)"),
+        Column("sha256", pa.string(), "embed", True, "of the image member's bytes, hexadecimal"),
+        Column("embedding", pa.list_(pa.float32()), "embed", True, "L2-normalised image embedding"),
+        Column("aesthetic_score", pa.float32(), "aesthetic", True, "aesthetic score, about 1 (poor) to 10 (good)"),
+        Column("nsfw_score", pa.float32(), "nsfw", True, "probability, 0 (safe) to 1 (not safe for work)"),
+        Column("clip_score", pa.float32(), "text", True, "cosine of the caption's and the image's embeddings"),
+        Column("source_shard", pa.string(), "write", False, "in a curated set: the tar that the sample was copied from"),
+        Column("source_offset", pa.int64(), "write", False, "in a curated set: the sample's `sample_offset` in that tar"),
+    )
+}
+
+#: Every value of the `status` column.
+STATUSES: Mapping[str, str] = {
+    "ok": "decoded and embedded (or, before `embed`, readable so far as the tar shows)",
+    "decode_error": "the image's bytes are damaged or of a kind that nothing here decodes",
+    "too_large": "more pixels than `imgcurator.max-pixels` allows",
+    "no_image": "the sample has no member with an image extension",
+    "read_error": "the tar ends early, is damaged or cannot be opened here",
+}
+
+
+def columns_of(*steps: Step) -> list[Column]:
+    """Columns that the given steps add, in table order."""
+    return [c for c in COLUMNS.values() if c.step in steps]
+
+
+def kind_of(type_: pa.DataType) -> Kind:
+    """Return how an Arrow type behaves in an expression."""
+    if pa.types.is_boolean(type_):
+        return "boolean"
+    if pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_decimal(type_):
+        return "number"
+    if pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
+        return "string"
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_):
+        return "list"
+    return "other"
+
+
+def arrow_schema(names: Iterable[str], extra: Mapping[str, pa.DataType] | None = None) -> pa.Schema:
+    """Arrow schema of the named columns.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Column names, in the order wanted.
+    extra : mapping of str to pyarrow.DataType, optional
+        Types of columns that are not in the table (a user's JSON fields, say).
+
+    Raises
+    ------
+    KeyError
+        For a name that is in neither.
+    """
+    extra = extra or {}
+    fields = []
+    for name in names:
+        if name in COLUMNS:
+            column = COLUMNS[name]
+            fields.append(pa.field(name, column.type, nullable=column.nullable))
+        else:
+            fields.append(pa.field(name, extra[name]))
+    return pa.schema(fields)
