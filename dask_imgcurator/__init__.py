@@ -1,1 +1,22 @@
-"""Curate image datasets with Dask."""
+"""Curate image datasets with Dask: a shard is a partition, an image is a row, curation is a DataFrame query.
+
+Importing this package loads neither torch nor cudf.
+"""
+
+from importlib.metadata import version as _version
+
+from . import config as _config  # noqa: F401  (registers the defaults)
+from .collection import embed, read_scores, read_webdataset, score_aesthetic, score_nsfw, to_webdataset
+from .filters import filter_frame
+
+__all__ = [
+    "embed",
+    "filter_frame",
+    "read_scores",
+    "read_webdataset",
+    "score_aesthetic",
+    "score_nsfw",
+    "to_webdataset",
+]
+
+__version__ = _version("dask-imgcurator")

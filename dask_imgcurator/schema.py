@@ -14,7 +14,7 @@ import pyarrow as pa
 
 __all__ = ["COLUMNS", "STATUSES", "Column", "arrow_schema", "columns_of", "kind_of"]
 
-Step = Literal["read", "embed", "aesthetic", "nsfw", "text", "write"]
+Step = Literal["read", "embed", "aesthetic", "nsfw", "text"]
 Kind = Literal["number", "string", "boolean", "list", "other"]
 
 
@@ -47,12 +47,36 @@ class Column:
 COLUMNS: Mapping[str, Column] = {
     c.name: c
     for c in (
-        Column("key", pa.string(), "read", True, "webdataset `__key__`; null in the row that reports an unreadable shard"),
+        Column(
+            "key",
+            pa.string(),
+            "read",
+            True,
+            "webdataset `__key__`; null in the row that reports an unreadable shard",
+        ),
         Column("shard", pa.string(), "read", False, "URL of the tar"),
         Column("offset", pa.int64(), "read", False, "where the image member's data begin in the tar, bytes"),
-        Column("nbytes", pa.int64(), "read", False, "length of the image member's data, bytes; 0 where there is no image"),
-        Column("sample_offset", pa.int64(), "read", False, "where the sample's first header begins in the tar, bytes"),
-        Column("sample_nbytes", pa.int64(), "read", False, "extent of all members of the sample, headers and padding included"),
+        Column(
+            "nbytes",
+            pa.int64(),
+            "read",
+            False,
+            "length of the image member's data, bytes; 0 where there is no image",
+        ),
+        Column(
+            "sample_offset",
+            pa.int64(),
+            "read",
+            False,
+            "where the sample's first header begins in the tar, bytes",
+        ),
+        Column(
+            "sample_nbytes",
+            pa.int64(),
+            "read",
+            False,
+            "extent of all members of the sample, headers and padding included",
+        ),
         Column("ext", pa.string(), "read", True, "image member's extension, lower case, without the leading dot"),
         Column("caption", pa.string(), "read", True, "the `.txt` member, or the JSON field that `caption=` names"),
         Column("status", pa.string(), "read", False, "`ok`, or why there is no embedding (see the statuses)"),
@@ -64,8 +88,6 @@ COLUMNS: Mapping[str, Column] = {
         Column("aesthetic_score", pa.float32(), "aesthetic", True, "aesthetic score, about 1 (poor) to 10 (good)"),
         Column("nsfw_score", pa.float32(), "nsfw", True, "probability, 0 (safe) to 1 (not safe for work)"),
         Column("clip_score", pa.float32(), "text", True, "cosine of the caption's and the image's embeddings"),
-        Column("source_shard", pa.string(), "write", False, "in a curated set: the tar that the sample was copied from"),
-        Column("source_offset", pa.int64(), "write", False, "in a curated set: the sample's `sample_offset` in that tar"),
     )
 }
 

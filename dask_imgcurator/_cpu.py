@@ -1,0 +1,192 @@
+"""The CPU half of the seam: pandas frames, host tensors, a LocalCluster of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .files import write_whole
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PandasBackend", "from_arrow"]
+
+_NULLABLE = {
+    pa.bool_(): pd.BooleanDtype(),
+    **{
+        getattr(pa, f"{u}int{n}")(): pd.api.types.pandas_dtype(f"{u.upper()}Int{n}")
+        for u in ("", "u")
+        for n in (8, 16, 32, 64)
+    },
+}
+
+
+def _pandas_dtype(field: pa.Field) -> Any:
+    """Dtype of a column; chosen so that null stays null and numbers keep their width."""
+    type_ = field.type
+    if pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_null(type_):
+        return pd.StringDtype("pyarrow")
+    if field.nullable and type_ in _NULLABLE:
+        return _NULLABLE[type_]
+    if pa.types.is_nested(type_):
+        return pd.ArrowDtype(type_)
+    return None
+
+
+def from_arrow(table: pa.Table) -> pd.DataFrame:
+    """Make a pandas frame; a field's nullability decides between ``int32`` and ``Int32``."""
+    columns = {}
+    for field, column in zip(table.schema, table.columns, strict=True):
+        dtype = _pandas_dtype(field)
+        mapper = (lambda _type, d=dtype: d) if dtype is not None else None
+        columns[field.name] = column.to_pandas(types_mapper=mapper)
+    frame = pd.DataFrame(columns, index=pd.RangeIndex(table.num_rows), copy=False)
+    return frame[list(table.schema.names)]
+
+
+def _arrow_list(column: pd.Series) -> pa.Array:
+    """Any pandas column of vectors (Arrow lists, arrays or lists as objects) as one Arrow list array."""
+    if len(column) == 0:
+        return pa.array([], pa.list_(pa.float32()))
+    array = pa.array(column, from_pandas=True)
+    if isinstance(array, pa.ChunkedArray):
+        array = array.combine_chunks()
+    return array
+
+
+class PandasBackend:
+    """pandas frames and host memory."""
+
+    name = "pandas"
+    device = "cpu"
+    decoder_device = "cpu"
+
+    def from_arrow(self, table: pa.Table) -> pd.DataFrame:
+        """See `Backend.from_arrow`."""
+        return from_arrow(table)
+
+    def to_arrow(self, frame: pd.DataFrame) -> pa.Table:
+        """See `Backend.to_arrow`; types and nullability come from the column table where a column is in it."""
+        from .schema import COLUMNS
+
+        arrays, fields = [], []
+        for name in frame.columns:
+            series = frame[name]
+            known = COLUMNS.get(name)
+            array = pa.array(series, from_pandas=True)
+            if isinstance(array, pa.ChunkedArray):
+                array = array.combine_chunks()
+            if known is not None:
+                array = array.cast(known.type)
+                fields.append(pa.field(name, known.type, nullable=known.nullable))
+            else:
+                if pa.types.is_large_string(array.type):
+                    array = array.cast(pa.string())
+                fields.append(pa.field(name, array.type))
+            arrays.append(array)
+        return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+    def to_host(self, frame: pd.DataFrame, columns: list[str]) -> pa.Table:
+        """See `Backend.to_host`."""
+        return self.to_arrow(frame[columns])
+
+    def matrix_column(self, values: torch.Tensor, rows: np.ndarray, index: pd.Index) -> pd.Series:
+        """See `Backend.matrix_column`."""
+        n, width = len(index), values.shape[1]
+        data = values.numpy() if values.dtype.is_floating_point else values.float().numpy()
+        data = np.ascontiguousarray(data, np.float32)
+        present = np.zeros(n, bool)
+        present[rows] = True
+        order = np.argsort(rows, kind="stable")
+        if len(order) and not np.array_equal(order, np.arange(len(order))):
+            data = data[order]
+        offsets = np.zeros(n + 1, np.int32)
+        np.cumsum(present * np.int32(width), out=offsets[1:])
+        array = pa.ListArray.from_arrays(
+            pa.array(offsets),
+            pa.array(data.reshape(-1)),
+            mask=pa.array(~present) if not present.all() else None,
+        )
+        return pd.Series(pd.array(array, dtype=pd.ArrowDtype(array.type)), index=index)
+
+    def matrix(self, column: pd.Series) -> tuple[torch.Tensor, np.ndarray]:
+        """See `Backend.matrix`."""
+        import torch
+
+        array = _arrow_list(column)
+        if not pa.types.is_nested(array.type):
+            raise TypeError(f"column {column.name!r} holds {array.type}, not vectors: it cannot be an embedding")
+        rows = np.flatnonzero(~np.asarray(array.is_null()))
+        if not len(rows):
+            return torch.empty((0, 0)), rows
+        array = array.drop_null()
+        flat = array.flatten()
+        if not pa.types.is_fixed_size_list(array.type):
+            lengths = np.unique(np.asarray(array.value_lengths()))
+            if len(lengths) != 1:
+                raise ValueError(f"column {column.name!r} holds vectors of different lengths: {lengths.tolist()[:5]}")
+        values = np.array(flat.to_numpy(zero_copy_only=False), np.float32).reshape(len(array), -1)
+        return torch.from_numpy(values), rows
+
+    def float_column(self, values: torch.Tensor, rows: np.ndarray, index: pd.Index) -> pd.Series:
+        """See `Backend.float_column`."""
+        out = np.full(len(index), np.nan, np.float32)
+        out[rows] = values.float().numpy()
+        return pd.Series(out, index=index)
+
+    def read_parquet(
+        self, path: str, columns: list[str] | None = None, storage_options: Mapping[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """See `Backend.read_parquet`."""
+        with fsspec.open(path, "rb", **(storage_options or {})) as file:
+            return from_arrow(pq.read_table(file, columns=columns))
+
+    def write_parquet(
+        self,
+        frame: pd.DataFrame,
+        path: str,
+        metadata: Mapping[str, str],
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """See `Backend.write_parquet`."""
+        table = self.to_arrow(frame)
+        table = table.replace_schema_metadata(dict(metadata))
+        with write_whole(path, storage_options) as file:
+            pq.write_table(table, file, compression="zstd")
+
+    def make_cluster(self, n_workers: int | None = None, **kwargs: Any) -> Any:
+        """See `Backend.make_cluster`.
+
+        One task at a time in each worker, because a task keeps all its threads busy by itself (decoder and encoder);
+        workers x threads = cores.
+        """
+        from distributed import LocalCluster
+        from distributed.system import CPU_COUNT, MEMORY_LIMIT
+
+        if n_workers is None:
+            # A process with torch, a model and its buffers wants a few GB; more workers than that would be killed.
+            n_workers = max(1, min(CPU_COUNT, int(MEMORY_LIMIT // (4 << 30))))
+        threads = str(max(1, CPU_COUNT // n_workers))
+        # Dask's own default is one thread for BLAS and OpenMP in each worker.
+        env = {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        env.update(kwargs.pop("env", {}))
+        options: dict[str, Any] = {"threads_per_worker": 1, "processes": True, "env": env}
+        if importable("bokeh"):
+            options["dashboard_address"] = ":0"
+        else:
+            options["dashboard_address"] = None
+        return LocalCluster(n_workers=n_workers, **{**options, **kwargs})
+
+
+def importable(module: str) -> bool:
+    """Whether a package is installed, without importing it."""
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,328 @@
+"""Image encoders: any open_clip model, or the starter model; loaded once a process and kept by their whole spec."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import config, starter
+from .decode import Preprocess
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DTYPES", "Encoder", "EncoderSpec", "ModelError", "best_dtype", "load_encoder", "resolve_encoder"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_RANDOM = re.compile(r"random:(\d+)")
+
+
+class ModelError(ValueError):
+    """A model, its weights or its dtype cannot be used."""
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """Everything that changes what an encoder gives.
+
+    Attributes
+    ----------
+    model : str
+        open_clip's name of an architecture, or ``starter``.
+    pretrained : str
+        open_clip's tag, the absolute path of a checkpoint, ``random:SEED``, or empty (for ``starter`` and for models
+        that carry their weights in their name, such as ``hf-hub:…``).
+    weights_sha256 : str
+        Of a local checkpoint; empty otherwise.
+    dtype : str
+        ``auto`` or one of `DTYPES`; ``auto`` is settled by the processor that loads the model.
+    """
+
+    model: str
+    pretrained: str = ""
+    weights_sha256: str = ""
+    dtype: str = "auto"
+
+    @property
+    def is_starter(self) -> bool:
+        """Whether this is the built-in preview model."""
+        return self.model == "starter"
+
+
+def resolve_encoder(model: str, pretrained: str | None = None, dtype: str | None = None) -> EncoderSpec:
+    """Check the names of a model and its weights and fix them as values, on the client.
+
+    Parameters
+    ----------
+    model : str
+        A name from `open_clip.list_models`, ``hf-hub:…``, ``local-dir:…``, or ``starter``.
+    pretrained : str, optional
+        A tag from `open_clip.list_pretrained`, the path of a checkpoint, or ``random:SEED`` for random weights
+        (benchmarks and tests).
+    dtype : {"auto", "float32", "bfloat16", "float16"}, optional
+        Of the encoder; None: `imgcurator.dtype`.
+
+    Raises
+    ------
+    ModelError
+        For a name or tag that does not exist, naming those that come close.
+    """
+    dtype = config.get("dtype", dtype)
+    if dtype not in ("auto", *DTYPES):
+        raise ModelError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
+    if model == "starter":
+        if pretrained:
+            raise ModelError(f"the starter model carries its own weights: leave out pretrained={pretrained!r}")
+        return EncoderSpec("starter", dtype=dtype)
+    if model.startswith(("hf-hub:", "local-dir:")):
+        if pretrained:
+            raise ModelError(f"{model!r} names its weights itself: leave out pretrained={pretrained!r}")
+        return EncoderSpec(model, dtype=dtype)
+    import open_clip
+
+    model = model.replace("/", "-")
+    known = open_clip.list_models()
+    if model not in known:
+        close = difflib.get_close_matches(model, known, 3, 0.5)
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ModelError(
+            f"unknown model {model!r}{hint} "
+            f"(open_clip.list_models() lists all {len(known)}; 'starter' needs no download)"
+        )
+    if not pretrained:
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        raise ModelError(
+            f"model {model!r} needs pretrained=: one of {', '.join(tags) or '(no published tags)'}, "
+            "a checkpoint's path, or random:SEED"
+        )
+    if pretrained.startswith("random"):
+        if not _RANDOM.fullmatch(pretrained):
+            raise ModelError(
+                f"cannot read {pretrained!r}: random weights are asked for as random:SEED, for example random:0"
+            )
+        return EncoderSpec(model, pretrained, dtype=dtype)
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if pretrained in tags or pretrained.replace("-", "_").lower() in tags:
+        return EncoderSpec(model, pretrained, dtype=dtype)
+    path = Path(pretrained).expanduser()
+    if path.is_file():
+        path = path.absolute()
+        return EncoderSpec(model, str(path), _sha256(str(path), path.stat().st_mtime_ns), dtype)
+    raise ModelError(
+        f"pretrained={pretrained!r} is neither a file nor a tag of {model!r} "
+        f"(tags: {', '.join(tags) or 'none'}; or random:SEED)"
+    )
+
+
+@cache
+def _sha256(path: str, _mtime_ns: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def best_dtype(device: str = "cpu") -> str:
+    """Return the fastest dtype that a device has in hardware.
+
+    Returns
+    -------
+    str
+        On a GPU: ``bfloat16`` from compute capability 8.0, else ``float16``. On a CPU: ``bfloat16`` with AMX or
+        AVX512-BF16, else ``float32``.
+    """
+    import torch
+
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
+    has = torch.cpu.get_capabilities()
+    return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
+
+
+class Encoder:
+    """A loaded model.
+
+    Attributes
+    ----------
+    spec : EncoderSpec
+        With `dtype` settled.
+    preprocess : Preprocess
+        What its images must go through.
+    width : int
+        Of its embeddings.
+    provenance : dict
+        What a score table records of it.
+    """
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        forward: Callable[[torch.Tensor], torch.Tensor],
+        preprocess: Preprocess,
+        width: int,
+        device: str,
+        provenance: dict[str, Any],
+    ) -> None:
+        self.spec, self.preprocess, self.width, self.device = spec, preprocess, width, device
+        self.provenance = provenance
+        self._forward = forward
+        # Two partitions in one process take turns: each forward pass has all the threads, and memory stays that of one.
+        self._turn = threading.Lock()
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode a batch.
+
+        Parameters
+        ----------
+        pixels : torch.Tensor
+            float32 (n, 3, height, width), as `Decoder` gives them.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 (n, `width`), L2-normalised, on the device.
+        """
+        import torch
+
+        dtype = getattr(torch, self.spec.dtype)
+        with self._turn, torch.inference_mode():
+            features = self._forward(pixels.to(self.device, dtype)).float()
+            return torch.nn.functional.normalize(features, dim=-1)
+
+
+_loading = threading.Lock()
+
+
+def load_encoder(spec: EncoderSpec, device: str = "cpu") -> Encoder:
+    """Load a model, or return it where this process has it.
+
+    Raises
+    ------
+    ModelError
+        If its weights cannot be had, or are not those that the client saw.
+    """
+    with _loading:
+        return _load(spec, device)
+
+
+@lru_cache(maxsize=2)
+def _load(spec: EncoderSpec, device: str) -> Encoder:
+    if spec.dtype == "auto":
+        # The starter is small and convolutional: its gain from bfloat16 is not worth the lost digits.
+        dtype = "float32" if spec.is_starter else best_dtype(device)
+        spec = EncoderSpec(**{**asdict(spec), "dtype": dtype})
+    return _load_starter(spec, device) if spec.is_starter else _load_open_clip(spec, device)
+
+
+def _load_starter(spec: EncoderSpec, device: str) -> Encoder:
+    import torch
+
+    model = starter.load_starter(device).to(getattr(torch, spec.dtype))
+    preprocess = Preprocess.from_open_clip({"fill_color": 0, **starter.PREPROCESS})
+    return Encoder(
+        spec,
+        model,
+        preprocess,
+        512,
+        device,
+        {"model": "starter", "dtype": spec.dtype, **starter.provenance()},
+    )
+
+
+def _load_open_clip(spec: EncoderSpec, device: str) -> Encoder:
+    import open_clip
+    import torch
+
+    weights: dict[str, Any] = {"pretrained": spec.pretrained}
+    random = _RANDOM.fullmatch(spec.pretrained)
+    pretrained: str | None = spec.pretrained or None
+    if spec.weights_sha256:
+        path = Path(spec.pretrained)
+        if not path.is_file():
+            raise ModelError(
+                f"checkpoint {path} is not visible to the process on {os.uname().nodename}: "
+                "put it where every worker can read it"
+            )
+        found = _sha256(str(path), path.stat().st_mtime_ns)
+        if found != spec.weights_sha256:
+            raise ModelError(
+                f"checkpoint {path} has sha256 {found} here, {spec.weights_sha256} on the client: "
+                "copy the same file to both"
+            )
+        weights = {"pretrained": path.name, "weights_sha256": found}
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            if random:
+                torch.manual_seed(int(random[1]))
+                pretrained = None
+                weights["torch"] = torch.__version__
+            with _quiet_open_clip(bool(random)):
+                model = open_clip.create_model(
+                    spec.model, pretrained=pretrained, precision=_precision(spec.dtype), device=device
+                )
+    except Exception as err:
+        raise ModelError(
+            f"cannot load {spec.model!r} with pretrained={spec.pretrained!r}: {type(err).__name__}: {err}. "
+            "Without network, give a checkpoint's path, or use the model 'starter'."
+        ) from err
+    model.eval()
+    if not random and not spec.weights_sha256:
+        weights["weights_sha256"] = _state_sha256(model)
+    cfg = open_clip.get_model_preprocess_cfg(model)
+    preprocess = Preprocess.from_open_clip(cfg)
+
+    def forward(pixels: torch.Tensor) -> torch.Tensor:
+        return model.encode_image(pixels)
+
+    with torch.inference_mode():
+        probe = torch.zeros((1, 3, *preprocess.size), dtype=getattr(torch, spec.dtype), device=device)
+        width = int(forward(probe).shape[-1])
+    provenance = {
+        "model": spec.model,
+        **weights,
+        "dtype": spec.dtype,
+        "preprocess": asdict(preprocess),
+        "open_clip": open_clip.__version__,
+    }
+    return Encoder(spec, forward, preprocess, width, device, provenance)
+
+
+def _precision(dtype: str) -> str:
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+
+
+class _quiet_open_clip:
+    """Keep open_clip from warning of random weights that were asked for; it says so through the root logger."""
+
+    def __init__(self, active: bool) -> None:
+        self.active = active
+
+    def __enter__(self) -> None:
+        import logging
+
+        self.disabled = logging.root.manager.disable
+        if self.active:
+            logging.disable(logging.WARNING)
+
+    def __exit__(self, *_: object) -> None:
+        import logging
+
+        logging.disable(self.disabled)
+
+
+def _state_sha256(model: torch.nn.Module) -> str:
+    """Hash of a published model's parameters: open_clip does not tell which file it took them from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

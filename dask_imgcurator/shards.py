@@ -1,0 +1,492 @@
+"""Shards: expand their URLs, index a tar, read members by offset.
+
+A sample is a run of tar members that share a key, as in webdataset: the key is a member's path up to the first dot of
+its last component, the extension (lower case) is what follows that dot.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+from braceexpand import braceexpand
+
+from .files import is_local, local_path
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "Member",
+    "Sample",
+    "ShardError",
+    "ShardIndex",
+    "expand",
+    "fingerprint",
+    "format_idx",
+    "index_shard",
+    "open_shard",
+    "read_extents",
+    "split_name",
+]
+
+#: Extensions by which a member is taken for an image. What the bytes are is decided later, by content.
+IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2", "ppm", "pgm", "pbm"])
+
+BLOCK = 512
+
+
+class ShardError(OSError):
+    """A shard cannot be found or read."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file in a tar: its name, extension, and where its data lie."""
+
+    name: str
+    ext: str
+    offset: int
+    nbytes: int
+
+
+@dataclass
+class Sample:
+    """Members that share a key, and the extent that holds them all."""
+
+    key: str
+    offset: int
+    end: int
+    members: list[Member] = field(default_factory=list)
+
+    def get(self, ext: str) -> Member | None:
+        """Return the member with this extension."""
+        return next((m for m in self.members if m.ext == ext), None)
+
+    def image(self) -> Member | None:
+        """Return the image of the sample.
+
+        The first member, in the tar's order, whose extension is an image's; a plain extension (``jpg``) goes before one
+        with a prefix (``seg.png``).
+        """
+        images = [m for m in self.members if m.ext.rpartition(".")[2] in IMAGE_EXTENSIONS]
+        plain = [m for m in images if "." not in m.ext]
+        return next(iter(plain or images), None)
+
+
+@dataclass
+class ShardIndex:
+    """What a tar holds.
+
+    Attributes
+    ----------
+    samples : list of Sample
+        In the tar's order, whole samples only.
+    error : str or None
+        What is wrong with the tar, when it cannot be read to its end.
+    broken : Sample or None
+        The sample in which the damage lies.
+    source : {"tar", "idx"}
+        Whether the members come from the tar's headers or from the index file beside it.
+    """
+
+    samples: list[Sample]
+    error: str | None = None
+    broken: Sample | None = None
+    source: str = "tar"
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Split a member's name into key and lower-case extension; None for a name without an extension.
+
+    The rule is webdataset's: the key runs to the first dot after the last slash.
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, dot, ext = base.partition(".")
+    if not stem or not dot:
+        return None
+    return folder + slash + stem, ext.lower()
+
+
+# --- URLs -----------------------------------------------------------------------------------------
+
+
+def expand(
+    urlpath: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    storage_options: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Turn paths, globs, brace notation, folders and lists of them into shard URLs.
+
+    Parameters
+    ----------
+    urlpath : str, path, or sequence of them
+        ``data/00000.tar``, ``data/*.tar``, ``data/{00000..00127}.tar``, ``data/`` (its ``*.tar``), ``s3://…``.
+    storage_options : mapping, optional
+        For the fsspec file system of the URLs.
+
+    Returns
+    -------
+    list of str
+        Absolute local paths or full URLs: lists and braces in the order given, globs and folders sorted. A shard that
+        is named twice is taken once.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a pattern matches nothing, or if none of the local shards exists. (A single missing shard among others is
+        reported in its row, with ``status = "read_error"``, and does not stop the others.)
+    """
+    items = [urlpath] if isinstance(urlpath, str | os.PathLike) else list(urlpath)
+    if not items:
+        raise FileNotFoundError("no shards were given: name at least one tar, glob or folder")
+    found: list[str] = []
+    for item in items:
+        found.extend(_expand_one(os.fspath(item), dict(storage_options or {})))
+    found = list(dict.fromkeys(found))
+    local = [u for u in found if is_local(u)]
+    if local and len(local) == len(found) and not any(Path(u).exists() for u in local):
+        more = f" (nor any of {len(local) - 1} others)" if len(local) > 1 else ""
+        raise FileNotFoundError(f"no such shard: {local[0]}{more}")
+    return found
+
+
+def _expand_one(item: str, storage_options: dict[str, Any]) -> list[str]:
+    if is_local(item) and local_path(item).exists():
+        # An existing file may have braces or brackets in its name.
+        return _expand_folder(str(local_path(item))) if local_path(item).is_dir() else [str(local_path(item))]
+    try:
+        names = list(braceexpand(item)) if "{" in item else [item]
+    except ValueError:  # braceexpand.UnbalancedBracesError, which its stubs do not export
+        raise FileNotFoundError(f"unbalanced braces in {item!r}") from None
+    out: list[str] = []
+    for name in names:
+        magic = glob.has_magic(name.split("://", 1)[-1])
+        if is_local(name):
+            path = str(local_path(name))
+            if magic:
+                matches = sorted(glob.glob(path, recursive=True))
+                if not matches:
+                    raise FileNotFoundError(f"no file matches {name!r}")
+                out.extend(matches)
+            elif Path(path).is_dir():
+                out.extend(_expand_folder(path))
+            else:
+                out.append(path)
+        elif magic or name.endswith("/"):
+            pattern = name.rstrip("/") + "/*.tar" if name.endswith("/") else name
+            fs, path = fsspec.core.url_to_fs(pattern, **storage_options)
+            matches = sorted(fs.glob(path))
+            if not matches:
+                raise FileNotFoundError(f"nothing matches {pattern!r}")
+            out.extend(fs.unstrip_protocol(m) for m in matches)
+        else:
+            out.append(name)
+    return out
+
+
+def _expand_folder(path: str) -> list[str]:
+    tars = sorted(str(p) for p in Path(path).glob("*.tar"))
+    if not tars:
+        raise FileNotFoundError(f"no *.tar in the folder {path}")
+    return tars
+
+
+def open_shard(url: str, storage_options: Mapping[str, Any] | None = None) -> IO[bytes]:
+    """Open a shard for reading; seekable."""
+    if is_local(url):
+        return local_path(url).open("rb")
+    return fsspec.open(url, "rb", **(storage_options or {})).open()
+
+
+def fingerprint(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
+    """Return what identifies a version of a shard without reading it: its size, and its ETag or time of change.
+
+    A shard that cannot be reached has the fingerprint ``"unreadable"``.
+    """
+    try:
+        if is_local(url):
+            stat = local_path(url).stat()
+            return f"size={stat.st_size} mtime_ns={stat.st_mtime_ns}"
+        fs, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
+        info = fs.info(path)
+    except OSError:
+        return "unreadable"
+    changed = next(
+        (str(info[k]) for k in ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated") if info.get(k)),
+        "",
+    )
+    return f"size={info.get('size')} changed={changed}"
+
+
+# --- indexing -------------------------------------------------------------------------------------
+
+
+class _Grouper:
+    """Gathers members into samples: by key, and a repeated extension begins a new sample of the same key."""
+
+    def __init__(self) -> None:
+        self.samples: list[Sample] = []
+        self._latest: dict[str, Sample] = {}
+
+    def add(self, name: str, header: int, offset: int, nbytes: int) -> Sample | None:
+        parts = split_name(name)
+        if parts is None:
+            return None
+        key, ext = parts
+        end = offset + -(-nbytes // BLOCK) * BLOCK
+        sample = self._latest.get(key)
+        if sample is None or sample.get(ext) is not None:
+            sample = Sample(key, header, end)
+            self._latest[key] = sample
+            self.samples.append(sample)
+        sample.members.append(Member(name, ext, offset, nbytes))
+        sample.end = max(sample.end, end)
+        return sample
+
+
+def index_shard(url: str, storage_options: Mapping[str, Any] | None = None, use_idx: bool = True) -> ShardIndex:
+    """Find the samples of a shard from its headers, or from a right index file beside it.
+
+    Parameters
+    ----------
+    url : str
+        The tar.
+    storage_options : mapping, optional
+        For fsspec.
+    use_idx : bool
+        Whether a ``.idx`` beside the tar (DALI's ``wds2idx`` format) may be used. It is checked against the tar first
+        and left aside when anything disagrees.
+
+    Returns
+    -------
+    ShardIndex
+        Never raises for a damaged or missing tar: what is whole is listed, and `error` says what is wrong.
+    """
+    try:
+        with open_shard(url, storage_options) as file:
+            if use_idx:
+                index = _index_from_idx(url, file, storage_options)
+                if index is not None:
+                    return index
+                file.seek(0)
+            return index_tar(file)
+    except OSError as err:
+        return ShardIndex([], _explain(url, err))
+
+
+def _explain(url: str, err: OSError) -> str:
+    if isinstance(err, FileNotFoundError):
+        return f"no such file: {url}"
+    return f"{type(err).__name__}: {err}"
+
+
+def index_tar(file: IO[bytes]) -> ShardIndex:
+    """Index an open, seekable tar; see `index_shard`."""
+    grouper = _Grouper()
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if size == 0:
+        return ShardIndex([], "the file is empty, not a tar")
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")
+    except tarfile.TarError as err:
+        return ShardIndex([], f"not a tar that can be read: {err}{_gzip_hint(file)}")
+    error, broken = None, None
+    try:
+        for info in tar:
+            # Without this, tarfile keeps every header of a large shard in memory.
+            tar.members = []  # type: ignore[attr-defined]
+            if not info.isreg():
+                continue
+            sample = grouper.add(info.name, info.offset, info.offset_data, info.size)
+            if info.offset_data + info.size > size:
+                needed = info.offset_data + info.size
+                error = f"the tar ends at byte {size:,}, inside {info.name!r} (which needs {needed:,} bytes)"
+                broken = sample
+                break
+        else:
+            error = _check_end(file, tar.offset, size)
+    except (tarfile.TarError, OSError) as err:
+        error = error or f"the tar is damaged at byte {tar.offset:,}: {err}"
+    if broken is not None:
+        grouper.samples.remove(broken)
+    return ShardIndex(grouper.samples, error, broken)
+
+
+def _gzip_hint(file: IO[bytes]) -> str:
+    file.seek(0)
+    if file.read(2) == b"\x1f\x8b":
+        return "; it is compressed with gzip: unpack it first (gunzip), since members are read by their offsets"
+    return ""
+
+
+def _check_end(file: IO[bytes], position: int, size: int) -> str | None:
+    """Tell an ended tar from one whose next header is damaged: tarfile stops in silence at either."""
+    if position >= size:
+        return None
+    file.seek(position)
+    block = file.read(BLOCK)
+    if block.strip(b"\0"):
+        return f"the tar is damaged at byte {position:,}: neither a header nor the end of the archive"
+    return None
+
+
+# --- wds2idx files --------------------------------------------------------------------------------
+
+
+def idx_url(url: str) -> str:
+    """Where the index file of a shard would be."""
+    return (url[: -len(".tar")] if url.endswith(".tar") else url) + ".idx"
+
+
+def format_idx(samples: Iterable[Sample]) -> str | None:
+    """Write an index in the format of DALI's ``wds2idx``, version 1.2.
+
+    A header line, then for each sample a line with ``ext offset size name`` for each member.
+
+    Returns None when a name holds white space, which the format cannot express.
+    """
+    lines = []
+    for sample in samples:
+        parts: list[str] = []
+        for m in sample.members:
+            # DALI wants the extension as it stands in the name.
+            ext = m.name.rpartition("/")[2].partition(".")[2]
+            parts += [ext, str(m.offset), str(m.nbytes), m.name]
+        if any(not part or any(c.isspace() for c in part) for part in parts):
+            return None
+        lines.append(" ".join(parts))
+    return "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
+
+
+def _index_from_idx(url: str, tar: IO[bytes], storage_options: Mapping[str, Any] | None) -> ShardIndex | None:
+    """Use the index file beside a tar, or return None if there is none or it does not describe this tar."""
+    try:
+        with open_shard(idx_url(url), storage_options) as file:
+            text = file.read().decode()
+    except (OSError, UnicodeDecodeError, ValueError):
+        return None
+    members = _parse_idx(text)
+    size = tar.seek(0, io.SEEK_END)
+    if not members or not _plausible(members, size):
+        return None
+    # The layout fits; now the headers. A stale index of a shard that was written anew would misplace members, so every
+    # one is compared with the header in front of it.
+    grouper = _Grouper()
+    position = 0
+    for name, offset, nbytes in members:
+        tar.seek(offset - BLOCK)
+        try:
+            info = tarfile.TarInfo.frombuf(tar.read(BLOCK), tarfile.ENCODING, "surrogateescape")
+        except tarfile.HeaderError:
+            return None
+        if not info.isreg() or info.size != nbytes or not _same_name(info.name, name):
+            return None
+        grouper.add(name, position, offset, nbytes)
+        position = offset + -(-nbytes // BLOCK) * BLOCK
+    if _check_end(tar, position, size) is not None:
+        return None
+    tar.seek(position)
+    if position < size and len(tar.read(2 * BLOCK).strip(b"\0")):
+        return None
+    return ShardIndex(grouper.samples, source="idx")
+
+
+def _same_name(header: str, name: str) -> bool:
+    # A long name stands in an extension header; the plain header holds its beginning only.
+    return header == name or (len(name.encode()) > 100 and name.startswith(header[:90]))
+
+
+def _parse_idx(text: str) -> list[tuple[str, int, int]] | None:
+    lines = text.splitlines()
+    head = lines[0].split() if lines else []
+    if len(head) != 2 or head[0] != "v1.2" or not head[1].isdigit() or int(head[1]) != len(lines) - 1:
+        return None
+    members = []
+    for line in lines[1:]:
+        parts = line.split()
+        if not parts or len(parts) % 4:
+            return None
+        for ext, offset, nbytes, name in zip(*[iter(parts)] * 4, strict=True):
+            if not offset.isdigit() or not nbytes.isdigit() or not name.endswith(ext):
+                return None
+            members.append((name, int(offset), int(nbytes)))
+    members.sort(key=lambda m: m[1])
+    return members
+
+
+def _plausible(members: list[tuple[str, int, int]], size: int) -> bool:
+    position = 0
+    for _name, offset, nbytes in members:
+        # Exactly one header between two members: with extension headers or entries that are no files in between, the
+        # tar's own headers are the better source.
+        if offset != position + BLOCK or offset + nbytes > size:
+            return False
+        position = offset + -(-nbytes // BLOCK) * BLOCK
+    return True
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read_extents(
+    url: str, extents: Iterable[tuple[int, int]], storage_options: Mapping[str, Any] | None = None
+) -> Iterator[bytes]:
+    """Read pieces of a shard, in the order given (ascending offsets read it once, in sequence).
+
+    Parameters
+    ----------
+    url : str
+        The tar.
+    extents : iterable of (int, int)
+        Offset and length of each piece, bytes.
+    storage_options : mapping, optional
+        For fsspec.
+
+    Yields
+    ------
+    bytes
+        Shorter than asked for where the file ends early.
+    """
+    with open_shard(url, storage_options) as file:
+        for offset, nbytes in extents:
+            file.seek(offset)
+            yield file.read(nbytes)
+
+
+def read_text(file: IO[bytes], member: Member) -> str:
+    """Read a small text member; bytes that are no UTF-8 become U+FFFD."""
+    file.seek(member.offset)
+    return file.read(member.nbytes).decode("utf-8", errors="replace")
+
+
+def read_json(file: IO[bytes], member: Member) -> dict[str, Any]:
+    """Read a JSON member; an empty dict where it is not a JSON object."""
+    try:
+        value = json.loads(read_text(file, member))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def first_json(url: str, count: int, storage_options: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the first JSON members of a shard, reading no further than it must."""
+    with open_shard(url, storage_options) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for info in tar:
+                    tar.members = []  # type: ignore[attr-defined]
+                    parts = split_name(info.name) if info.isreg() else None
+                    if parts is not None and parts[1] == "json":
+                        yield read_json(file, Member(info.name, parts[1], info.offset_data, info.size))
+                        count -= 1
+                        if count <= 0:
+                            return
+        except tarfile.TarError:
+            return
