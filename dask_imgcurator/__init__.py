@@ -6,17 +6,24 @@ Importing this package loads neither torch nor cudf.
 from importlib.metadata import version as _version
 
 from . import config as _config  # noqa: F401  (registers the defaults)
+from .cluster import start_client
 from .collection import embed, read_scores, read_webdataset, score_aesthetic, score_nsfw, to_webdataset
 from .filters import filter_frame
+from .job import curate, score_shards, select_rows, write_selection
 
 __all__ = [
+    "curate",
     "embed",
     "filter_frame",
     "read_scores",
     "read_webdataset",
     "score_aesthetic",
     "score_nsfw",
+    "score_shards",
+    "select_rows",
+    "start_client",
     "to_webdataset",
+    "write_selection",
 ]
 
 __version__ = _version("dask-imgcurator")

@@ -327,6 +327,11 @@ def read_scores(
     FileNotFoundError
         If there is no such file.
     """
+    return scores_from_files(score_urls(urlpath, storage_options), storage_options, backend)
+
+
+def score_urls(urlpath: URLPath, storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    """Files of a score table, in the order of their shards."""
     items = [urlpath] if isinstance(urlpath, str | os.PathLike) else list(urlpath)
     urls: list[str] = []
     for item in [os.fspath(i) for i in items]:
@@ -337,7 +342,7 @@ def read_scores(
         if not found:
             raise FileNotFoundError(f"no score table at {item!r}: expected a .parquet file or a folder with such files")
         urls.extend(found)
-    return scores_from_files(score.in_shard_order(urls, storage_options), storage_options, backend)
+    return score.in_shard_order(urls, storage_options)
 
 
 def scores_from_files(
@@ -433,6 +438,11 @@ def locate(frame: Any) -> tuple[list[str | None], list[int]]:
     """Keys and extents of a partition's rows."""
     host = backend_of(frame).to_host(frame, ["key", "sample_nbytes"])
     return host["key"].to_pylist(), host["sample_nbytes"].to_pylist()
+
+
+def host_column(frame: Any, name: str) -> list[Any]:
+    """Values of a column as Python objects."""
+    return list(backend_of(frame).to_host(frame, [name])[name].to_pylist())
 
 
 def _cut(part: Any, s: write.Slice) -> Any:

@@ -1,5 +1,4 @@
-"""Bytes to pixels: open_clip's own preprocessing, by DALI where it can and by Pillow where it must, bad images set
-aside.
+"""Bytes to pixels: open_clip's own preprocessing by DALI or Pillow, bad images set aside.
 
 DALI fails a whole batch for one bad image and may take the process with it, so every image is looked at first: its
 container is read by Pillow (which decodes nothing then) and, for JPEG, its markers are walked to the end. `DECODERS`
@@ -9,6 +8,7 @@ says who decodes what. A batch that DALI refuses all the same is decoded again b
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
 __all__ = [
     "DECODERS",
@@ -175,14 +176,14 @@ def inspect(data: bytes, max_pixels: int | None = None) -> ImageInfo:
     BadImage
         If it is no image, too large, or a JPEG that ends early.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     if not data:
         raise BadImage("decode_error", "the file is empty (0 bytes)")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
+            with _open(data) as image:
                 width, height = image.size
                 format_, mode = image.format or "?", image.mode
                 transform = image.info.get("adobe_transform")
@@ -190,8 +191,6 @@ def inspect(data: bytes, max_pixels: int | None = None) -> ImageInfo:
                 orientation = int(image.getexif().get(0x0112, 1)) if "exif" in image.info else 1
     except UnidentifiedImageError:
         raise BadImage("decode_error", f"no image format that Pillow knows (starts with {data[:8].hex(' ')})") from None
-    except Image.DecompressionBombError as err:
-        raise BadImage("too_large", str(err)) from None
     except Exception as err:  # A damaged header can raise nearly anything in Pillow's plugins.
         raise BadImage("decode_error", f"damaged header: {type(err).__name__}: {err}") from None
     if width < 1 or height < 1:
@@ -204,6 +203,21 @@ def inspect(data: bytes, max_pixels: int | None = None) -> ImageInfo:
         if kind != "plain" or (mode == "RGB" and transform == 0):
             decoder = "pillow"
     return ImageInfo(format_, mode, width, height, decoder, orientation)
+
+
+_limit_lock = threading.Lock()
+
+
+def _open(data: bytes) -> Image:
+    """Open an image without Pillow's own limit on its pixels: `max_pixels` takes its place, and can be set."""
+    from PIL import Image as pillow
+
+    with _limit_lock:
+        limit, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None
+        try:
+            return pillow.open(io.BytesIO(data))
+        finally:
+            pillow.MAX_IMAGE_PIXELS = limit
 
 
 def _jpeg_kind(data: bytes, width: int, height: int) -> str:
@@ -225,8 +239,7 @@ def _jpeg_kind(data: bytes, width: int, height: int) -> str:
             continue
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             # Baseline, extended and progressive Huffman, 8 bits.
-            if marker > 0xC2 or data[position + 4] != 8:
-                kind = "odd"
+            kind = "plain" if marker <= 0xC2 and data[position + 4] == 8 else "odd"
         if marker == 0xDA:
             # In entropy-coded data 0xFF is followed by 0 or a restart marker, so this cannot be a chance match.
             if data.rfind(b"\xff\xd9", position) < 0:
@@ -260,14 +273,14 @@ def pil_pixels(data: bytes, preprocess: Preprocess, adjust_orientation: bool = F
         If it cannot be decoded to its last row.
     """
     from open_clip.transform import center_crop_or_pad
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as tv
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
+            with _open(data) as image:
                 image.load()
                 upright = ImageOps.exif_transpose(image) if adjust_orientation else image
                 g = preprocess.geometry(upright.width, upright.height)

@@ -35,7 +35,7 @@ def is_local(url: str) -> bool:
 
 def local_path(url: str) -> Path:
     """Return the absolute path of a local URL; links are kept."""
-    return Path(os.path.abspath(Path(url.split("://", 1)[-1]).expanduser()))
+    return Path(os.path.abspath(Path(url.split("://", 1)[-1]).expanduser()))  # noqa: PTH100  (resolve() would follow links)
 
 
 def join(folder: str, name: str) -> str:

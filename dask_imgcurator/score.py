@@ -89,7 +89,8 @@ def index_partition(urls: Sequence[str], spec: ReadSpec) -> Any:
     Returns
     -------
     frame
-        One row a sample, in the tars' order; and one row with ``status = "read_error"`` for a tar that cannot be read to its
+        One row a sample, in the tars' order; and one row with ``status = "read_error"`` for a tar that cannot be
+        read to its
         end (its key is null where the damage lies in no sample).
     """
     rows: list[dict[str, Any]] = []
@@ -525,7 +526,7 @@ def file_schema(url: str, storage_options: Mapping[str, Any] | None = None) -> p
 
 
 def file_provenance(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """What a score file says of its making; None where it is missing, damaged or not of this library."""
+    """Return what a score file says of its making; None where it is missing, damaged or not of this library."""
     try:
         metadata = file_schema(url, storage_options).metadata or {}
         return json.loads(metadata[METADATA_KEY.encode()])

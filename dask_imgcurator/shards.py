@@ -37,7 +37,28 @@ __all__ = [
 ]
 
 #: Extensions by which a member is taken for an image. What the bytes are is decided later, by content.
-IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2", "ppm", "pgm", "pbm"])
+IMAGE_EXTENSIONS = frozenset(
+    [
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "webp",
+        "gif",
+        "bmp",
+        "tif",
+        "tiff",
+        "avif",
+        "heic",
+        "heif",
+        "jxl",
+        "jp2",
+        "ppm",
+        "pgm",
+        "pbm",
+    ]
+)
 
 BLOCK = 512
 

@@ -1,0 +1,562 @@
+"""The command line: flags become the arguments of the public functions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .job import Monitor, RunResult, Selection
+
+__all__ = ["cli", "main"]
+
+USAGE, FAILED = 2, 1
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+class _Failure(click.ClickException):
+    """An error as the user sees it: what, and what to do; no traceback, no usage text."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"dask-imgcurator: {self.format_message()}", file=file or sys.stderr, err=file is None)
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn the errors that a user can mend into a line and an exit code."""
+    from .backend import BackendError
+    from .job import JobError
+    from .weights import WeightsError
+    from .write import WriteError
+
+    try:
+        yield
+    except click.UsageError as err:
+        command = err.ctx.command_path if err.ctx else "dask-imgcurator"
+        raise _Failure(f"{err.format_message()} (see {command} --help)", USAGE) from None
+    except (JobError, WeightsError, WriteError) as err:
+        raise _Failure(f"{err}\nWhat is finished is kept: the same command goes on from there.", FAILED) from None
+    except (
+        BackendError,
+        FileNotFoundError,
+        FileExistsError,
+        NotADirectoryError,
+        ModuleNotFoundError,
+        ValueError,
+    ) as err:
+        raise _Failure(_text(err), USAGE) from None
+    except OSError as err:
+        raise _Failure(_text(err), FAILED) from None
+    except KeyboardInterrupt:
+        raise _Failure("stopped. What is finished is kept: the same command goes on from there.", FAILED) from None
+
+
+def _text(err: BaseException) -> str:
+    if isinstance(err, OSError) and err.strerror and err.filename:
+        return f"{err.strerror}: {err.filename}"
+    return str(err) or type(err).__name__
+
+
+class _Group(click.Group):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with _plain_errors():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        def stop(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with contextlib.suppress(ValueError):  # Only the main thread may set it.
+            signal.signal(signal.SIGTERM, stop)
+        with _plain_errors():
+            return super().invoke(ctx)
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+_model_options = _options(
+    click.option(
+        "--model",
+        metavar="NAME",
+        help="open_clip's name of a model (ViT-L-14, ViT-B-32 …), or 'starter': a preview that needs no download. "
+        "[default: ViT-L-14 of OpenAI; starter where its weights cannot be had]",
+    ),
+    click.option(
+        "--pretrained",
+        metavar="TAG|PATH",
+        help="open_clip's tag of the weights, or a checkpoint's path; 'random:SEED' for benchmarks.",
+    ),
+    click.option(
+        "--aesthetic-head",
+        metavar="NAME",
+        default="auto",
+        show_default=True,
+        help="Head for aesthetic_score, or 'none'; 'auto' takes the one trained on the model.",
+    ),
+    click.option(
+        "--nsfw-head", metavar="NAME", default="auto", show_default=True, help="Head for nsfw_score, or 'none'."
+    ),
+    click.option(
+        "--weights-dir",
+        metavar="DIR",
+        type=click.Path(),
+        help="Folder with the heads' published files, looked at before the cache and the network.",
+    ),
+    click.option(
+        "--column",
+        "columns",
+        metavar="FIELD",
+        multiple=True,
+        help="Field of the samples' .json to keep as a column; may be repeated.",
+    ),
+    click.option(
+        "--caption", metavar="FIELD", help="Field of the .json that holds the caption, instead of the .txt member."
+    ),
+    click.option(
+        "--batch-size",
+        metavar="N",
+        type=click.IntRange(1),
+        help="Images a forward pass. [default: 64 on a CPU, 512 on a GPU]",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        help="Of the encoder. [default: the fastest that the processor has]",
+    ),
+)
+
+_where_options = _options(
+    click.option(
+        "--where",
+        metavar="EXPR",
+        help="Which images to keep: any expression on the columns, such as 'aesthetic_score >= 5 and width >= 512'.",
+    ),
+    click.option("--min-aesthetic", metavar="X", type=float, help="Short for --where 'aesthetic_score >= X'."),
+    click.option("--max-nsfw", metavar="X", type=float, help="Short for --where 'nsfw_score < X'."),
+)
+
+_pack_options = _options(
+    click.option(
+        "--max-count",
+        metavar="N",
+        type=click.IntRange(1),
+        default=10_000,
+        show_default=True,
+        help="Samples a curated shard, at most.",
+    ),
+    click.option(
+        "--max-size",
+        metavar="SIZE",
+        default="1GB",
+        show_default=True,
+        help="Size of a curated shard, at most (500MB, 1GiB).",
+    ),
+)
+
+_cluster_options = _options(
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "cudf", "pandas"]),
+        help="Where to compute. [default: auto, a GPU where there is one]",
+    ),
+    click.option(
+        "--scheduler", metavar="ADDRESS", help="Run on a Dask cluster: the address of its scheduler, tcp://host:8786."
+    ),
+    click.option(
+        "--n-workers",
+        metavar="N",
+        type=click.IntRange(1),
+        help="Worker processes on this machine. [default: one a GPU; on a CPU one a core with 4 GB]",
+    ),
+)
+
+_resume_option = click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Take over what an earlier run with the same settings finished.",
+)
+_quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
+_shards_argument = click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="dask-imgcurator")
+def cli() -> None:
+    r"""Curate image datasets: score every image once, decide as often as you like.
+
+    \b
+    Try it on sample images:     dask-imgcurator demo
+    The whole job in one go:     dask-imgcurator curate 'laion/*.tar' --out curated --min-aesthetic 5
+    The same, step by step:      dask-imgcurator score 'laion/*.tar' --out run/scores
+                                 dask-imgcurator select run/scores --min-aesthetic 5 --out run/selected
+                                 dask-imgcurator write run/selected --out run/shards
+
+    SHARDS are webdataset tars: paths, globs, folders, brace notation ({00000..00127}.tar) or URLs.
+    """
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_shards_argument
+@click.option("--out", required=True, metavar="DIR", help="Folder for scores/, shards/, report.html and run.json.")
+@_where_options
+@_model_options
+@_pack_options
+@_cluster_options
+@_resume_option
+@_quiet_option
+def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
+    r"""Score shards, keep the images that an expression takes, write them as curated shards.
+
+    \b
+    dask-imgcurator curate 'laion/{00000..00127}.tar' --out curated \\
+        --model ViT-L-14 --pretrained openai --where 'aesthetic_score >= 5 and nsfw_score < 0.5'
+
+    Kept samples keep all their members, byte for byte. Stop it whenever you like: the same command goes on from there.
+    """
+    from .job import curate as run
+
+    with _display(quiet) as monitor:
+        result = run(list(shards), out, monitor=monitor, **_given(options))
+    if not quiet:
+        _print_run(result)
+
+
+@cli.command()
+@_shards_argument
+@click.option("--out", required=True, metavar="DIR", help="Folder for the score table: one Parquet file a shard.")
+@_model_options
+@_cluster_options
+@_resume_option
+@_quiet_option
+def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
+    r"""Score shards into a table: the expensive half, done once.
+
+    \b
+    dask-imgcurator score 'laion/*.tar' --out run/scores --model ViT-B-32 --pretrained openai
+    """
+    from .job import score_shards as run
+
+    with _display(quiet) as monitor:
+        result = run(list(shards), out, monitor=monitor, **_given(options))
+    if not quiet:
+        _print_run(result)
+
+
+@cli.command()
+@click.argument("scores", nargs=-1, required=True, metavar="SCORES...")
+@click.option("--out", required=True, metavar="DIR", help="Folder for the selected rows, itself a score table.")
+@_where_options
+@_cluster_options
+@_quiet_option
+def select(
+    scores: tuple[str, ...],
+    out: str,
+    quiet: bool,
+    where: str | None,
+    min_aesthetic: float | None,
+    max_nsfw: float | None,
+    **options: Any,
+) -> None:
+    r"""Keep the rows of a score table that an expression takes; no image is read.
+
+    \b
+    dask-imgcurator select run/scores --where 'aesthetic_score >= 5.5 and width >= 512' --out run/selected
+
+    The expression knows the table's columns, numbers, 'text', + - * / %, comparisons, and, or, not, in (…), is null.
+    A row for which it is unknown (a missing score) is not kept.
+    """
+    from .filters import combine
+    from .job import select_rows as run
+
+    where = combine(where, min_aesthetic, max_nsfw)
+    with _display(quiet) as monitor:
+        selection = run(list(scores), out, where, monitor=monitor, **_given(options))
+    if not quiet:
+        _print_selection(selection, out)
+
+
+@cli.command()
+@click.argument("scores", nargs=-1, required=True, metavar="SCORES...")
+@click.option("--out", required=True, metavar="DIR", help="Folder for the curated shards.")
+@_where_options
+@_pack_options
+@_cluster_options
+@_resume_option
+@_quiet_option
+def write(
+    scores: tuple[str, ...],
+    out: str,
+    quiet: bool,
+    where: str | None,
+    min_aesthetic: float | None,
+    max_nsfw: float | None,
+    **options: Any,
+) -> None:
+    r"""Write the rows of a score table as curated shards, byte for byte from their sources.
+
+    \b
+    dask-imgcurator write run/selected --out run/shards
+    dask-imgcurator write run/scores --min-aesthetic 5 --out run/shards
+    """
+    from .filters import combine
+    from .job import write_selection as run
+
+    where = combine(where, min_aesthetic, max_nsfw)
+    with _display(quiet) as monitor:
+        selection, written = run(list(scores), out, where, monitor=monitor, **_given(options))
+    if not quiet:
+        _print_selection(selection, out)
+        _stdout().print(_written_line(written, out))
+
+
+@cli.command()
+@click.option(
+    "--out",
+    default="imgcurator-demo",
+    show_default=True,
+    metavar="DIR",
+    help="Folder for the sample shards and the result.",
+)
+@click.option("--count", default=320, show_default=True, type=click.IntRange(64), help="Number of sample images.")
+@_cluster_options
+@_quiet_option
+def demo(out: str, count: int, quiet: bool, **options: Any) -> None:
+    """Everything on sample images, offline, in about a minute.
+
+    Makes shards of photographs, near-copies, blurred, dark and broken images, scores them with the starter model,
+    keeps the good ones and leaves the result to look at.
+    """
+    from . import samples
+    from .job import curate as run
+
+    console = _stdout()
+    where = "aesthetic_score >= 5 and width >= 160 and height >= 160"
+    made = samples.make_sample_shards(Path(out) / "samples", count=count)
+    if not quiet:
+        console.print(
+            f"{len(made.manifest)} sample images in {len(made.shards)} shards: {made.folder}", highlight=False
+        )
+        console.print(
+            f"dask-imgcurator curate {made.folder}/*.tar --out {out} --model starter --column kind --where '{where}'\n",
+            style="bold",
+            highlight=False,
+            soft_wrap=True,
+        )
+    with _display(quiet) as monitor:
+        result = run(
+            [str(p) for p in made.shards],
+            out,
+            where=where,
+            model="starter",
+            columns=["kind"],
+            monitor=monitor,
+            **_given(options),
+        )
+    if not quiet:
+        _print_kinds(result, made.manifest)
+        _print_run(result)
+
+
+@cli.command()
+def doctor() -> None:
+    """Say what is installed, what is visible, what would be used, and why not."""
+    from rich.text import Text
+
+    from .doctor import examine
+
+    table = _table("", "found", "what to do")
+    signs = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM", "bold red")}
+    problems = 0
+    for finding in examine():
+        problems += finding.state == "problem"
+        sign, style = signs[finding.state]
+        table.add_row(Text(f"{finding.topic}"), Text(finding.value), Text(finding.remedy), Text(sign, style))
+    _stdout().print(table)
+    if problems:
+        raise _Failure(f"{problems} problem{'s' * (problems > 1)}: see the table", FAILED)
+
+
+def main() -> None:
+    """Run ``dask-imgcurator``."""
+    cli(prog_name="dask-imgcurator")
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that were given; the functions have their own defaults."""
+    return {name: value for name, value in options.items() if value not in (None, ())}
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+@contextlib.contextmanager
+def _display(quiet: bool) -> Iterator[Monitor]:
+    """Show a run on stderr: a live line on a terminal, plain lines elsewhere, nothing with --quiet."""
+    from rich.console import Console
+
+    from .display import make_monitor
+
+    console = Console(stderr=True, quiet=quiet)
+    with make_monitor(console) as monitor:
+        yield monitor
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _numbers(*columns: str) -> Table:
+    """Make a table whose columns after the first hold numbers."""
+    table = _table(*columns)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def _print_run(result: RunResult) -> None:
+    from .schema import STATUSES
+
+    console = _stdout()
+    table = _numbers("", "images", "share")
+    table.add_row("in the score table", f"{result.samples:,}", "")
+    for status, n in result.by_status.items():
+        meaning = "readable and scored" if status == "ok" else f"{status}: {STATUSES.get(status, '')}"
+        table.add_row(f"  {meaning}", f"{n:,}", _share(n, result.samples))
+    before = result.by_status.get("ok", 0)
+    for step in result.funnel:
+        table.add_row(
+            f"  dropped by {step['condition']}",
+            f"{before - step['left']:,}",
+            _share(before - step["left"], result.samples),
+        )
+        before = step["left"]
+    if result.kept is not None:
+        table.add_row("kept", f"{result.kept:,}", _share(result.kept, result.samples), style="bold")
+    console.print(table)
+    if result.images_scored:
+        rate = result.images_scored / result.scoring_seconds
+        console.print(
+            f"scored {result.images_scored:,} images of {result.shards_scored:,} shards "
+            f"in {result.scoring_seconds:.1f} s "
+            f"({rate:.1f} images/s, model loading included)",
+            highlight=False,
+        )
+    if result.shards_taken_over:
+        console.print(f"taken over from an earlier run: {result.shards_taken_over:,} shards", highlight=False)
+    if result.kept is not None:
+        console.print(_written_line(result.written, str(Path(result.out) / "shards")), highlight=False, soft_wrap=True)
+        console.print(f"report: {Path(result.out) / 'report.html'}", highlight=False, soft_wrap=True)
+    else:
+        console.print(f"score table: {result.out}", highlight=False, soft_wrap=True)
+    for note in result.notes:
+        console.print(f"Note: {note}", style="yellow", highlight=False)
+
+
+def _written_line(written: list[dict[str, Any]], folder: str) -> str:
+    count, nbytes = sum(s["count"] for s in written), sum(s["nbytes"] for s in written)
+    return f"curated shards: {len(written):,} with {count:,} samples, {nbytes / 1e6:,.1f} MB: {folder}"
+
+
+def _print_selection(selection: Selection, out: str) -> None:
+    console = _stdout()
+    table = _numbers("", "rows", "alone")
+    table.add_row("in the score table", f"{selection.rows:,}", "")
+    ok = selection.by_status.get("ok", selection.rows)
+    if ok != selection.rows:
+        table.add_row("readable and scored", f"{ok:,}", "")
+    for step in selection.funnel:
+        table.add_row(f"  and {step['condition']}", f"{step['left']:,}", f"{step['alone']:,}")
+    table.add_row("kept", f"{selection.kept:,}", _share(selection.kept, selection.rows), style="bold")
+    console.print(table)
+    console.print(f"in {out}", highlight=False, soft_wrap=True)
+
+
+def _print_kinds(result: RunResult, manifest: Mapping[str, Mapping[str, Any]]) -> None:
+    """Show for the demo what became of each kind of planted image."""
+    import pyarrow.parquet as pq
+
+    from .samples import KINDS
+
+    kept: set[str] = set()
+    for shard in result.written:
+        path = Path(result.out) / "shards" / shard["shard"].replace(".tar", ".parquet")
+        kept.update(pq.read_table(path, columns=["key"])["key"].to_pylist())
+    table = _numbers("what was planted", "images", "kept", "dropped")
+    table.add_column("for example, why")
+    table.columns[-1].justify = "left"
+    reasons = _reasons(result)
+    for kind, meaning in KINDS.items():
+        keys = [key for key, entry in manifest.items() if entry["kind"] == kind]
+        if not keys:
+            continue
+        n = sum(key in kept for key in keys)
+        why = next((reasons[key] for key in keys if key not in kept and reasons.get(key)), "")
+        table.add_row(f"{kind}: {meaning}", str(len(keys)), str(n), str(len(keys) - n), why)
+    _stdout().print(table)
+
+
+def _reasons(result: RunResult) -> dict[str, str]:
+    """Why each sample of the demo was dropped: its error, or the first condition that it fails."""
+    from . import collection
+    from .filters import parse_where
+
+    record = json.loads((Path(result.out) / "run.json").read_text())
+    frame = collection.read_scores(Path(result.out) / "scores", backend="pandas").compute(scheduler="synchronous")
+    reasons = dict(zip(frame["key"], frame["error_message"].fillna(""), strict=True))
+    left = frame[frame["status"] == "ok"]
+    for part in parse_where(record["arguments"]["where"]).conjuncts():
+        passed = part.mask(left)
+        for row in left[~passed].to_dict("records"):
+            column = part.columns[0]
+            value = row[column]
+            reasons[row["key"]] = f"{column} is {value:.2f}" if isinstance(value, float) else f"{column} is {value}"
+        left = left[passed]
+    return reasons

@@ -1,0 +1,67 @@
+"""Start a cluster of processes on this machine, or connect to one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distributed import Client
+
+from .backend import get_backend, resolve_name
+
+__all__ = ["start_client"]
+
+
+class _OwnerClient(Client):
+    """A client that closes the cluster that was started for it."""
+
+    def __init__(self, cluster: Any, **kwargs: Any) -> None:
+        self._started_cluster = cluster
+        super().__init__(cluster, **kwargs)
+
+    def close(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().close(*args, **kwargs)
+        self._started_cluster.close()
+        return result
+
+
+def start_client(
+    n_workers: int | None = None, *, scheduler: str | None = None, backend: str | None = None, **kwargs: Any
+) -> Client:
+    """Start worker processes on this machine, or connect to a scheduler.
+
+    Parameters
+    ----------
+    n_workers : int, optional
+        Worker processes. By default one a GPU; on a CPU one a core, but none with less than 4 GB of memory. The
+        threads of torch and DALI are shared out: workers x threads = cores.
+    scheduler : str, optional
+        Address of a running dask-scheduler (``tcp://host:8786``); no process is started then.
+    backend : {"auto", "cudf", "pandas"}, optional
+        ``cudf`` starts a `dask_cuda.LocalCUDACluster`, ``pandas`` a `distributed.LocalCluster`; by default
+        `imgcurator.backend`.
+    **kwargs
+        For the cluster's class (``memory_limit=``, ``rmm_pool_size=``, ``dashboard_address=`` …).
+
+    Returns
+    -------
+    distributed.Client
+        The default client from now on. Closing it (or leaving its ``with`` block) also ends the processes it started.
+
+    Raises
+    ------
+    OSError
+        If no scheduler answers at the address.
+
+    Examples
+    --------
+    >>> with start_client(n_workers=2) as client:  # doctest: +SKIP
+    ...     df = read_webdataset("laion/*.tar")
+    """
+    if scheduler is not None:
+        if n_workers is not None or kwargs:
+            given = ", ".join(["n_workers"] * (n_workers is not None) + list(kwargs))
+            raise ValueError(f"{given}: these are for a new cluster; the scheduler at {scheduler} has its own workers")
+        return Client(scheduler, timeout="10s")
+    if n_workers is not None and n_workers < 1:
+        raise ValueError(f"n_workers={n_workers}: it must be at least 1")
+    return _OwnerClient(get_backend(resolve_name(backend)).make_cluster(n_workers, **kwargs))
