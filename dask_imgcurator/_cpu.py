@@ -168,7 +168,8 @@ class PandasBackend:
         workers x threads = cores.
         """
         from distributed import LocalCluster
-        from distributed.system import CPU_COUNT, MEMORY_LIMIT
+        from dask.system import CPU_COUNT
+        from distributed.system import MEMORY_LIMIT
 
         if n_workers is None:
             # A process with torch, a model and its buffers wants a few GB; more workers than that would be killed.

@@ -144,7 +144,7 @@ _model_options = _options(
         "--batch-size",
         metavar="N",
         type=click.IntRange(1),
-        help="Images a forward pass. [default: 64 on a CPU, 512 on a GPU]",
+        help="Images a forward pass. [default: 16 on a CPU, 512 on a GPU]",
     ),
     click.option(
         "--dtype",
@@ -208,7 +208,7 @@ _quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress an
 _shards_argument = click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group("imgcurator", cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="dask-imgcurator")
 def cli() -> None:
     r"""Curate image datasets: score every image once, decide as often as you like.

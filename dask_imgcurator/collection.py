@@ -172,7 +172,7 @@ def embed(
     pretrained : str, optional
         open_clip's tag, a checkpoint's path, or ``random:SEED``.
     batch_size : int, optional
-        Images a forward pass; by default 64 on a CPU and 512 on a GPU.
+        Images a forward pass; by default 16 on a CPU and 512 on a GPU.
     dtype : {"auto", "float32", "bfloat16", "float16"}, optional
         Of the encoder; ``auto`` is settled on the worker, by its processor.
     column : str

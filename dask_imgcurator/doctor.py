@@ -74,7 +74,8 @@ def _torch() -> Iterator[Finding]:
 
 def _cpu() -> Iterator[Finding]:
     import torch
-    from distributed.system import CPU_COUNT, MEMORY_LIMIT
+    from dask.system import CPU_COUNT
+    from distributed.system import MEMORY_LIMIT
 
     from .models import best_dtype
 
@@ -82,9 +83,9 @@ def _cpu() -> Iterator[Finding]:
     yield Finding("processor", f"{name}, {CPU_COUNT} cores, {MEMORY_LIMIT / 2**30:.0f} GiB for workers")
     dtype = best_dtype("cpu")
     if dtype == "bfloat16":
-        yield Finding("encoder on the CPU", "bfloat16 (AMX or AVX512-BF16)")
+        yield Finding("encoder on the CPU", "bfloat16")
     else:
-        yield Finding("encoder on the CPU", "float32", "note", "no AMX or AVX512-BF16: large models are slow here")
+        yield Finding("encoder on the CPU", "float32", "note", "no AMX, and no AVX512-BF16 that is faster: large models are slow here")
 
 
 def _gpu() -> Iterator[Finding]:

@@ -519,7 +519,9 @@ def _score(
     options = plan.storage_options
     files.make_folder(folder)
     try:
-        provenance = client.submit(describe, plan, pure=False).result()
+        # All workers load the model now, side by side; what the first one tells holds for all.
+        loading = [client.submit(describe, plan, pure=False, workers=[address]) for address in client.nthreads()]
+        provenance = next(iter(as_completed(loading))).result()
     except (ModelError, WeightsError) as err:
         raise JobError(str(err)) from err
     except KilledWorker:
