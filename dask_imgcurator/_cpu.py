@@ -167,8 +167,8 @@ class PandasBackend:
         One task at a time in each worker, because a task keeps all its threads busy by itself (decoder and encoder);
         workers x threads = cores.
         """
-        from distributed import LocalCluster
         from dask.system import CPU_COUNT
+        from distributed import LocalCluster
         from distributed.system import MEMORY_LIMIT
 
         if n_workers is None:

@@ -208,7 +208,9 @@ _quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress an
 _shards_argument = click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
 
 
-@click.group("imgcurator", cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    "imgcurator", cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="dask-imgcurator")
 def cli() -> None:
     r"""Curate image datasets: score every image once, decide as often as you like.

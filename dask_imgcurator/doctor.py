@@ -85,7 +85,12 @@ def _cpu() -> Iterator[Finding]:
     if dtype == "bfloat16":
         yield Finding("encoder on the CPU", "bfloat16")
     else:
-        yield Finding("encoder on the CPU", "float32", "note", "no AMX, and no AVX512-BF16 that is faster: large models are slow here")
+        yield Finding(
+            "encoder on the CPU",
+            "float32",
+            "note",
+            "no AMX, and no AVX512-BF16 that is faster: large models are slow here",
+        )
 
 
 def _gpu() -> Iterator[Finding]:

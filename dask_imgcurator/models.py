@@ -138,8 +138,8 @@ def best_dtype(device: str = "cpu") -> str:
     -------
     str
         On a GPU: ``bfloat16`` from compute capability 8.0, else ``float16``. On a CPU: ``bfloat16`` with AMX, and with
-        AVX512-BF16 where a matrix product shows that it pays (on some processors that have it, it takes twice as long as
-        ``float32``); else ``float32``.
+        AVX512-BF16 where a matrix product shows that it pays (on some processors that have it, it takes twice as long
+        as ``float32``); else ``float32``.
     """
     import torch
 
@@ -156,7 +156,7 @@ def _bfloat16_gain() -> float:
     """Time of a matrix product in float32 over its time in bfloat16; the best of five each, about 50 ms in all."""
     import torch
 
-    best = {}
+    best: dict[torch.dtype, float] = {}
     operands = {dtype: torch.ones((768, 768), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     for _ in range(5):
         for dtype, x in operands.items():
@@ -244,7 +244,8 @@ def _load(spec: EncoderSpec, device: str) -> Encoder:
 def _load_starter(spec: EncoderSpec, device: str) -> Encoder:
     import torch
 
-    model = starter.load_starter(device).to(getattr(torch, spec.dtype), memory_format=torch.channels_last)
+    model = starter.load_starter(device).to(getattr(torch, spec.dtype))
+    model = model.to(memory_format=torch.channels_last)
     preprocess = Preprocess.from_open_clip({"fill_color": 0, **starter.PREPROCESS})
     return Encoder(
         spec,

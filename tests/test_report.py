@@ -484,7 +484,7 @@ def test_page_is_bounded(tmp_path: Path):
     result = RunResult(str(tmp_path), 100, {"ok": 80, "strange 1": 20}, 40)
     url = write_report(str(tmp_path), [str(tmp_path / "noise.parquet")], "aesthetic_score >= 40", result, {})
     assert Path(url).stat().st_size < 3_000_000
-    assert read(url).section("pictures").all("img")
+    assert len(read(url).section("pictures").all("img")) == 72  # every wall is full
 
 
 # --- the rest -------------------------------------------------------------------------------------

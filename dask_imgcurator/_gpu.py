@@ -1,0 +1,142 @@
+"""The GPU half of the seam: cuDF frames, device tensors, a LocalCUDACluster. The only module that imports RAPIDS.
+
+Written to the documentation of RAPIDS 26.10. torch and cuDF both work on the default stream, so what one has queued is
+seen by the other in order.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import cudf
+import cupy
+import numpy as np
+import pyarrow as pa
+import pylibcudf as plc
+
+from .files import write_whole
+from .schema import COLUMNS
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CudfBackend"]
+
+
+class CudfBackend:
+    """cuDF frames and device memory."""
+
+    name = "cudf"
+    device = "cuda"
+    decoder_device = "mixed"
+
+    def from_arrow(self, table: pa.Table) -> Any:
+        """See `Backend.from_arrow`."""
+        return cudf.DataFrame.from_arrow(table.replace_schema_metadata(None))
+
+    def to_arrow(self, frame: Any) -> pa.Table:
+        """See `Backend.to_arrow`."""
+        table = frame.to_arrow(preserve_index=False).replace_schema_metadata(None)
+        known = [COLUMNS.get(f.name) for f in table.schema]
+        fields = [
+            pa.field(c.name, c.type, nullable=c.nullable) if c is not None else f
+            for c, f in zip(known, table.schema, strict=True)
+        ]
+        return table.cast(pa.schema(fields))
+
+    def to_host(self, frame: Any, columns: list[str]) -> pa.Table:
+        """See `Backend.to_host`."""
+        return self.to_arrow(frame[columns])
+
+    def matrix_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
+        """See `Backend.matrix_column`; the tensor's memory becomes the column's."""
+        if not len(rows):
+            empty = pa.nulls(len(index), pa.list_(pa.float32()))
+            return cudf.Series.from_arrow(empty).set_axis(index)
+        column = plc.Column.from_cuda_array_interface(values.float().contiguous())
+        return self._spread(column, rows, index)
+
+    def matrix(self, column: Any) -> tuple[torch.Tensor, np.ndarray]:
+        """See `Backend.matrix`; the column's memory becomes the tensor's."""
+        import torch
+
+        if not isinstance(column.dtype, cudf.ListDtype):
+            raise TypeError(f"column {column.name!r} holds {column.dtype}, not vectors: it cannot be an embedding")
+        present = column.notna()
+        rows = cupy.flatnonzero(present.values).get()
+        if not len(rows):
+            return torch.empty((0, 0), device=self.device), rows
+        if len(rows) < len(column):
+            column = column[present]
+        lengths = column.list.len()
+        if int(lengths.min()) != int(lengths.max()):
+            found = f"{int(lengths.min())} to {int(lengths.max())}"
+            raise ValueError(f"column {column.name!r} holds vectors of different lengths: {found}")
+        values = torch.utils.dlpack.from_dlpack(column.list.leaves.values)
+        return values.float().reshape(len(rows), -1), rows
+
+    def float_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
+        """See `Backend.float_column`."""
+        if not len(rows):
+            return cudf.Series.from_arrow(pa.nulls(len(index), pa.float32())).set_axis(index)
+        return self._spread(plc.Column.from_cuda_array_interface(values.float().contiguous()), rows, index)
+
+    def _spread(self, column: Any, rows: np.ndarray, index: Any) -> Any:
+        """Put row i of a column at `rows[i]` of a longer one; the others are null."""
+        n = len(index)
+        if len(rows) != n or not np.array_equal(rows, np.arange(n)):
+            # A gather whose map points outside the source gives null there.
+            take = np.full(n, len(rows), np.int32)
+            take[rows] = np.arange(len(rows), dtype=np.int32)
+            taken = plc.copying.gather(
+                plc.Table([column]),
+                plc.Column.from_array(take),
+                plc.copying.OutOfBoundsPolicy.NULLIFY,
+            )
+            (column,) = taken.columns()
+        return cudf.Series.from_pylibcudf(column, metadata={"name": None, "index": index})
+
+    def read_parquet(
+        self, path: str, columns: list[str] | None = None, storage_options: Mapping[str, Any] | None = None
+    ) -> Any:
+        """See `Backend.read_parquet`."""
+        return cudf.read_parquet(path, columns=columns, storage_options=dict(storage_options or {}))
+
+    def write_parquet(
+        self,
+        frame: Any,
+        path: str,
+        metadata: Mapping[str, str],
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """See `Backend.write_parquet`; encoded and compressed on the card."""
+        table = plc.Table([frame[name].to_pylibcudf()[0] for name in frame.columns])
+        names = plc.io.types.TableInputMetadata(table)
+        for meta, name in zip(names.column_metadata, frame.columns, strict=True):
+            meta.set_name(name)
+            known = COLUMNS.get(name)
+            if known is not None:
+                meta.set_nullability(known.nullable)
+                if pa.types.is_list(known.type):
+                    meta.child(1).set_name("element")
+        sink = io.BytesIO()
+        options = (
+            plc.io.parquet.ParquetWriterOptions.builder(plc.io.SinkInfo([sink]), table)
+            .metadata(names)
+            .key_value_metadata([dict(metadata)])
+            .compression(plc.io.types.CompressionType.ZSTD)
+            .write_arrow_schema(True)
+            .build()
+        )
+        plc.io.parquet.write_parquet(options)
+        with write_whole(path, storage_options) as file:
+            file.write(sink.getbuffer())
+
+    def make_cluster(self, n_workers: int | None = None, **kwargs: Any) -> Any:
+        """See `Backend.make_cluster`: one worker process a GPU."""
+        from dask_cuda import LocalCUDACluster
+
+        options: dict[str, Any] = {"threads_per_worker": 1, "enable_cudf_spill": True}
+        return LocalCUDACluster(n_workers=n_workers, **{**options, **kwargs})
