@@ -51,14 +51,19 @@ def from_arrow(table: pa.Table) -> pd.DataFrame:
     return frame[list(table.schema.names)]
 
 
-def _arrow_list(column: pd.Series) -> pa.Array:
-    """Any pandas column of vectors (Arrow lists, arrays or lists as objects) as one Arrow list array."""
-    if len(column) == 0:
-        return pa.array([], pa.list_(pa.float32()))
+def _arrow(column: pd.Series) -> pa.Array:
+    """Any pandas column as one Arrow array; what pandas takes for missing is null."""
     array = pa.array(column, from_pandas=True)
     if isinstance(array, pa.ChunkedArray):
         array = array.combine_chunks()
     return array
+
+
+def _holds_vectors(type_: pa.DataType) -> bool:
+    kinds = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+    if not any(getattr(pa.types, f"is_{kind}")(type_) for kind in kinds):
+        return False
+    return bool(pa.types.is_floating(type_.value_type) or pa.types.is_integer(type_.value_type))
 
 
 class PandasBackend:
@@ -80,9 +85,7 @@ class PandasBackend:
         for name in frame.columns:
             series = frame[name]
             known = COLUMNS.get(name)
-            array = pa.array(series, from_pandas=True)
-            if isinstance(array, pa.ChunkedArray):
-                array = array.combine_chunks()
+            array = _arrow(series)
             if known is not None:
                 array = array.cast(known.type)
                 fields.append(pa.field(name, known.type, nullable=known.nullable))
@@ -100,17 +103,16 @@ class PandasBackend:
     def matrix_column(self, values: torch.Tensor, rows: np.ndarray, index: pd.Index) -> pd.Series:
         """See `Backend.matrix_column`."""
         n, width = len(index), values.shape[1]
-        data = values.numpy() if values.dtype.is_floating_point else values.float().numpy()
-        data = np.ascontiguousarray(data, np.float32)
+        data = np.ascontiguousarray(values.float().numpy())  # NumPy has no bfloat16
         present = np.zeros(n, bool)
         present[rows] = True
         order = np.argsort(rows, kind="stable")
         if len(order) and not np.array_equal(order, np.arange(len(order))):
             data = data[order]
-        offsets = np.zeros(n + 1, np.int32)
-        np.cumsum(present * np.int32(width), out=offsets[1:])
+        offsets = np.zeros(n + 1, np.int64)
+        np.cumsum(present * width, out=offsets[1:])
         array = pa.ListArray.from_arrays(
-            pa.array(offsets),
+            pa.array(offsets, pa.int32()),  # raises where a partition is too large for it
             pa.array(data.reshape(-1)),
             mask=pa.array(~present) if not present.all() else None,
         )
@@ -120,20 +122,29 @@ class PandasBackend:
         """See `Backend.matrix`."""
         import torch
 
-        array = _arrow_list(column)
-        if not pa.types.is_nested(array.type):
-            raise TypeError(f"column {column.name!r} holds {array.type}, not vectors: it cannot be an embedding")
-        rows = np.flatnonzero(~np.asarray(array.is_null()))
+        try:
+            array = _arrow(column)
+        except pa.ArrowException as err:  # objects of several kinds, or of one that Arrow does not know
+            raise TypeError(f"column {column.name!r} cannot be read as vectors of numbers: {err}") from err
+        rows = np.flatnonzero(array.is_valid().to_numpy(zero_copy_only=False))
         if not len(rows):
+            # Whatever its type: objects that are all missing have none.
             return torch.empty((0, 0)), rows
+        if not _holds_vectors(array.type):
+            raise TypeError(
+                f"column {column.name!r} holds {array.type}, not vectors of numbers: it cannot be an embedding"
+            )
         array = array.drop_null()
-        flat = array.flatten()
-        if not pa.types.is_fixed_size_list(array.type):
-            lengths = np.unique(np.asarray(array.value_lengths()))
+        if pa.types.is_fixed_size_list(array.type):
+            width = array.type.list_size
+        else:
+            lengths = np.unique(array.value_lengths().to_numpy())
             if len(lengths) != 1:
                 raise ValueError(f"column {column.name!r} holds vectors of different lengths: {lengths.tolist()[:5]}")
-        values = np.array(flat.to_numpy(zero_copy_only=False), np.float32).reshape(len(array), -1)
-        return torch.from_numpy(values), rows
+            width = int(lengths[0])
+        # A copy, because Arrow's memory must not be written to; a null within a vector becomes NaN.
+        values = np.array(array.flatten().to_numpy(zero_copy_only=False), np.float32)
+        return torch.from_numpy(values.reshape(len(rows), width)), rows
 
     def float_column(self, values: torch.Tensor, rows: np.ndarray, index: pd.Index) -> pd.Series:
         """See `Backend.float_column`."""

@@ -62,26 +62,34 @@ class CudfBackend:
         """See `Backend.matrix`; the column's memory becomes the tensor's."""
         import torch
 
-        if not isinstance(column.dtype, cudf.ListDtype):
-            raise TypeError(f"column {column.name!r} holds {column.dtype}, not vectors: it cannot be an embedding")
         present = column.notna()
         rows = cupy.flatnonzero(present.values).get()
         if not len(rows):
             return torch.empty((0, 0), device=self.device), rows
+        leaf = column.dtype.element_type if isinstance(column.dtype, cudf.ListDtype) else None
+        if getattr(leaf, "kind", None) not in ("f", "i", "u"):
+            raise TypeError(
+                f"column {column.name!r} holds {column.dtype}, not vectors of numbers: it cannot be an embedding"
+            )
         if len(rows) < len(column):
             column = column[present]
         lengths = column.list.len()
         if int(lengths.min()) != int(lengths.max()):
             found = f"{int(lengths.min())} to {int(lengths.max())}"
             raise ValueError(f"column {column.name!r} holds vectors of different lengths: {found}")
-        values = torch.utils.dlpack.from_dlpack(column.list.leaves.values)
-        return values.float().reshape(len(rows), -1), rows
+        leaves = column.list.leaves
+        if leaves.null_count:
+            leaves = leaves.astype("float32").fillna(float("nan"))
+        values = torch.utils.dlpack.from_dlpack(leaves.values)
+        return values.float().reshape(len(rows), int(lengths.min())), rows
 
     def float_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
         """See `Backend.float_column`."""
         if not len(rows):
             return cudf.Series.from_arrow(pa.nulls(len(index), pa.float32())).set_axis(index)
-        return self._spread(plc.Column.from_cuda_array_interface(values.float().contiguous()), rows, index)
+        column = plc.Column.from_cuda_array_interface(values.float().contiguous())
+        # As pandas has it: a score that is not a number is none.
+        return self._spread(column, rows, index).nans_to_nulls()
 
     def _spread(self, column: Any, rows: np.ndarray, index: Any) -> Any:
         """Put row i of a column at `rows[i]` of a longer one; the others are null."""

@@ -62,11 +62,15 @@ class Backend(Protocol):
         ...
 
     def matrix(self, column: Any) -> tuple[torch.Tensor, np.ndarray]:
-        """Return the non-null rows of a list column as a (m, d) float32 tensor on `device`, and their row numbers."""
+        """Return the non-null rows of a list column as a (m, d) float32 tensor on `device`, and their row numbers.
+
+        A null within a vector becomes NaN. Raises TypeError where the column holds no vectors of numbers, ValueError
+        where they differ in length.
+        """
         ...
 
     def float_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
-        """Make a float32 column of which the given rows hold the (m,) tensor's values, the others null."""
+        """Make a float32 column of which the given rows hold the (m,) tensor's values, the others and NaN null."""
         ...
 
     def read_parquet(self, path: str, columns: list[str] | None, storage_options: Mapping[str, Any]) -> Any:
@@ -162,7 +166,7 @@ def is_dask(frame: Any) -> bool:
 
 
 def backend_of(frame: Any) -> Backend:
-    """Return the backend that a frame (pandas, cuDF, or Dask over either) belongs to.
+    """Return the backend that a frame or column (pandas, cuDF, or Dask over either) belongs to.
 
     Raises
     ------
@@ -173,7 +177,8 @@ def backend_of(frame: Any) -> Backend:
         from dask.dataframe.utils import make_meta
 
         frame = make_meta(frame)
-    module = type(frame).__module__.split(".")[0]
-    if module in ("pandas", "cudf"):
-        return get_backend(module)
+    for kind in type(frame).__mro__:  # a subclass of a frame is one
+        module = kind.__module__.partition(".")[0]
+        if module in ("pandas", "cudf") and kind.__name__ in ("DataFrame", "Series"):
+            return get_backend(module)
     raise TypeError(f"expected a Dask, pandas or cuDF frame, got {type(frame).__module__}.{type(frame).__qualname__}")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
-from distributed import Client
+from distributed import Client, Worker, WorkerPlugin
 
 from .backend import get_backend, resolve_name
 
 __all__ = ["start_client"]
+
+
+class _NoInterrupt(WorkerPlugin):
+    """Leaves Ctrl-C to the client: a terminal sends it to the workers too, who would each print a traceback."""
+
+    def setup(self, worker: Worker) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _OwnerClient(Client):
@@ -17,6 +25,7 @@ class _OwnerClient(Client):
     def __init__(self, cluster: Any, **kwargs: Any) -> None:
         self._started_cluster = cluster
         super().__init__(cluster, **kwargs)
+        self.register_plugin(_NoInterrupt())
 
     def close(self, *args: Any, **kwargs: Any) -> Any:
         result = super().close(*args, **kwargs)

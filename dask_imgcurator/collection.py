@@ -38,7 +38,7 @@ def read_webdataset(
         Shards: a path, a glob, brace notation (``{00000..00127}``), a folder, any fsspec URL.
     columns : sequence of str, or mapping of str to {"string", "int64", "float64", "bool"}
         Fields of the samples' ``.json`` members to read as columns. The types of a plain list are found from the
-        first samples of the first shard; a value of another kind becomes null.
+        first samples of the first shard that can be read; a value of another kind becomes null.
     caption : str, optional
         JSON field that holds the caption; by default it is the ``.txt`` member.
     shards_per_partition : int
@@ -99,7 +99,7 @@ def read_spec(
             raise ValueError(f"unknown types of columns {wrong}: use {', '.join(score.FIELD_TYPES)}")
         fields = dict(columns)
     else:
-        fields = score.peek_fields(urls[0], list(columns), storage_options) if columns else {}
+        fields = score.peek_fields(urls, list(columns), storage_options) if columns else {}
     return score.ReadSpec(resolve_name(backend), caption, tuple(fields.items()), dict(storage_options or {}))
 
 
@@ -371,7 +371,8 @@ def to_webdataset(
 ) -> Any:
     """Write the samples of a DataFrame as curated webdataset shards.
 
-    All members of each sample are copied from its source, names and bytes unchanged, in the order of the rows.
+    All members of each sample are copied from its source, names and bytes unchanged, in the order of the rows. Rows
+    that stand for no sample (``read_webdataset`` adds one for a damaged tar) are left out.
 
     Parameters
     ----------
@@ -399,9 +400,15 @@ def to_webdataset(
     Raises
     ------
     FileExistsError
-        If the folder holds curated shards and `overwrite` is False.
+        If the folder holds curated shards, or files called like theirs, and `overwrite` is False.
     WriteError
-        If a source was changed after it was indexed.
+        If a source was changed after it was indexed, if it lies in the folder itself, or if a file in the way was not
+        written by this library.
+
+    Notes
+    -----
+    Names are copied as they are, also such as would lead out of a folder (``../x.jpg``): nothing is extracted here, but
+    extract tars of unknown origin with care.
     """
     _require(df, write.LOCATORS, "to_webdataset", "read the shards with read_webdataset and keep these columns")
     if max_count < 1:
@@ -410,24 +417,27 @@ def to_webdataset(
     spec = write.WriteSpec(
         folder, max_count, write.parse_size(max_size), dict(storage_options or {}), dict(source_options or {})
     )
-    present = write.written_shards(folder, storage_options)
+    present = write.files_there(folder, storage_options)
     if present and not overwrite:
         raise FileExistsError(
-            f"{folder} holds {len(present)} curated shards already: choose another folder, or pass overwrite=True"
+            f"{folder} holds files of curated shards already ({present[0]}"
+            f"{f' and {len(present) - 1} more' if len(present) > 1 else ''}): "
+            "choose another folder, or pass overwrite=True"
         )
     files.make_folder(folder)
-    if not is_dask(df):
-        df = (
-            dd.from_pandas(df, npartitions=1, sort=False)
-            if backend_of(df).name == "pandas"
-            else dd.from_map(lambda _: df, [0], meta=df.iloc[:0])
-        )
-    df = df.persist()
-    parts = df.to_delayed()
-    sizes = dask.compute(*[dask.delayed(locate)(part) for part in parts])
+    df = df[df["sample_nbytes"] > 0]
+    if is_dask(df):
+        parts, cut = df.persist().to_delayed(), dask.delayed(_slice)
+        sizes = dask.compute(*[dask.delayed(locate)(part) for part in parts])
+        sources = dask.compute(*[dask.delayed(_sources)(part) for part in parts])
+    else:
+        parts, cut, sizes, sources = [df], _slice, [locate(df)], [_sources(df)]
+    write.check_sources(folder, set().union(*sources))
     plan = list(write.plan_shards(sizes, spec.max_count, spec.max_nbytes))
     jobs = [
-        dask.delayed(write.write_shard)(number, [_cut(parts[s.partition], s) for s in slices], spec, not overwrite)
+        dask.delayed(write.write_shard)(
+            number, [cut(parts[s.partition], s.start, s.stop) for s in slices], spec, not overwrite
+        )
         for number, slices in enumerate(plan)
     ]
     result = dask.delayed(_finish)(jobs, spec)
@@ -445,8 +455,8 @@ def host_column(frame: Any, name: str) -> list[Any]:
     return list(backend_of(frame).to_host(frame, [name])[name].to_pylist())
 
 
-def _cut(part: Any, s: write.Slice) -> Any:
-    return dask.delayed(_slice)(part, s.start, s.stop)
+def _sources(frame: Any) -> set[str]:
+    return set(host_column(frame, "shard"))
 
 
 def _slice(frame: Any, start: int, stop: int) -> Any:

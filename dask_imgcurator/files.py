@@ -119,6 +119,7 @@ def write_whole(url: str, storage_options: Mapping[str, Any] | None = None) -> I
         finally:
             temporary.unlink(missing_ok=True)
         return
-    fs, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
+    # A file system of its own: fsspec shares them between threads, and a transaction holds all that is written by one.
+    fs, path = fsspec.core.url_to_fs(url, skip_instance_cache=True, **(storage_options or {}))
     with fs.transaction, fs.open(path, "wb") as file:
         yield file

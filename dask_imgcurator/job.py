@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import time
@@ -37,6 +38,8 @@ class JobError(RuntimeError):
 
 class Monitor:
     """What a run tells while it goes on; the command line shows it. Every method may be overridden.
+
+    `progress` is also called from the client's event loop: it must be quick, and must not wait for the cluster.
 
     Attributes
     ----------
@@ -349,7 +352,9 @@ def _cluster(
         # With a cluster of our own, nobody else is writing here.
         for folder in folders:
             files.remove_partial(folder)
-    started = start_client(n_workers, scheduler=scheduler, **({} if scheduler else {"backend": backend}))
+    # Dask would print the traceback of every failed task; what went wrong is told by `JobError`.
+    options: dict[str, Any] = {"backend": backend, "silence_logs": logging.CRITICAL} if own else {}
+    started = start_client(n_workers, scheduler=scheduler, **options)
     try:
         monitor.started(started)
         yield started
@@ -894,7 +899,7 @@ def curate(
     # Storage options may hold credentials.
     arguments = {k: v for k, v in arguments.items() if not k.endswith("_options")}
     _record(folder, arguments, result, plan.storage_options)
-    report.write_report(folder, tables, where, result, plan.storage_options)
+    report.write_report(folder, tables, where, result, plan.storage_options, plan.read.storage_options)
     return result
 
 

@@ -42,6 +42,11 @@ T = TypeVar("T")
 #: Arrow types that a user may give to a JSON field.
 FIELD_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
+_JSON_TYPES = {int: "int64", float: "float64", bool: "bool"}
+
+#: Shards that are looked at for the types of JSON fields, at most.
+_PEEK_SHARDS = 8
+
 
 # --- reading --------------------------------------------------------------------------------------
 
@@ -155,25 +160,30 @@ def _as_type(value: Any, type_: str) -> Any:
     if value is None:
         return None
     if type_ == "string":
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        # JSON allows half a surrogate pair ("\ud800"), UTF-8 does not: it becomes U+FFFD.
+        return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if type_ == "bool":
         return value if isinstance(value, bool) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if type_ == "int64":
         return value if isinstance(value, int) and -(2**63) <= value < 2**63 else None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def peek_fields(
-    url: str, names: Sequence[str], storage_options: Mapping[str, Any] | None = None, samples: int = 32
+    urls: Sequence[str], names: Sequence[str], storage_options: Mapping[str, Any] | None = None, samples: int = 32
 ) -> dict[str, str]:
-    """Find the types of JSON fields from the first samples of a shard.
+    """Find the types of JSON fields from the first samples of the first shard that has any of these fields.
 
     Parameters
     ----------
-    url : str
-        The tar; only its beginning is read.
+    urls : sequence of str
+        Tars; only the beginning of the first is read, or of the first few where it is missing, damaged or empty.
     names : sequence of str
         Fields.
     storage_options : mapping, optional
@@ -188,22 +198,14 @@ def peek_fields(
         ``bool``, everything else ``string`` (lists and objects as JSON text).
     """
     seen: dict[str, set[str]] = {name: set() for name in names}
-    with contextlib.suppress(OSError):
-        for document in shards.first_json(url, samples, storage_options):
-            for name in names:
-                value = document.get(name)
-                if value is None:
-                    continue
-                is_bool = isinstance(value, bool)
-                seen[name].add(
-                    "bool"
-                    if is_bool
-                    else "int64"
-                    if isinstance(value, int)
-                    else "float64"
-                    if isinstance(value, float)
-                    else "string"
-                )
+    for url in urls[:_PEEK_SHARDS]:
+        with contextlib.suppress(OSError):
+            for document in shards.first_json(url, samples, storage_options):
+                for name in names:
+                    if (value := document.get(name)) is not None:
+                        seen[name].add(_JSON_TYPES.get(type(value), "string"))
+        if any(seen.values()):
+            break
     out = {}
     for name, types in seen.items():
         if types == {"int64", "float64"}:

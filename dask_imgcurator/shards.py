@@ -6,10 +6,12 @@ its last component, the extension (lower case) is what follows that dot.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from typing import IO, Any
 import fsspec
 from braceexpand import braceexpand
 
-from .files import is_local, local_path
+from .files import is_local, list_files, local_path
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -61,6 +63,8 @@ IMAGE_EXTENSIONS = frozenset(
 )
 
 BLOCK = 512
+
+_NOTES = re.compile(r"__[^/]*__/")
 
 
 class ShardError(OSError):
@@ -124,15 +128,25 @@ class ShardIndex:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Split a member's name into key and lower-case extension; None for a name without an extension.
+    r"""Split a member's name into key and lower-case extension; None for a name that belongs to no sample.
 
-    The rule is webdataset's: the key runs to the first dot after the last slash.
+    The rules are webdataset's: the key runs to the first dot after the last slash; names without an extension, hidden
+    files and what lies under ``__…__/`` (notes on the shard) are left out. Bytes of a name that are no UTF-8 stand as
+    ``\xe9`` in the key, since a string column cannot hold them.
     """
     folder, slash, base = name.rpartition("/")
     stem, dot, ext = base.partition(".")
-    if not stem or not dot:
+    if not stem or not dot or _NOTES.match(name):
         return None
-    return folder + slash + stem, ext.lower()
+    key, ext = folder + slash + stem, ext.lower()
+    if not name.isascii():
+        key, ext = _as_utf8(key), _as_utf8(ext)
+    return key, ext
+
+
+def _as_utf8(name: str) -> str:
+    # tarfile decodes with "surrogateescape", so that odd bytes survive.
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 # --- URLs -----------------------------------------------------------------------------------------
@@ -187,7 +201,8 @@ def _expand_one(item: str, storage_options: dict[str, Any]) -> list[str]:
         raise FileNotFoundError(f"unbalanced braces in {item!r}") from None
     out: list[str] = []
     for name in names:
-        magic = glob.has_magic(name.split("://", 1)[-1])
+        # The question mark of an http address begins its query (a signature, say).
+        magic = glob.has_magic(name.partition("?")[0] if name.startswith("http") else name)
         if is_local(name):
             path = str(local_path(name))
             if magic:
@@ -212,7 +227,7 @@ def _expand_one(item: str, storage_options: dict[str, Any]) -> list[str]:
 
 
 def _expand_folder(path: str) -> list[str]:
-    tars = sorted(str(p) for p in Path(path).glob("*.tar"))
+    tars = list_files(path, ".tar")
     if not tars:
         raise FileNotFoundError(f"no *.tar in the folder {path}")
     return tars
@@ -238,11 +253,12 @@ def fingerprint(url: str, storage_options: Mapping[str, Any] | None = None) -> s
         info = fs.info(path)
     except OSError:
         return "unreadable"
-    changed = next(
-        (str(info[k]) for k in ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated") if info.get(k)),
-        "",
-    )
+    changed = next((str(info[k]) for k in _CHANGED if info.get(k)), "")
     return f"size={info.get('size')} changed={changed}"
+
+
+#: What file systems call the mark of a version, the surest first.
+_CHANGED = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
 
 
 # --- indexing -------------------------------------------------------------------------------------
@@ -295,7 +311,6 @@ def index_shard(url: str, storage_options: Mapping[str, Any] | None = None, use_
                 index = _index_from_idx(url, file, storage_options)
                 if index is not None:
                     return index
-                file.seek(0)
             return index_tar(file)
     except OSError as err:
         return ShardIndex([], _explain(url, err))
@@ -311,33 +326,49 @@ def index_tar(file: IO[bytes]) -> ShardIndex:
     """Index an open, seekable tar; see `index_shard`."""
     grouper = _Grouper()
     size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    if size == 0:
-        return ShardIndex([], "the file is empty, not a tar")
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:")
-    except tarfile.TarError as err:
-        return ShardIndex([], f"not a tar that can be read: {err}{_gzip_hint(file)}")
     error, broken = None, None
     try:
-        for info in tar:
-            # Without this, tarfile keeps every header of a large shard in memory.
-            tar.members = []  # type: ignore[attr-defined]
-            if not info.isreg():
-                continue
+        for info, end in _plain_files(file):
             sample = grouper.add(info.name, info.offset, info.offset_data, info.size)
-            if info.offset_data + info.size > size:
-                needed = info.offset_data + info.size
-                error = f"the tar ends at byte {size:,}, inside {info.name!r} (which needs {needed:,} bytes)"
+            if end > size:
+                error = f"the tar ends at byte {size:,}, inside {info.name!r} (which goes to byte {end:,})"
                 broken = sample
                 break
-        else:
-            error = _check_end(file, tar.offset, size)
-    except (tarfile.TarError, OSError) as err:
-        error = error or f"the tar is damaged at byte {tar.offset:,}: {err}"
+    except ShardError as err:
+        error = str(err)
     if broken is not None:
         grouper.samples.remove(broken)
     return ShardIndex(grouper.samples, error, broken)
+
+
+def _plain_files(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Yield the header of each file whose bytes lie in one piece, and the offset behind it; stop where a tar is damaged.
+
+    On damaged headers tarfile raises not only its own errors, but ValueError, OverflowError, MemoryError, RecursionError.
+    """
+    file.seek(0)
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")
+    except Exception as err:
+        raise ShardError(f"not a tar that can be read: {err}{_gzip_hint(file)}") from err
+    position = 0
+    while True:
+        try:
+            info = tar.next()
+        except Exception as err:
+            raise ShardError(f"the tar is damaged at byte {position:,}: {err}") from err
+        if info is None:
+            break
+        # Without this, tarfile keeps every header of a large shard in memory.
+        tar.members = []  # type: ignore[attr-defined]
+        if info.size < 0 or tar.offset <= position:
+            # Older Pythons take a negative size, go back and read the same headers for ever.
+            raise ShardError(f"the tar is damaged at byte {position:,}: impossible size of {info.name!r}")
+        position = tar.offset
+        if info.isreg() and not info.issparse():
+            yield info, position
+    if (problem := _check_end(file, position)) is not None:
+        raise ShardError(problem)
 
 
 def _gzip_hint(file: IO[bytes]) -> str:
@@ -347,14 +378,24 @@ def _gzip_hint(file: IO[bytes]) -> str:
     return ""
 
 
-def _check_end(file: IO[bytes], position: int, size: int) -> str | None:
-    """Tell an ended tar from one whose next header is damaged: tarfile stops in silence at either."""
-    if position >= size:
-        return None
+def _check_end(file: IO[bytes], position: int) -> str | None:
+    """Tell an ended tar from a damaged one: tarfile stops in silence at either.
+
+    Nothing but zeros may stand where the headers stop.
+    """
     file.seek(position)
-    block = file.read(BLOCK)
-    if block.strip(b"\0"):
-        return f"the tar is damaged at byte {position:,}: neither a header nor the end of the archive"
+    start = position
+    while chunk := file.read(1 << 20):
+        rest = chunk.lstrip(b"\0")
+        if rest:
+            found = position + len(chunk) - len(rest)
+            if found < start + BLOCK:
+                return f"the tar is damaged at byte {start:,}: neither a header nor the end of the archive"
+            return (
+                f"the archive ends at byte {start:,}, but more follows at byte {found:,}: it is damaged, or made of "
+                "several tars (then pack it anew)"
+            )
+        position += len(chunk)
     return None
 
 
@@ -371,7 +412,7 @@ def format_idx(samples: Iterable[Sample]) -> str | None:
 
     A header line, then for each sample a line with ``ext offset size name`` for each member.
 
-    Returns None when a name holds white space, which the format cannot express.
+    Returns None when a name holds white space or bytes that are no UTF-8, which the format cannot express.
     """
     lines = []
     for sample in samples:
@@ -380,7 +421,7 @@ def format_idx(samples: Iterable[Sample]) -> str | None:
             # DALI wants the extension as it stands in the name.
             ext = m.name.rpartition("/")[2].partition(".")[2]
             parts += [ext, str(m.offset), str(m.nbytes), m.name]
-        if any(not part or any(c.isspace() for c in part) for part in parts):
+        if any(not part or any(c.isspace() or "\ud800" <= c <= "\udfff" for c in part) for part in parts):
             return None
         lines.append(" ".join(parts))
     return "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
@@ -407,27 +448,19 @@ def _index_from_idx(url: str, tar: IO[bytes], storage_options: Mapping[str, Any]
             info = tarfile.TarInfo.frombuf(tar.read(BLOCK), tarfile.ENCODING, "surrogateescape")
         except tarfile.HeaderError:
             return None
-        if not info.isreg() or info.size != nbytes or not _same_name(info.name, name):
+        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or info.size != nbytes or info.name != name:
             return None
         grouper.add(name, position, offset, nbytes)
         position = offset + -(-nbytes // BLOCK) * BLOCK
-    if _check_end(tar, position, size) is not None:
-        return None
-    tar.seek(position)
-    if position < size and len(tar.read(2 * BLOCK).strip(b"\0")):
+    if _check_end(tar, position) is not None:
         return None
     return ShardIndex(grouper.samples, source="idx")
-
-
-def _same_name(header: str, name: str) -> bool:
-    # A long name stands in an extension header; the plain header holds its beginning only.
-    return header == name or (len(name.encode()) > 100 and name.startswith(header[:90]))
 
 
 def _parse_idx(text: str) -> list[tuple[str, int, int]] | None:
     lines = text.splitlines()
     head = lines[0].split() if lines else []
-    if len(head) != 2 or head[0] != "v1.2" or not head[1].isdigit() or int(head[1]) != len(lines) - 1:
+    if len(head) != 2 or head[0] != "v1.2" or head[1] != str(len(lines) - 1):
         return None
     members = []
     for line in lines[1:]:
@@ -435,9 +468,12 @@ def _parse_idx(text: str) -> list[tuple[str, int, int]] | None:
         if not parts or len(parts) % 4:
             return None
         for ext, offset, nbytes, name in zip(*[iter(parts)] * 4, strict=True):
-            if not offset.isdigit() or not nbytes.isdigit() or not name.endswith(ext):
+            if not name.endswith(ext):
                 return None
-            members.append((name, int(offset), int(nbytes)))
+            try:
+                members.append((name, int(offset), int(nbytes)))
+            except ValueError:
+                return None
     members.sort(key=lambda m: m[1])
     return members
 
@@ -447,9 +483,9 @@ def _plausible(members: list[tuple[str, int, int]], size: int) -> bool:
     for _name, offset, nbytes in members:
         # Exactly one header between two members: with extension headers or entries that are no files in between, the
         # tar's own headers are the better source.
-        if offset != position + BLOCK or offset + nbytes > size:
+        position, start = offset + -(-nbytes // BLOCK) * BLOCK, position
+        if offset != start + BLOCK or nbytes < 0 or position > size:
             return False
-        position = offset + -(-nbytes // BLOCK) * BLOCK
     return True
 
 
@@ -482,32 +518,28 @@ def read_extents(
 
 
 def read_text(file: IO[bytes], member: Member) -> str:
-    """Read a small text member; bytes that are no UTF-8 become U+FFFD."""
+    """Read a small text member; bytes that are no UTF-8 become U+FFFD, and a byte order mark is dropped."""
     file.seek(member.offset)
-    return file.read(member.nbytes).decode("utf-8", errors="replace")
+    return file.read(member.nbytes).decode("utf-8-sig", errors="replace")
 
 
 def read_json(file: IO[bytes], member: Member) -> dict[str, Any]:
     """Read a JSON member; an empty dict where it is not a JSON object."""
     try:
         value = json.loads(read_text(file, member))
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter: thousands of brackets
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def first_json(url: str, count: int, storage_options: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the first JSON members of a shard, reading no further than it must."""
-    with open_shard(url, storage_options) as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for info in tar:
-                    tar.members = []  # type: ignore[attr-defined]
-                    parts = split_name(info.name) if info.isreg() else None
-                    if parts is not None and parts[1] == "json":
-                        yield read_json(file, Member(info.name, parts[1], info.offset_data, info.size))
-                        count -= 1
-                        if count <= 0:
-                            return
-        except tarfile.TarError:
-            return
+    """Yield the first JSON members of a shard, reading no further than it must; fewer where it is damaged."""
+    with open_shard(url, storage_options) as file, contextlib.suppress(ShardError):
+        for info, _end in _plain_files(file):
+            parts = split_name(info.name)
+            if parts is None or parts[1] != "json":
+                continue
+            yield read_json(file, Member(info.name, parts[1], info.offset_data, info.size))
+            count -= 1
+            if count <= 0:
+                return

@@ -2,6 +2,13 @@
 
 A written tar holds the members of the kept samples, names and bytes as in the source, in the order of the rows. Its
 headers are made anew with fixed owner, mode and time, so the same selection gives the same file on every machine.
+
+Nothing is extracted here: a member called ``../x.jpg`` in the source is called so in the curated tar, and it is for
+whoever extracts one to guard against that (Python's ``filter="data"`` and GNU tar do).
+
+Whatever this library wrote has its ``_stats.json`` beside it, written before the files that it speaks of come to light,
+the tar last. So a shard is finished when it has both, files without one are someone else's and are left alone, and a
+run that was killed leaves nothing that could be taken for either.
 """
 
 from __future__ import annotations
@@ -11,6 +18,7 @@ import io
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -21,16 +29,32 @@ import pyarrow.parquet as pq
 from . import files, shards
 from .backend import backend_of
 
-__all__ = ["Slice", "WriteError", "WriteSpec", "parse_size", "plan_shards", "write_shard", "written_shards"]
+__all__ = [
+    "Slice",
+    "WriteError",
+    "WriteSpec",
+    "check_sources",
+    "files_there",
+    "parse_size",
+    "plan_shards",
+    "remove_surplus",
+    "write_shard",
+    "written_shards",
+]
 
 #: Columns that the writer needs.
 LOCATORS = ("key", "shard", "sample_offset", "sample_nbytes")
 
-_OURS = re.compile(r"(\d{5,})(?:\.tar|\.parquet|\.idx|_stats\.json)")
+#: Columns by which it checks, where they are there, that an image is still the one that was scored.
+_CHECKS = ("offset", "nbytes", "sha256")
+
+_STATS = "_stats.json"
+_SUFFIXES = (".tar", ".parquet", ".idx", _STATS)
+_NAME = re.compile(r"(\d{5,})(\.tar|\.parquet|\.idx|_stats\.json)")
 
 
 class WriteError(RuntimeError):
-    """A kept sample cannot be copied as it was scored."""
+    """A curated shard cannot be written: a sample is not as it was scored, or someone else's file is in the way."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +77,8 @@ class WriteSpec:
     max_count : int
         Samples a shard, at most.
     max_nbytes : int
-        Bytes of samples a shard, at most (a single larger sample gets a shard of its own).
+        Bytes of samples a shard, at most, as their extents in the sources go (a single larger sample gets a shard of
+        its own).
     storage_options, source_options : mapping
         For fsspec, of the folder and of the source shards.
     """
@@ -144,61 +169,135 @@ def write_shard(number: int, frames: Sequence[Any], spec: WriteSpec, resume: boo
     Raises
     ------
     WriteError
-        If a source no longer holds a sample where it was when it was indexed.
+        If a source no longer holds a sample as it was when it was indexed (and scored, where there is a ``sha256``); if
+        a source lies where curated shards go; or if a file of that name is there that this library did not write.
     """
     stem = f"{number:05d}"
-    table = pa.concat_tables([backend_of(f).to_arrow(f) for f in frames])
-    rows = table.select(list(LOCATORS)).to_pylist()
-    content = _content(table, rows, spec.source_options)
-    stats_url = files.join(spec.folder, f"{stem}_stats.json")
-    if resume and (done := _finished(spec, stem, content)) is not None:
-        return {**done, "resumed": True}
-    files.remove(stats_url, spec.storage_options)
+    table = _concat([backend_of(f).to_arrow(f) for f in frames])
+    rows = table.select([name for name in (*LOCATORS, *_CHECKS) if name in table.column_names]).to_pylist()
+    sources = dict(Counter(row["shard"] for row in rows))
+    check_sources(spec.folder, sources)
+    parquet = _to_parquet(table)
+    content = _content(parquet, sources, spec.source_options)
+    urls = {suffix: files.join(spec.folder, stem + suffix) for suffix in _SUFFIXES}
+    before = _read_stats(urls[_STATS], spec.storage_options)
+    present = [suffix for suffix in _SUFFIXES if files.exists(urls[suffix], spec.storage_options)]
+    if before is None and present:
+        raise WriteError(
+            f"{urls[present[0]]} is there, and was not written by this library: "
+            "choose another folder, or move the file away"
+        )
+    if resume and before is not None and before["content"] == content and {".tar", ".parquet"} <= set(present):
+        return {**before, "resumed": True}
+
     samples: list[shards.Sample] = []
-    sources: dict[str, int] = {}
-    with files.write_whole(files.join(spec.folder, f"{stem}.tar"), spec.storage_options) as file:
+    with files.write_whole(urls[".tar"], spec.storage_options) as file:
         sink = _Counted(file)
         with tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as tar:
             for row, members in zip(rows, _members(rows, spec.source_options), strict=True):
                 samples.append(_add(tar, row, members))
-                sources[row["shard"]] = sources.get(row["shard"], 0) + 1
-    with files.write_whole(files.join(spec.folder, f"{stem}.parquet"), spec.storage_options) as file:
-        pq.write_table(table.replace_schema_metadata(None), file, compression="zstd")
-    idx = shards.format_idx(samples)
-    idx_url = files.join(spec.folder, f"{stem}.idx")
-    if idx is None:
-        files.remove(idx_url, spec.storage_options)
-    else:
-        with files.write_whole(idx_url, spec.storage_options) as file:
-            file.write(idx.encode())
-    stats = {
-        "shard": f"{stem}.tar",
-        "count": len(rows),
-        "nbytes": sink.nbytes,
-        "sha256": sink.digest.hexdigest(),
-        "sources": sources,
-        "content": content,
-    }
-    # Last, because it is what says that the shard is finished.
-    with files.write_whole(stats_url, spec.storage_options) as file:
-        file.write(json.dumps(stats, indent=1, ensure_ascii=False).encode() + b"\n")
+        stats = {
+            "shard": f"{stem}.tar",
+            "count": len(rows),
+            "nbytes": sink.nbytes,
+            "sha256": sink.digest.hexdigest(),
+            "sources": sources,
+            "content": content,
+        }
+        # An older tar would seem to be the one that the new statistics speak of.
+        files.remove(urls[".tar"], spec.storage_options)
+        _write(urls[_STATS], json.dumps(stats, indent=1, ensure_ascii=False).encode() + b"\n", spec)
+        _write(urls[".parquet"], parquet, spec)
+        idx = shards.format_idx(samples)
+        if idx is None:
+            files.remove(urls[".idx"], spec.storage_options)
+        else:
+            _write(urls[".idx"], idx.encode(), spec)
     return {**stats, "resumed": False}
+
+
+def check_sources(folder: str, sources: Iterable[str]) -> None:
+    """Refuse to write over the shards that are read.
+
+    Parameters
+    ----------
+    folder : str
+        Where curated shards go.
+    sources : iterable of str
+        URLs of the shards that samples come from.
+
+    Raises
+    ------
+    WriteError
+        If one of them lies in the folder, under a name that a curated shard may get.
+    """
+    for url in sources:
+        parent, _, name = url.rpartition("/")
+        if _NAME.fullmatch(name) and _same_folder(parent, folder):
+            raise WriteError(f"{url} is read, and lies in the folder that is to be written: choose another folder")
+
+
+def files_there(folder: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    """Names of the files in a folder that are called like those of a curated shard, whoever wrote them."""
+    names = (url.rpartition("/")[2] for url in files.list_files(folder, "", storage_options))
+    return [name for name in names if _NAME.fullmatch(name)]
 
 
 def written_shards(folder: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
     """Stems of the finished curated shards in a folder, in order."""
-    suffix = "_stats.json"
-    names = (url.rpartition("/")[2] for url in files.list_files(folder, suffix, storage_options))
-    return sorted((n.removesuffix(suffix) for n in names if _OURS.fullmatch(n)), key=int)
+    there = set(files_there(folder, storage_options))
+    return [stem for stem in _ours(folder, there, storage_options) if stem + ".tar" in there]
 
 
 def remove_surplus(folder: str, count: int, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Remove finished shards of an earlier, larger selection; only such as this library wrote."""
-    surplus = [stem for stem in written_shards(folder, storage_options) if int(stem) >= count]
+    """Remove curated shards of an earlier, larger selection, finished or not; only such as this library wrote.
+
+    Parameters
+    ----------
+    folder : str
+        Where they are.
+    count : int
+        Shards that the selection has now.
+    storage_options : mapping, optional
+        For fsspec.
+
+    Returns
+    -------
+    list of str
+        Stems of the shards that were removed.
+    """
+    there = set(files_there(folder, storage_options))
+    surplus = [stem for stem in _ours(folder, there, storage_options) if int(stem) >= count]
     for stem in surplus:
-        for suffix in (".tar", ".parquet", ".idx", "_stats.json"):
+        for suffix in _SUFFIXES:  # the statistics last: they say whose the others are
             files.remove(files.join(folder, stem + suffix), storage_options)
     return surplus
+
+
+def _ours(folder: str, there: Iterable[str], storage_options: Mapping[str, Any] | None) -> list[str]:
+    stems = sorted((name.removesuffix(_STATS) for name in there if name.endswith(_STATS)), key=int)
+    return [s for s in stems if _read_stats(files.join(folder, s + _STATS), storage_options) is not None]
+
+
+def _read_stats(url: str, storage_options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Read a statistics file; None unless it is this library's (img2dataset calls its own the same)."""
+    try:
+        stats = json.loads(files.read_text(url, storage_options) or "null")
+    except ValueError:
+        return None
+    return stats if isinstance(stats, dict) and {"content", "sha256", "shard"} <= stats.keys() else None
+
+
+def _same_folder(a: str, b: str) -> bool:
+    if files.is_local(a) and files.is_local(b):
+        return files.local_path(a).resolve() == files.local_path(b).resolve()
+    (protocol_a, _, path_a), (protocol_b, _, path_b) = a.partition("://"), b.partition("://")
+    return protocol_a == protocol_b and path_a.strip("/") == path_b.strip("/")
+
+
+def _write(url: str, data: Any, spec: WriteSpec) -> None:
+    with files.write_whole(url, spec.storage_options) as file:
+        file.write(data)
 
 
 class _Counted(io.RawIOBase):
@@ -216,28 +315,33 @@ class _Counted(io.RawIOBase):
         return self._file.write(data)
 
 
-def _content(table: pa.Table, rows: list[dict[str, Any]], source_options: Mapping[str, Any]) -> str:
+def _concat(tables: list[pa.Table]) -> pa.Table:
+    """One table in one piece, whose bytes do not tell how the rows were cut into partitions."""
+    plain = []
+    for table in tables:
+        for i, column in enumerate(table.schema):
+            if pa.types.is_dictionary(column.type):
+                # Each partition of a categorical column may number its categories in another way.
+                values = table.column(i).cast(column.type.value_type)
+                table = table.set_column(i, column.with_type(values.type), values)
+        plain.append(table.replace_schema_metadata(None))
+    # A user's column that is all null in one partition has no type there.
+    return pa.concat_tables(plain, promote_options="permissive").combine_chunks()
+
+
+def _to_parquet(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _content(parquet: pa.Buffer, sources: Iterable[str], source_options: Mapping[str, Any]) -> str:
     """Hash of all that decides what the shard's files hold: the rows, and the versions of their sources."""
     digest = hashlib.sha256()
-    for url in dict.fromkeys(row["shard"] for row in rows):
+    for url in sources:
         digest.update(f"{url} {shards.fingerprint(url, source_options)}\n".encode())
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
-        writer.write_table(table.replace_schema_metadata(None).combine_chunks())
-    digest.update(sink.getvalue())
+    digest.update(parquet)
     return digest.hexdigest()
-
-
-def _finished(spec: WriteSpec, stem: str, content: str) -> dict[str, Any] | None:
-    text = files.read_text(files.join(spec.folder, f"{stem}_stats.json"), spec.storage_options)
-    try:
-        stats = json.loads(text) if text else None
-    except ValueError:
-        return None
-    if not isinstance(stats, dict) or stats.get("content") != content:
-        return None
-    present = all(files.exists(files.join(spec.folder, stem + s), spec.storage_options) for s in (".tar", ".parquet"))
-    return stats if present else None
 
 
 def _members(rows: list[dict[str, Any]], source_options: Mapping[str, Any]) -> Iterator[list[tuple[str, bytes]]]:
@@ -258,27 +362,25 @@ def _members(rows: list[dict[str, Any]], source_options: Mapping[str, Any]) -> I
 
 def _parse(row: dict[str, Any], data: bytes) -> list[tuple[str, bytes]]:
     """Members of one sample out of its extent, in which other samples' members may lie between."""
-    where = f"{row['shard']}, bytes {row['sample_offset']:,} to {row['sample_offset'] + row['sample_nbytes']:,}"
-    out: dict[str, tuple[str, bytes]] = {}
-    if row["sample_nbytes"] > 0 and len(data) == row["sample_nbytes"]:
-        try:
-            with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-                for info in tar:
-                    parts = shards.split_name(info.name) if info.isreg() else None
-                    if parts is None or parts[0] != row["key"]:
-                        continue
-                    if parts[1] in out:
-                        break
-                    content = tar.extractfile(info)
-                    assert content is not None
-                    out[parts[1]] = (info.name, content.read())
-        except tarfile.TarError as err:
-            raise WriteError(
-                f"the sample {row['key']!r} is no longer at {where}: {err}. Score the shard again."
-            ) from err
-    if not out:
-        raise WriteError(f"the sample {row['key']!r} is not at {where}. The shard was changed: score it again.")
-    return list(out.values())
+    index = shards.index_tar(io.BytesIO(data))
+    sample = index.samples[0] if index.samples else None
+    wrong = None
+    if sample is None or index.error is not None:
+        wrong = index.error
+    elif sample.key != row["key"]:
+        wrong = f"{sample.key!r} is there"
+    elif sample.offset != 0 or sample.end != row["sample_nbytes"]:
+        wrong = "its members have other sizes"
+    elif row.get("sha256") is not None and "nbytes" in row and "offset" in row:
+        start = row["offset"] - row["sample_offset"]
+        if hashlib.sha256(data[start : start + row["nbytes"]]).hexdigest() != row["sha256"]:
+            wrong = "its image has another sha256"
+    if sample is None or wrong is not None:
+        where = f"{row['shard']}, bytes {row['sample_offset']:,} to {row['sample_offset'] + row['sample_nbytes']:,}"
+        raise WriteError(
+            f"the sample {row['key']!r} is not as it was at {where}: {wrong}. The shard was changed: score it again."
+        )
+    return [(m.name, data[m.offset : m.offset + m.nbytes]) for m in sample.members]
 
 
 def _add(tar: tarfile.TarFile, row: dict[str, Any], members: list[tuple[str, bytes]]) -> shards.Sample:

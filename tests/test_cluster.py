@@ -1,0 +1,94 @@
+"""start_client: worker processes on this machine, or a scheduler that runs already."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import psutil
+import pytest
+
+import dask_imgcurator as dic
+
+
+def threads() -> tuple[int, str | None]:
+    import torch
+
+    return torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_workers_times_threads_is_cores(n_workers: int) -> None:
+    from dask.system import CPU_COUNT
+
+    with dic.start_client(n_workers=n_workers, backend="pandas") as client:
+        found = client.run(threads)
+        pids = list(client.run(os.getpid).values())
+        assert len(found) == n_workers
+        for count, setting in found.values():
+            assert count == max(1, CPU_COUNT // n_workers) == int(setting)
+        assert os.getpid() not in pids
+    # Leaving the block ends the processes too.
+    _, alive = psutil.wait_procs([psutil.Process(p) for p in pids if psutil.pid_exists(p)], timeout=10)
+    assert not alive
+
+
+def test_close_ends_the_cluster() -> None:
+    client = dic.start_client(n_workers=1, backend="pandas")
+    (pid,) = client.run(os.getpid).values()
+    client.close()
+    if psutil.pid_exists(pid):
+        psutil.Process(pid).wait(timeout=10)
+
+
+@pytest.fixture
+def scheduler(tmp_path: Any) -> Any:
+    """A scheduler and a worker as processes of their own, the way a cluster has them."""
+    processes = []
+
+    def run(module: str, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", module, *arguments]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        processes.append(process)
+        return process
+
+    first = run("distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard", "--host", "127.0.0.1")
+    address = ""
+    assert first.stderr is not None
+    for line in first.stderr:
+        if "Scheduler at:" in line:
+            address = line.split()[-1]
+            break
+    run("distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard")
+    yield address
+    for process in processes[::-1]:
+        process.terminate()
+    for process in processes:
+        process.wait(timeout=20)
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def test_scheduler_that_runs_already(scheduler: str, tmp_path: Any) -> None:
+    from dask_imgcurator.samples import make_sample_shards
+
+    made = make_sample_shards(tmp_path / "samples", count=24, per_shard=12)
+    result = dic.curate([str(p) for p in made.shards], tmp_path / "run", model="starter", scheduler=scheduler)
+    assert result.samples == 24
+    # It is still there: it was not ours to end.
+    with dic.start_client(scheduler=scheduler) as client:
+        assert client.submit(sum, [1, 2]).result() == 3
+
+
+def test_nothing_answers() -> None:
+    with pytest.raises(OSError, match="127\\.0\\.0\\.1:1"):
+        dic.start_client(scheduler="tcp://127.0.0.1:1")
+
+
+def test_options_of_a_new_cluster_do_not_go_with_a_scheduler() -> None:
+    with pytest.raises(ValueError, match="n_workers"):
+        dic.start_client(2, scheduler="tcp://127.0.0.1:8786")
+    with pytest.raises(ValueError, match="at least 1"):
+        dic.start_client(0)

@@ -1,0 +1,345 @@
+"""The whole job: results, resume, provenance, naming, interruption; on real worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+import dask_imgcurator as dic
+from dask_imgcurator import job, score, shards
+from dask_imgcurator.samples import SampleShards, make_sample_shards
+
+WHERE = "aesthetic_score >= 5 and width >= 160"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> SampleShards:
+    return make_sample_shards(tmp_path_factory.mktemp("samples"), count=72, per_shard=24)
+
+
+@pytest.fixture(scope="module")
+def client() -> Any:
+    with dic.start_client(n_workers=2, backend="pandas") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def finished(made: SampleShards, client: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, job.RunResult]:
+    out = tmp_path_factory.mktemp("run")
+    result = dic.curate([str(p) for p in made.shards], out, where=WHERE, model="starter", client=client, max_count=10)
+    return out, result
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Hash of every file in a folder."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def score_tables(folder: Path) -> pd.DataFrame:
+    return dic.read_scores(folder, backend="pandas").compute(scheduler="synchronous")
+
+
+def source_members(paths: list[Path]) -> dict[str, dict[str, bytes]]:
+    """Every sample's members by name, read with Python's tarfile alone."""
+    out: dict[str, dict[str, bytes]] = {}
+    for path in paths:
+        with tarfile.open(path) as tar:
+            for info in tar:
+                if info.isfile():
+                    key = info.name.partition(".")[0]
+                    out.setdefault(key, {})[info.name] = tar.extractfile(info).read()  # type: ignore[union-attr]
+    return out
+
+
+def test_every_sample_is_accounted_for_once(finished: tuple[Path, job.RunResult], made: SampleShards) -> None:
+    out, result = finished
+    table = score_tables(out / "scores")
+    assert sorted(table["key"]) == sorted(made.manifest)
+    expected = {key: entry["decodable"] for key, entry in made.manifest.items()}
+    assert {k: s == "ok" for k, s in zip(table["key"], table["status"], strict=True)} == expected
+    assert result.samples == len(made.manifest)
+    assert sum(result.by_status.values()) == result.samples
+
+
+def test_kept_samples_are_those_of_the_expression_byte_for_byte(
+    finished: tuple[Path, job.RunResult], made: SampleShards
+) -> None:
+    out, result = finished
+    table = score_tables(out / "scores")
+    keep = (table["status"] == "ok") & (table["aesthetic_score"] >= 5) & (table["width"] >= 160).fillna(False)
+    expected = table["key"][keep].tolist()
+    assert 0 < len(expected) < len(table)
+    source = source_members(list(made.shards))
+    written: list[str] = []
+    for path in sorted((out / "shards").glob("*.tar")):
+        for key, members in source_members([path]).items():
+            written.append(key)
+            assert members == source[key]
+    # In input order.
+    assert written == expected
+    assert result.kept == len(expected)
+    assert [s["count"] for s in result.written] == [10] * (len(expected) // 10) + (
+        [len(expected) % 10] if len(expected) % 10 else []
+    )
+
+
+def test_funnel_counts_each_condition_alone_and_in_sequence(finished: tuple[Path, job.RunResult]) -> None:
+    out, result = finished
+    table = score_tables(out / "scores")
+    ok = table[table["status"] == "ok"]
+    good, wide = ok["aesthetic_score"] >= 5, ok["width"] >= 160
+    assert [(s["condition"], s["alone"], s["left"]) for s in result.funnel] == [
+        ("aesthetic_score >= 5", good.sum(), good.sum()),
+        ("width >= 160", wide.sum(), (good & wide).sum()),
+    ]
+
+
+def test_record_says_what_was_run(finished: tuple[Path, job.RunResult]) -> None:
+    out, result = finished
+    record = json.loads((out / "run.json").read_text())
+    assert record["arguments"]["where"] == WHERE
+    assert record["kept"] == result.kept
+    assert any("preview" in note for note in record["notes"])
+    assert record["provenance"]["encoder"]["model"] == "starter"
+    assert len(record["provenance"]["encoder"]["backbone_sha256"]) == 64
+
+
+def test_provenance_stands_in_the_parquet_footer(finished: tuple[Path, job.RunResult], made: SampleShards) -> None:
+    out, _ = finished
+    schema = pq.read_schema(out / "scores" / "00000.parquet")
+    provenance = json.loads(schema.metadata[b"imgcurator"])
+    assert provenance["shard"] == str(made.shards[0])
+    assert set(provenance["heads"]) == {"aesthetic_score", "nsfw_score"}
+    assert {"dask_imgcurator", "torch"} <= set(provenance["versions"])
+
+
+def test_second_run_takes_everything_over(
+    finished: tuple[Path, job.RunResult], made: SampleShards, client: Any
+) -> None:
+    out, first = finished
+    before = {p: p.stat().st_mtime_ns for p in (out / "scores").iterdir()} | {
+        p: p.stat().st_mtime_ns for p in (out / "shards").iterdir()
+    }
+    again = dic.curate([str(p) for p in made.shards], out, where=WHERE, model="starter", client=client, max_count=10)
+    assert (again.shards_scored, again.shards_taken_over) == (0, len(made.shards))
+    assert all(s["resumed"] for s in again.written)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert again.kept == first.kept
+
+
+@pytest.fixture
+def copy(finished: tuple[Path, job.RunResult], tmp_path: Path) -> Path:
+    """A copy of the finished run, to be spoiled."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    return out
+
+
+def test_missing_and_damaged_score_files_are_made_again(
+    copy: Path, finished: Any, made: SampleShards, client: Any
+) -> None:
+    (copy / "scores" / "00000.parquet").unlink()
+    damaged = copy / "scores" / "00001.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    result = dic.curate([str(p) for p in made.shards], copy, where=WHERE, model="starter", client=client, max_count=10)
+    assert (result.shards_scored, result.shards_taken_over) == (2, 1)
+    assert tree(copy / "scores") == tree(finished[0] / "scores")
+    assert tree(copy / "shards") == tree(finished[0] / "shards")
+
+
+def test_another_dtype_recomputes(copy: Path, made: SampleShards, client: Any) -> None:
+    result = dic.score_shards(str(made.shards[0]), copy / "scores", model="starter", dtype="bfloat16", client=client)
+    assert (result.shards_scored, result.shards_taken_over) == (1, 0)
+    assert score.file_provenance(str(copy / "scores" / "00000.parquet"))["encoder"]["dtype"] == "bfloat16"  # type: ignore[index]
+
+
+def test_changed_shard_is_scored_again(made: SampleShards, client: Any, tmp_path: Path) -> None:
+    shard = tmp_path / "00000.tar"
+    shutil.copy(made.shards[0], shard)
+    first = dic.score_shards(shard, tmp_path / "scores", model="starter", client=client)
+    shutil.copy(made.shards[1], shard)
+    second = dic.score_shards(shard, tmp_path / "scores", model="starter", client=client)
+    assert (first.shards_scored, second.shards_scored) == (1, 1)
+    index = shards.index_shard(str(made.shards[1]))
+    assert score_tables(tmp_path / "scores")["key"].tolist() == [s.key for s in index.samples]
+
+
+def test_no_resume_recomputes(copy: Path, made: SampleShards, client: Any) -> None:
+    result = dic.score_shards(str(made.shards[0]), copy / "scores", model="starter", client=client, resume=False)
+    assert (result.shards_scored, result.shards_taken_over) == (1, 0)
+
+
+def test_shards_of_one_stem_do_not_collide(made: SampleShards, client: Any, tmp_path: Path) -> None:
+    for folder, source in (("a", made.shards[0]), ("b", made.shards[1])):
+        (tmp_path / folder).mkdir()
+        shutil.copy(source, tmp_path / folder / "00000.tar")
+    urls = [str(tmp_path / f / "00000.tar") for f in "ab"]
+    out = tmp_path / "run"
+    result = dic.curate(urls, out, model="starter", client=client)
+    assert result.samples == 48
+    files = sorted((out / "scores").glob("*.parquet"))
+    assert len(files) == 2
+    assert {score.file_provenance(str(f))["shard"] for f in files} == set(urls)  # type: ignore[index]
+    # The names stay when the order changes or a shard joins later: nothing is computed twice.
+    assert dic.score_shards(urls[::-1], out / "scores", model="starter", client=client).shards_taken_over == 2
+    alone = tmp_path / "alone"
+    dic.score_shards(urls[1], alone, model="starter", client=client)
+    both = dic.score_shards(urls, alone, model="starter", client=client)
+    assert (both.shards_scored, both.shards_taken_over) == (1, 1)
+    assert len(list(alone.glob("*.parquet"))) == 2
+
+
+def test_damaged_and_missing_shards_are_reported_and_the_rest_goes_on(
+    made: SampleShards, client: Any, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(made.shards[0].read_bytes()[:200_000])
+    urls = [str(cut), str(tmp_path / "missing.tar"), str(made.shards[1])]
+    result = dic.curate(urls, tmp_path / "run", model="starter", client=client)
+    assert result.by_status["read_error"] == 2
+    table = score_tables(tmp_path / "run" / "scores")
+    whole = [s.key for s in shards.index_shard(str(cut)).samples]
+    assert table["key"][(table["shard"] == str(cut)) & (table["status"] != "read_error")].tolist() == whole
+    assert result.kept == (table["status"] == "ok").sum()
+
+
+def test_another_selection_replaces_the_curated_shards(copy: Path, made: SampleShards, client: Any) -> None:
+    before = len(list((copy / "shards").glob("*.tar")))
+    urls = [str(p) for p in made.shards]
+    result = dic.curate(urls, copy, where="aesthetic_score >= 6.5", model="starter", client=client, max_count=10)
+    assert result.shards_scored == 0
+    names = sorted(p.name for p in (copy / "shards").glob("*.tar"))
+    assert names == [s["shard"] for s in result.written]
+    assert len(names) < before
+
+
+def test_select_then_write_equals_curate(finished: tuple[Path, job.RunResult], client: Any, tmp_path: Path) -> None:
+    out, result = finished
+    selection = dic.select_rows(out / "scores", tmp_path / "selected", WHERE, client=client)
+    assert selection.kept == result.kept
+    assert score_tables(tmp_path / "selected")["aesthetic_score"].min() >= 5
+    _, written = dic.write_selection(tmp_path / "selected", tmp_path / "shards", max_count=10, client=client)
+    assert tree(tmp_path / "shards") == tree(out / "shards")
+    assert [s["sha256"] for s in written] == [s["sha256"] for s in result.written]
+
+
+def test_a_mistake_in_the_expression_is_told_before_anything_is_done(made: SampleShards, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="aesthetic_score"):
+        dic.curate(str(made.shards[0]), tmp_path / "run", where="aesthetic_scor > 5", model="starter")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_head_weights_stop_the_run_with_a_remedy(made: SampleShards, client: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    wrong = tmp_path / "empty" / "sa_0_4_vit_b_32_linear.pth"
+    wrong.write_bytes(b"not the published file")
+    with pytest.raises(job.JobError, match="sha256"):
+        dic.score_shards(
+            str(made.shards[0]), tmp_path / "scores", model="starter", aesthetic_head="aesthetic-v1-b32",
+            weights_dir=tmp_path / "empty", client=client,
+        )  # fmt: skip
+
+
+def test_choose_heads_by_model() -> None:
+    monitor = job.Monitor()
+    names = {
+        model: [u.head for u in job.choose_heads(model, "openai", "auto", "auto", None, monitor)]
+        for model in ("ViT-L-14", "ViT-B-32", "ViT-B-16", "starter")
+    }
+    assert names == {
+        "ViT-L-14": ["aesthetic-v2-l14", "nsfw-l14"],
+        "ViT-B-32": ["aesthetic-v1-b32", "nsfw-b32"],
+        "ViT-B-16": ["aesthetic-v1-b16"],
+        "starter": ["aesthetic-starter", "nsfw-starter"],
+    }
+    assert any("ViT-B-16" in note for note in monitor.notes)
+    assert job.choose_heads("ViT-L-14", "openai", "none", "none", None, monitor) == ()
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------
+
+
+def start(arguments: list[str], **kwargs: Any) -> subprocess.Popen[str]:
+    code = "from dask_imgcurator.cli import main; main()"
+    # A session of its own stands for the terminal: Ctrl-C goes to all of its processes.
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs,
+    )  # fmt: skip
+
+
+def wait_for(condition: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_leaves_nothing_half_and_goes_on(signal_: int, client: Any, tmp_path: Path) -> None:
+    made = make_sample_shards(tmp_path / "samples", count=160, per_shard=16)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    # As many workers as the client below has: the number of threads may change a score's last bits.
+    arguments = ["curate", str(made.folder / "*.tar"), "--model", "starter", "--where", WHERE, "--n-workers", "2"]
+    process = start([*arguments, "--out", str(out)])
+    wait_for(lambda: len(list(out.glob("scores/*.parquet"))) >= 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    if signal_ == signal.SIGINT:
+        os.killpg(process.pid, signal_)
+    else:
+        process.send_signal(signal_)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    done = sorted(p.name for p in (out / "scores").iterdir())
+    assert 2 <= len(done) < 10
+    assert all(name.endswith(".parquet") and not name.startswith(".") for name in done)
+    for name in done:
+        pq.read_table(out / "scores" / name)
+
+    again = dic.curate(str(made.folder / "*.tar"), out, where=WHERE, model="starter", client=client)
+    straight = dic.curate(str(made.folder / "*.tar"), whole, where=WHERE, model="starter", client=client)
+    assert again.shards_taken_over == len(done)
+    assert straight.shards_taken_over == 0
+    assert tree(out / "scores") == tree(whole / "scores")
+    assert tree(out / "shards") == tree(whole / "shards")
+
+
+def test_killed_worker_costs_no_finished_work(made: SampleShards, tmp_path: Path) -> None:
+    """A worker process that dies is replaced, its shard is done again, and every sample is there once."""
+    with dic.start_client(n_workers=1, backend="pandas") as client:
+
+        (pid,) = client.run(os.getpid).values()
+
+        class Killer(job.Monitor):
+            killed = False
+
+            def progress(self, state: job.Progress) -> None:
+                if state.images and not self.killed:
+                    self.killed = True
+                    os.kill(pid, signal.SIGKILL)
+
+        monitor = Killer()
+        urls = [str(p) for p in made.shards]
+        result = dic.score_shards(urls, tmp_path / "scores", model="starter", client=client, monitor=monitor)
+    assert monitor.killed
+    assert result.shards_scored == len(made.shards)
+    assert sorted(score_tables(tmp_path / "scores")["key"]) == sorted(made.manifest)
