@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from .job import Monitor, RunResult, Selection
+    from .job import RunResult, Selection
+    from .monitor import Monitor
 
 __all__ = ["cli", "main"]
 
@@ -43,7 +44,7 @@ class _Failure(click.ClickException):
 def _plain_errors() -> Iterator[None]:
     """Turn the errors that a user can mend into a line and an exit code."""
     from .backend import BackendError
-    from .job import JobError
+    from .runner import JobError
     from .weights import WeightsError
     from .write import WriteError
 

@@ -11,13 +11,13 @@ from distributed import Client
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-from . import job
+from . import monitor
 
 __all__ = ["make_monitor"]
 
 
 @contextlib.contextmanager
-def make_monitor(console: Console) -> Iterator[job.Monitor]:
+def make_monitor(console: Console) -> Iterator[monitor.Monitor]:
     """Make a monitor that draws a live line where the console is a terminal, and prints lines elsewhere."""
     if not console.is_terminal or console.quiet:
         yield _Lines(console)
@@ -32,7 +32,7 @@ def make_monitor(console: Console) -> Iterator[job.Monitor]:
         yield _Live(console, progress)
 
 
-class _Lines(job.Monitor):
+class _Lines(monitor.Monitor):
     """Notes and phases, a line each."""
 
     def __init__(self, console: Console) -> None:
@@ -82,7 +82,7 @@ class _Live(_Lines):
         super().scoring(total, taken_over)
         self._step("scoring")
 
-    def progress(self, state: job.Progress) -> None:
+    def progress(self, state: monitor.Progress) -> None:
         assert self._task is not None
         seconds = time.monotonic() - self._begin
         rate = state.images / seconds if seconds > 0 else 0.0

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import dask_imgcurator as dic
-from dask_imgcurator import job, score, shards
+from dask_imgcurator import job, planning, runner, score, shards
+from dask_imgcurator.monitor import Monitor, Progress
 from dask_imgcurator.samples import SampleShards, make_sample_shards
 
 WHERE = "aesthetic_score >= 5 and width >= 160"
@@ -247,7 +248,7 @@ def test_missing_head_weights_stop_the_run_with_a_remedy(made: SampleShards, cli
     (tmp_path / "empty").mkdir()
     wrong = tmp_path / "empty" / "sa_0_4_vit_b_32_linear.pth"
     wrong.write_bytes(b"not the published file")
-    with pytest.raises(job.JobError, match="sha256"):
+    with pytest.raises(runner.JobError, match="sha256"):
         dic.score_shards(
             str(made.shards[0]), tmp_path / "scores", model="starter", aesthetic_head="aesthetic-v1-b32",
             weights_dir=tmp_path / "empty", client=client,
@@ -255,9 +256,9 @@ def test_missing_head_weights_stop_the_run_with_a_remedy(made: SampleShards, cli
 
 
 def test_choose_heads_by_model() -> None:
-    monitor = job.Monitor()
+    monitor = Monitor()
     names = {
-        model: [u.head for u in job.choose_heads(model, "openai", "auto", "auto", None, monitor)]
+        model: [u.head for u in planning.choose_heads(model, "openai", "auto", "auto", None, monitor)]
         for model in ("ViT-L-14", "ViT-B-32", "ViT-B-16", "starter")
     }
     assert names == {
@@ -267,7 +268,7 @@ def test_choose_heads_by_model() -> None:
         "starter": ["aesthetic-starter", "nsfw-starter"],
     }
     assert any("ViT-B-16" in note for note in monitor.notes)
-    assert job.choose_heads("ViT-L-14", "openai", "none", "none", None, monitor) == ()
+    assert planning.choose_heads("ViT-L-14", "openai", "none", "none", None, monitor) == ()
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------
@@ -326,13 +327,12 @@ def test_interrupted_run_leaves_nothing_half_and_goes_on(signal_: int, client: A
 def test_killed_worker_costs_no_finished_work(made: SampleShards, tmp_path: Path) -> None:
     """A worker process that dies is replaced, its shard is done again, and every sample is there once."""
     with dic.start_client(n_workers=1, backend="pandas") as client:
-
         (pid,) = client.run(os.getpid).values()
 
-        class Killer(job.Monitor):
+        class Killer(Monitor):
             killed = False
 
-            def progress(self, state: job.Progress) -> None:
+            def progress(self, state: Progress) -> None:
                 if state.images and not self.killed:
                     self.killed = True
                     os.kill(pid, signal.SIGKILL)

@@ -4,28 +4,47 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
-
-#: What each notebook leaves in its folder; a notebook that is not named here has no check of its results yet.
-LEAVES = {
-    "quickstart.ipynb": [
-        "by_hand/00000.tar",
-        "run/scores/00000.parquet",
-        "run/shards/00000.tar",
-        "run/report.html",
-        "run/run.json",
-        "stricter/00000.tar",
-    ]
-}
+COUNT = 96
 
 
-def test_there_are_notebooks_and_each_has_its_checks() -> None:
-    assert {path.name for path in NOTEBOOKS} == LEAVES.keys()
+def members(folder: Path) -> dict[str, bytes]:
+    """Names and bytes of all files in a folder's tars."""
+    found: dict[str, bytes] = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for info in tar:
+                file = tar.extractfile(info)
+                assert file is not None
+                found[info.name] = file.read()
+    return found
+
+
+def check_quickstart(data: Path) -> None:
+    """Both ways keep the same samples, unchanged; the stricter cut keeps fewer."""
+    source, by_hand, in_one_call, stricter = (
+        members(data / folder) for folder in ("samples", "by_hand", "run/shards", "stricter")
+    )
+    captions = [name for name in by_hand if name.endswith(".txt")]
+    assert COUNT / 4 < len(captions) < COUNT / 1.5
+    assert by_hand == in_one_call
+    assert by_hand.items() < source.items()
+    assert 0 < len(stricter) < len(by_hand)
+    assert stricter.items() < source.items()
+    assert len(list((data / "run" / "scores").glob("*.parquet"))) == len(list((data / "samples").glob("*.tar")))
+    assert json.loads((data / "run" / "run.json").read_text())["kept"] == len(captions)
+    assert (data / "run" / "report.html").is_file()
+
+
+CHECKS = {"quickstart.ipynb": check_quickstart}
+
+
+def test_every_notebook_has_its_check() -> None:
+    assert {path.name for path in NOTEBOOKS} == CHECKS.keys()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -36,29 +55,20 @@ def test_committed_without_outputs(path: Path) -> None:
     for cell in code:
         assert cell["outputs"] == [], "clear all outputs before committing"
         assert cell["execution_count"] is None, "clear all outputs before committing"
-        assert "execution" not in cell["metadata"]  # times of a run
+        assert "execution" not in cell["metadata"], "clear the cells' times before committing"
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
 
 
-@pytest.fixture
-def no_leftover_loop() -> Iterator[None]:
-    """Keep nbclient's event loop from being taken for this process's own afterwards."""
-    import asyncio
-
-    yield
-    asyncio.set_event_loop(None)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-@pytest.mark.usefixtures("no_leftover_loop")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbformat = pytest.importorskip("nbformat", reason="the notebook extra is not installed")
-    nbclient = pytest.importorskip("nbclient", reason="the notebook extra is not installed")
-    for module in ("matplotlib", "ipykernel", "webdataset", "skimage", "sklearn"):
-        pytest.importorskip(module)
-    monkeypatch.setenv("IMGCURATOR_COUNT", "96")
-    monkeypatch.setenv("IMGCURATOR_FOLDER", str(tmp_path / "data"))
+    for module in ("nbformat", "nbclient", "ipykernel", "matplotlib", "webdataset", "skimage", "sklearn"):
+        pytest.importorskip(module, reason=f"{module} is not installed (the extras notebook and demo, webdataset)")
+    import nbclient
+    import nbformat
+
+    data = tmp_path / "data"
+    monkeypatch.setenv("IMGCURATOR_COUNT", str(COUNT))
+    monkeypatch.setenv("IMGCURATOR_FOLDER", str(data))
     notebook = nbformat.read(path, as_version=4)
     # A cell that raises ends the run with nbclient's CellExecutionError, which shows the cell and its traceback.
     nbclient.NotebookClient(
@@ -67,16 +77,5 @@ def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
-
-    data = tmp_path / "data"
-    assert not [name for name in LEAVES[path.name] if not (data / name).is_file()]
-    assert [p.name for p in tmp_path.iterdir()] == ["data"]  # and nothing beside it
-
-
-def members(path: Path) -> dict[str, bytes]:
-    with tarfile.open(path) as tar:
-        return {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-def _placeholder() -> None: ...
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]  # nothing is left beside it
+    CHECKS[path.name](data)

@@ -1,0 +1,71 @@
+"""What a run tells while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["Monitor", "Progress"]
+
+
+@dataclass
+class Progress:
+    """Counts of the shards that this run scores.
+
+    Attributes
+    ----------
+    images, errors : int
+        Rows done, and of these failed.
+    kept, decided : int
+        Rows that the filter keeps, and rows of the finished shards that it has seen.
+    expected : int
+        Estimate of all rows: those of the shards that were opened, and their mean for the others.
+    shards, total_shards : int
+        Finished, and in all.
+    """
+
+    images: int = 0
+    errors: int = 0
+    kept: int = 0
+    decided: int = 0
+    expected: int = 0
+    shards: int = 0
+    total_shards: int = 0
+
+
+class Monitor:
+    """What a run tells while it goes on; the command line shows it. Every method may be overridden.
+
+    `progress` is also called from the client's event loop: it must be quick, and must not wait for the cluster.
+
+    Attributes
+    ----------
+    notes : list of str
+        What the user was told; goes into the run's record.
+    """
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+        self.notes.append(text)
+
+    def started(self, client: Client) -> None:
+        """The cluster is there."""
+
+    def scoring(self, total: int, taken_over: int) -> None:
+        """Scoring begins: shards in all, and those that an earlier run has finished."""
+
+    def progress(self, state: Progress) -> None:
+        """Images were done."""
+
+    def writing(self, total: int) -> None:
+        """Writing begins: curated shards in all."""
+
+    def wrote(self, shard: Mapping[str, Any]) -> None:
+        """A curated shard was written or taken over."""

@@ -1,0 +1,105 @@
+"""Run many tasks on a cluster: a window of them at a time, with dead workers survived and nothing left behind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from distributed import Client, as_completed
+from distributed.scheduler import KilledWorker
+
+from . import files
+from .cluster import start_client
+from .monitor import Monitor
+
+__all__ = ["JobError", "lend_client", "run_tasks"]
+
+
+class JobError(RuntimeError):
+    """The run could not finish; what is finished is kept."""
+
+
+def run_tasks(
+    client: Client, jobs: Iterable[tuple[str, tuple[Any, ...]]], function: Callable[..., Any], what: str
+) -> Iterator[tuple[str, Any]]:
+    """Run tasks, a window of them at a time, and yield name and result as each is done.
+
+    A task whose worker died more often than Dask allows is set aside, and the others go on; any other error of a task
+    stops the run, since it would meet the others too (a full disk, a missing file).
+
+    Raises
+    ------
+    JobError
+        After the last task, if some were set aside; at once for other errors.
+    """
+    waiting = iter(jobs)
+    names: dict[str, str] = {}
+    running = as_completed()
+    lost: list[str] = []
+
+    def submit() -> None:
+        for name, arguments in waiting:
+            future = client.submit(function, *arguments, pure=False)
+            names[future.key] = name
+            running.add(future)
+            return
+
+    # Enough in the queue to keep all workers busy, few enough that 100,000 shards do not sit in the scheduler.
+    window = 2 * max(1, sum(client.nthreads().values())) + 2
+    for _ in range(window):
+        submit()
+    try:
+        for future in running:
+            name = names.pop(future.key)
+            error = future.exception() if future.status == "error" else None
+            if future.status == "cancelled":
+                raise JobError(f"the cluster went away while {what} {name}")
+            if isinstance(error, KilledWorker):
+                lost.append(name)
+            elif error is not None:
+                raise JobError(f"{what} {name}: {type(error).__name__}: {error}") from error
+            else:
+                yield name, future.result()
+            submit()
+    finally:
+        client.cancel(list(running.futures), force=True)
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise JobError(
+            f"the workers that were {what} {lost[0]}{more} died again and again (out of memory, or a crash in a native "
+            "library); all others are finished. A smaller --batch-size or fewer --n-workers may help."
+        )
+
+
+@contextmanager
+def lend_client(
+    client: Client | None,
+    scheduler: str | None,
+    n_workers: int | None,
+    backend: str,
+    folders: Sequence[str],
+    monitor: Monitor,
+) -> Iterator[Client]:
+    """Lend a client: the caller's, the scheduler's, or that of a new cluster, which is ended afterwards."""
+    if client is not None:
+        monitor.started(client)
+        yield client
+        return
+    own = scheduler is None
+    if own:
+        # With a cluster of our own, nobody else is writing here.
+        for folder in folders:
+            files.remove_partial(folder)
+    # Dask would print the traceback of every failed task; what went wrong is told by `JobError`.
+    options: dict[str, Any] = {"backend": backend, "silence_logs": logging.CRITICAL} if own else {}
+    started = start_client(n_workers, scheduler=scheduler, **options)
+    try:
+        monitor.started(started)
+        yield started
+    finally:
+        started.close()
+        if own:
+            for folder in folders:
+                files.remove_partial(folder)

@@ -1,0 +1,153 @@
+"""What runs on the workers: each function here is the whole of one task."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from distributed import get_worker
+
+from . import collection, filters, heads, score, write
+from .backend import get_backend
+from .models import load_encoder
+from .schema import COLUMNS, kind_of
+
+__all__ = ["ScorePlan", "describe", "locate_kept", "score_shard", "select", "select_file", "write_kept"]
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """What is done to each shard; travels to the workers."""
+
+    read: score.ReadSpec
+    embed: score.EmbedSpec
+    heads: tuple[score.HeadUse, ...]
+    where: str | None = None
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Columns of the score table and their kinds."""
+        names = [*self.read.schema.names, *self.embed.schema.names, *(u.column for u in self.heads)]
+        fields = dict(self.read.fields)
+        types = {n: COLUMNS[n].type if n in COLUMNS else score.FIELD_TYPES[fields[n]] for n in dict.fromkeys(names)}
+        return {name: kind_of(type_) for name, type_ in types.items()}
+
+
+def describe(plan: ScorePlan) -> dict[str, Any]:
+    """Load all that a plan needs, on a worker, and return the provenance of what it will make there."""
+    import torch
+
+    from . import __version__
+
+    backend = get_backend(plan.read.backend)
+    encoder = load_encoder(plan.embed.encoder, backend.device)
+    used = {}
+    for use in plan.heads:
+        spec = heads.resolve(use.kind, use.head, encoder.width)
+        heads.load_head(spec, use.weights_dir, backend.device, use.round_to)
+        used[use.column] = {**heads.provenance(spec), "round_to": use.round_to}
+    decoder = score.settle_decoder(plan.embed.decoder)
+    versions = {"dask_imgcurator": __version__, "torch": torch.__version__}
+    if decoder == "dali":
+        import nvidia.dali
+
+        versions["dali"] = nvidia.dali.__version__
+    return {
+        "encoder": encoder.provenance,
+        "heads": used,
+        "decode": {
+            "decoder": decoder,
+            "device": backend.decoder_device,
+            "max_pixels": plan.embed.max_pixels,
+            "adjust_orientation": plan.embed.adjust_orientation,
+        },
+        "read": {"caption": plan.read.caption, "fields": dict(plan.read.fields)},
+        "versions": versions,
+    }
+
+
+def score_shard(url: str, target: str, plan: ScorePlan, provenance: Mapping[str, Any], topic: str) -> dict[str, Any]:
+    """Score one shard into one Parquet file; a task."""
+    worker = get_worker()
+    frame = score.index_partition((url,), plan.read)
+    counts: dict[str, Any] = {"shard": url, "rows": len(frame), "done": 0, "errors": 0}
+    worker.log_event(topic, counts.copy())
+
+    def progress(done: int, errors: int) -> None:
+        counts["done"] += done
+        counts["errors"] += errors
+        worker.log_event(topic, counts.copy())
+
+    frame = score.embed_partition(frame, plan.embed, progress)
+    for use in plan.heads:
+        frame = score.score_partition(frame, use)
+    backend = get_backend(plan.read.backend)
+    metadata = {score.METADATA_KEY: json.dumps(provenance, sort_keys=True)}
+    backend.write_parquet(frame, target, metadata, plan.storage_options)
+    kept = select(frame, plan.where)
+    return {**counts, "errors": len(frame) - _ok(frame), "kept": len(kept)}
+
+
+def _ok(frame: Any) -> int:
+    return int((frame["status"] == "ok").sum())
+
+
+def select(frame: Any, where: str | None) -> Any:
+    """Rows that are ``ok`` and that the expression keeps."""
+    if "status" in frame.columns:
+        frame = frame[frame["status"] == "ok"]
+    return filters.filter_frame(frame, where) if where else frame
+
+
+def locate_kept(url: str, where: str | None, spec: score.ScoreFiles) -> dict[str, Any]:
+    """Count what a score file's rows come to, and say which of them are kept; a task."""
+    kinds = {**{n: kind_of(t) for n, t in _types(url, spec)}}
+    parsed = filters.parse_where(where, kinds) if where else None
+    wanted = [n for n in ("key", "sample_nbytes", "status") if n in kinds]
+    columns = tuple(dict.fromkeys([*wanted, *(parsed.columns if parsed else ())]))
+    frame = score.read_score_file(url, replace(spec, columns=columns))
+    by_status: dict[str, int] = {}
+    funnel = []
+    left = frame
+    if "status" in kinds:
+        by_status = Counter(collection.host_column(frame, "status"))
+        left = frame[frame["status"] == "ok"]
+    readable = left
+    for part in parsed.conjuncts() if parsed else []:
+        left = left[part.mask(left)]
+        funnel.append({"condition": part.text, "alone": int(part.mask(readable).sum()), "left": len(left)})
+    keys, sizes = collection.locate(left)
+    return {"rows": len(frame), "by_status": dict(by_status), "funnel": funnel, "keys": keys, "sizes": sizes}
+
+
+def _types(url: str, spec: score.ScoreFiles) -> list[tuple[str, Any]]:
+    schema = score.file_schema(url, spec.storage_options)
+    return [(f.name, f.type) for f in schema]
+
+
+def write_kept(
+    number: int,
+    pieces: Sequence[tuple[str, int, int]],
+    where: str | None,
+    read: score.ScoreFiles,
+    spec: write.WriteSpec,
+    resume: bool,
+) -> dict[str, Any]:
+    """Write one curated shard from rows of score files; a task."""
+    frames = [select(score.read_score_file(url, read), where).iloc[start:stop] for url, start, stop in pieces]
+    return write.write_shard(number, frames, spec, resume)
+
+
+def select_file(url: str, target: str, where: str | None, read: score.ScoreFiles) -> dict[str, Any]:
+    """Copy the kept rows of a score file to another; a task."""
+    frame = score.read_score_file(url, read)
+    kept = select(frame, where)
+    provenance = score.file_provenance(url, read.storage_options) or {}
+    provenance["where"] = where
+    metadata = {score.METADATA_KEY: json.dumps(provenance, sort_keys=True)}
+    get_backend(read.backend).write_parquet(kept, target, metadata, read.storage_options)
+    return {"rows": len(frame), "kept": len(kept)}
