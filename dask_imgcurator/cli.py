@@ -393,6 +393,26 @@ def demo(out: str, count: int, quiet: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("folder", metavar="DIR")
+def verify(folder: str) -> None:
+    r"""Compare a finished folder with its inputs, byte for byte.
+
+    \b
+    dask-imgcurator verify curated
+
+    Reads every curated sample and its source. Exit code 1, with the reasons, where anything differs.
+    """
+    from .verify import verify as run
+
+    wrong = 0
+    for what, problem in run(folder):
+        wrong += problem is not None
+        click.echo(f"{what}: {problem or 'ok'}")
+    if wrong:
+        raise _Failure(f"{wrong} of what was looked at differ{'s' * (wrong == 1)} from the inputs", FAILED)
+
+
+@cli.command()
 def doctor() -> None:
     """Say what is installed, what is visible, what would be used, and why not."""
     from rich.text import Text
