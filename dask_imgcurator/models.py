@@ -6,11 +6,12 @@ import difflib
 import hashlib
 import os
 import re
+import textwrap
 import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,15 +230,15 @@ def load_encoder(spec: EncoderSpec, device: str = "cpu") -> Encoder:
         If its weights cannot be had, or are not those that the client saw.
     """
     with _loading:
+        if spec.dtype == "auto":
+            # Settled before the lookup: "auto" and the dtype that it comes to are one model, loaded once.
+            # The starter is small and convolutional: its gain from bfloat16 is not worth the lost digits.
+            spec = replace(spec, dtype="float32" if spec.is_starter else best_dtype(device))
         return _load(spec, device)
 
 
 @lru_cache(maxsize=2)
 def _load(spec: EncoderSpec, device: str) -> Encoder:
-    if spec.dtype == "auto":
-        # The starter is small and convolutional: its gain from bfloat16 is not worth the lost digits.
-        dtype = "float32" if spec.is_starter else best_dtype(device)
-        spec = EncoderSpec(**{**asdict(spec), "dtype": dtype})
     return _load_starter(spec, device) if spec.is_starter else _load_open_clip(spec, device)
 
 
@@ -290,9 +291,14 @@ def _load_open_clip(spec: EncoderSpec, device: str) -> Encoder:
                     spec.model, pretrained=pretrained, precision=_precision(spec.dtype), device=device
                 )
     except Exception as err:
+        remedy = (
+            "The file must be a checkpoint of this architecture, as torch.save or safetensors write it."
+            if spec.weights_sha256
+            else "Without network, give a checkpoint's path, or use the model 'starter'."
+        )
         raise ModelError(
-            f"cannot load {spec.model!r} with pretrained={spec.pretrained!r}: {type(err).__name__}: {err}. "
-            "Without network, give a checkpoint's path, or use the model 'starter'."
+            f"cannot load {spec.model!r} with pretrained={spec.pretrained!r}: "
+            f"{type(err).__name__}: {textwrap.shorten(str(err), 300)}. {remedy}"
         ) from err
     model.eval()
     if not random and not spec.weights_sha256:

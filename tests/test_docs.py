@@ -1,4 +1,4 @@
-"""What is written agrees with what is: docstrings, README, help texts; and no file tells of the machine it was made on."""
+"""What is written agrees with what is: docstrings, README, help texts. And no file tells where it was made."""
 
 from __future__ import annotations
 

@@ -1,0 +1,188 @@
+"""What the benchmarks share: their options, what they say of the machine, how they time, how they print."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "images_of",
+    "machine",
+    "make_parser",
+    "matmul_rates",
+    "plain_errors",
+    "rate",
+    "settle_options",
+    "show",
+    "versions",
+]
+
+_PACKAGES = [
+    *("dask-imgcurator", "dask", "pandas", "pyarrow", "torch", "open_clip_torch", "pillow"),
+    *("nvidia-dali-cuda130", "nvidia-dali-cuda120", "cudf-cu13", "cudf-cu12"),
+]
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Make a parser with the options that every benchmark has.
+
+    Parameters
+    ----------
+    doc : str or None
+        The script's docstring, for ``--help``.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", metavar="SHARDS", nargs="+", help="webdataset tars: paths, globs, folders, braces")
+    parser.add_argument("--model", default="starter", help="open_clip's name, or starter (default: %(default)s)")
+    parser.add_argument("--pretrained", metavar="TAG|PATH", help="open_clip's tag, a checkpoint, or random:SEED")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--batch-size", type=int, metavar="N", help="default: 16 on a CPU, 512 on a GPU")
+    parser.add_argument("--backend", default="auto", choices=["auto", "cudf", "pandas"])
+    return parser
+
+
+def settle_options(args: argparse.Namespace) -> tuple[list[str], Any, Any, int]:
+    """Turn options into shard URLs, encoder spec, backend and batch size.
+
+    Returns
+    -------
+    list of str, dask_imgcurator.models.EncoderSpec, dask_imgcurator.backend.Backend, int
+        Names are checked here, so that a typing mistake ends the benchmark before it begins.
+    """
+    from dask_imgcurator.backend import get_backend, resolve_name
+    from dask_imgcurator.models import resolve_encoder
+    from dask_imgcurator.shards import expand
+
+    backend = get_backend(resolve_name(args.backend))
+    batch_size = args.batch_size or (16 if backend.device == "cpu" else 512)  # as `embed` does by default
+    return expand(args.shards), resolve_encoder(args.model, args.pretrained, args.dtype), backend, batch_size
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """End the script with a line instead of a traceback, where the user can mend it."""
+    from dask_imgcurator.backend import BackendError
+    from dask_imgcurator.job import JobError
+    from dask_imgcurator.models import ModelError
+
+    try:
+        yield
+    except (BackendError, FileNotFoundError, JobError, ModelError) as err:
+        sys.exit(f"{Path(sys.argv[0]).name}: {err}")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and card of this machine, and the date."""
+    import torch
+    from dask.system import CPU_COUNT
+    from distributed.system import MEMORY_LIMIT
+
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = next(iter(names), processor)
+    features = [name for name, there in torch.cpu.get_capabilities().items() if there is True]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "system": platform.platform(),
+        "processor": processor,
+        "features": [name for name in features if "bf16" in name or name in ("avx2", "avx512_f")],
+        "cores": CPU_COUNT,  # those that this process may use
+        "load_before": round(os.getloadavg()[0], 2),
+        "memory_bytes": MEMORY_LIMIT,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def images_of(url: str) -> list[bytes]:
+    """Read the image member of every sample of a shard."""
+    from dask_imgcurator.shards import index_shard, read_extents
+
+    members = [image for sample in index_shard(url).samples if (image := sample.image()) is not None]
+    return list(read_extents(url, [(m.offset, m.nbytes) for m in members]))
+
+
+def rate(work: Callable[[], float], seconds: float, device: str = "cpu") -> float:
+    """Time a piece of work.
+
+    Parameters
+    ----------
+    work : callable
+        Does one round and returns how much that was.
+    seconds : float
+        Whole rounds are done until this time is over; one round before them is not timed.
+    device : str
+        torch device; what was queued on a card is waited for.
+
+    Returns
+    -------
+    float
+        Amount a second.
+    """
+    import torch
+
+    def settle() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    work()
+    settle()
+    begin, amount = time.perf_counter(), 0.0
+    while (passed := time.perf_counter() - begin) < seconds or not amount:
+        amount += work()
+        settle()
+    return amount / passed
+
+
+def matmul_rates(device: str, seconds: float) -> dict[str, float]:
+    """Measure the rate of a large matrix product, as a yardstick for an encoder on the same machine.
+
+    Returns
+    -------
+    dict of str to float
+        GFLOP/s by dtype, with the threads that torch has in this process.
+    """
+    import torch
+
+    n = 1024 if device == "cpu" else 8192
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones((n, n), dtype=dtype, device=device)
+
+        def work(x: torch.Tensor = x) -> float:
+            torch.mm(x, x)
+            return 2 * n**3 / 1e9
+
+        found[str(dtype).removeprefix("torch.")] = rate(work, seconds, device)
+    return found
+
+
+def show(result: dict[str, Any], rows: Iterable[tuple[str, str]]) -> None:
+    """Print the whole result as one line of JSON on stdout, and a few of its figures as a table on stderr."""
+    lines = list(rows)
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}", file=sys.stderr)
+    print(json.dumps(result))
