@@ -341,9 +341,7 @@ def index_tar(file: IO[bytes]) -> ShardIndex:
         for entry in _plain_files(file):
             sample = grouper.add(entry)
             if entry.end > size:
-                error = f"the tar ends at byte {size:,}, inside {entry.name!r} (which goes to byte {entry.end:,})"
                 broken = sample
-                break
     except ShardError as err:
         error = str(err)
     if broken is not None:
@@ -357,6 +355,7 @@ def _plain_files(file: IO[bytes]) -> Iterator[_Entry]:
     tarfile reads the headers that are in some way special; the others are read here, since it takes most of the time
     of indexing to read them with tarfile.
     """
+    size = file.seek(0, io.SEEK_END)
     file.seek(0)
     # On damaged headers tarfile raises not only its own errors, but ValueError, OverflowError, MemoryError and
     # RecursionError too.
@@ -364,17 +363,14 @@ def _plain_files(file: IO[bytes]) -> Iterator[_Entry]:
         tar = tarfile.open(fileobj=file, mode="r:")
     except Exception as err:
         raise ShardError(f"not a tar that can be read: {err}{_gzip_hint(file)}") from err
-    position = 0
-    while True:
+    position, name = 0, ""
+    while position <= size:
         # tarfile has the first header already; and a global header may change all that follow it.
         if position > 0 and not tar.pax_headers:
-            file.seek(position)
-            plain = _plain_header(file.read(BLOCK))
-            if plain is not None:
-                name, nbytes = plain
-                header, offset = position, position + BLOCK
-                position = offset + -(-nbytes // BLOCK) * BLOCK
-                yield _Entry(name, header, offset, nbytes, position)
+            entry = _ordinary_entry(file, position)
+            if entry is not None:
+                position, name = entry.end, entry.name
+                yield entry
                 continue
             tar.offset = position
         try:
@@ -382,34 +378,58 @@ def _plain_files(file: IO[bytes]) -> Iterator[_Entry]:
         except Exception as err:
             raise ShardError(f"the tar is damaged at byte {position:,}: {err}") from err
         if info is None:
-            break
+            if (problem := _check_end(file, position)) is not None:
+                raise ShardError(problem)
+            return
         # Without this, tarfile keeps every header of a large shard in memory.
         tar.members = []  # type: ignore[attr-defined]
         if info.size < 0 or tar.offset <= position:
             # Older Pythons take a negative size, go back and read the same headers for ever.
             raise ShardError(f"the tar is damaged at byte {position:,}: impossible size of {info.name!r}")
-        position = tar.offset
+        position, name = tar.offset, info.name
         if info.isreg() and not info.issparse():
-            yield _Entry(info.name, info.offset, info.offset_data, info.size, position)
-    if (problem := _check_end(file, position)) is not None:
-        raise ShardError(problem)
+            yield _Entry(name, info.offset, info.offset_data, info.size, position)
+    raise ShardError(f"the tar ends at byte {size:,}, inside {name!r} (which goes to byte {position:,})")
 
 
-def _plain_header(block: bytes) -> tuple[str, int] | None:
-    """Name and size out of an ordinary header of a file; None for all that tarfile had better look at."""
-    # Type "0", a name that fits its field, no prefix.
-    if len(block) < BLOCK or block[156] != 0x30 or block[257:262] != b"ustar" or block[345]:
-        return None
-    field = block[148:156]
-    try:
-        # The checksum counts its own field as spaces.
-        if int(field.strip(b"\0 "), 8) != sum(block) - sum(field) + 8 * 32:
+# What tar writers put into an ordinary header: numbers in octal, a name that fits its field and so no prefix.
+# Groups: name, size, checksum, type (file or pax extension).
+_NUMBER = rb"(?:[0-7]{7}\0|[0-7]{6} \0|\0{8})"
+_ORDINARY = re.compile(
+    rb"(.{100})" + _NUMBER * 3 + rb"([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6}[0-7\0 ])[\0 ]"
+    rb"([0x]).{100}ustar.{67}" + _NUMBER * 2 + rb"\0.{166}",
+    re.DOTALL,
+)
+#: A pax extension that says no more than when the file was changed: webdataset's own writer puts one before each file.
+_TIME = re.compile(rb"(\d\d) mtime=\d+(?:\.\d+)?\n")
+
+
+def _ordinary_entry(file: IO[bytes], position: int) -> _Entry | None:
+    """Read the entry whose header is there; None for all that tarfile had better look at."""
+    file.seek(position)
+    head = file.read(3 * BLOCK)
+    offset = BLOCK
+    match = _ordinary_header(head[:BLOCK])
+    if match is not None and match[4] == b"x":
+        record = head[BLOCK : 2 * BLOCK].rstrip(b"\0")
+        time = _TIME.fullmatch(record)
+        if time is None or not int(time[1]) == int(match[2], 8) == len(record):
             return None
-        nbytes = int(block[124:136].strip(b"\0 "), 8)
-    except ValueError:
+        offset = 3 * BLOCK
+        match = _ordinary_header(head[2 * BLOCK :])
+    if match is None or match[4] != b"0":
         return None
-    name = block[:100].partition(b"\0")[0].decode(tarfile.ENCODING, "surrogateescape")
-    return (name, nbytes) if nbytes >= 0 else None
+    name = match[1].partition(b"\0")[0].decode(tarfile.ENCODING, "surrogateescape")
+    nbytes, offset = int(match[2], 8), position + offset
+    return _Entry(name, position, offset, nbytes, offset + -(-nbytes // BLOCK) * BLOCK)
+
+
+def _ordinary_header(block: bytes) -> re.Match[bytes] | None:
+    match = _ORDINARY.fullmatch(block)
+    # The checksum counts its own field as spaces.
+    if match is None or int(match[3].strip(b"\0 "), 8) != sum(block) - sum(block[148:156]) + 8 * 32:
+        return None
+    return match
 
 
 def _gzip_hint(file: IO[bytes]) -> str:
@@ -477,20 +497,19 @@ def _index_from_idx(url: str, tar: IO[bytes], storage_options: Mapping[str, Any]
         return None
     members = _parse_idx(text)
     size = tar.seek(0, io.SEEK_END)
-    if not members or not _plausible(members, size):
+    if not members:
         return None
-    # The layout fits; now the headers. A stale index of a shard that was written anew would misplace members, so every
-    # one is compared with the header in front of it.
+    # A stale index of a shard that was written anew would misplace members, so every one is compared with the header
+    # in front of it. Where anything else lies between them, the tar's own headers are the better source.
     grouper = _Grouper()
     position = 0
     for name, offset, nbytes in members:
-        tar.seek(offset - BLOCK)
-        if _plain_header(tar.read(BLOCK)) != (name, nbytes):
+        entry = _ordinary_entry(tar, position)
+        if entry is None or (entry.name, entry.offset, entry.nbytes) != (name, offset, nbytes):
             return None
-        end = offset + -(-nbytes // BLOCK) * BLOCK
-        grouper.add(_Entry(name, position, offset, nbytes, end))
-        position = end
-    if _check_end(tar, position) is not None:
+        grouper.add(entry)
+        position = entry.end
+    if position > size or _check_end(tar, position) is not None:
         return None
     return ShardIndex(grouper.samples, source="idx")
 
@@ -514,17 +533,6 @@ def _parse_idx(text: str) -> list[tuple[str, int, int]] | None:
                 return None
     members.sort(key=lambda m: m[1])
     return members
-
-
-def _plausible(members: list[tuple[str, int, int]], size: int) -> bool:
-    position = 0
-    for _name, offset, nbytes in members:
-        # Exactly one header between two members: with extension headers or entries that are no files in between, the
-        # tar's own headers are the better source.
-        position, start = offset + -(-nbytes // BLOCK) * BLOCK, position
-        if offset != start + BLOCK or nbytes < 0 or position > size:
-            return False
-    return True
 
 
 # --- reading --------------------------------------------------------------------------------------
