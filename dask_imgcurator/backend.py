@@ -173,11 +173,13 @@ def backend_of(frame: Any) -> Backend:
     TypeError
         For anything that is not such a frame.
     """
+    found = frame
     if is_dask(frame):
+        import dask.dataframe as dd
         from dask.dataframe.utils import make_meta
 
-        frame = make_meta(frame)
-    for kind in type(frame).__mro__:  # a subclass of a frame is one
+        found = make_meta(frame) if isinstance(frame, dd.DataFrame | dd.Series) else frame
+    for kind in type(found).__mro__:  # a subclass of a frame is one
         module = kind.__module__.partition(".")[0]
         if module in ("pandas", "cudf") and kind.__name__ in ("DataFrame", "Series"):
             return get_backend(module)

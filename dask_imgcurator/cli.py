@@ -508,8 +508,8 @@ def _print_run(result: RunResult) -> None:
         rate = result.images_scored / result.scoring_seconds
         console.print(
             f"scored {result.images_scored:,} images of {result.shards_scored:,} shards "
-            f"in {result.scoring_seconds:.1f} s "
-            f"({rate:.1f} images/s, model loading included)",
+            f"in {result.scoring_seconds:.1f} s ({rate:.1f} images/s), "
+            f"after {result.loading_seconds:.1f} s of loading the model",
             highlight=False,
         )
     if result.shards_taken_over:
@@ -519,8 +519,6 @@ def _print_run(result: RunResult) -> None:
         console.print(f"report: {Path(result.out) / 'report.html'}", highlight=False, soft_wrap=True)
     else:
         console.print(f"score table: {result.out}", highlight=False, soft_wrap=True)
-    for note in result.notes:
-        console.print(f"Note: {note}", style="yellow", highlight=False)
 
 
 def _written_line(written: list[dict[str, Any]], folder: str) -> str:

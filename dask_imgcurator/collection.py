@@ -134,6 +134,7 @@ def _map(frame: Any, function: Any, spec: Any, meta: Any, label: str) -> Any:
 
 
 def _require(frame: Any, needed: Sequence[str], step: str, remedy: str) -> None:
+    backend_of(frame)  # raises for what is no frame
     missing = [name for name in needed if name not in frame.columns]
     if missing:
         raise ValueError(
@@ -213,6 +214,12 @@ def embed(
 
 def _score(df: Any, use: score.HeadUse) -> Any:
     _require(df, [use.embedding], f"score_{use.kind}", "make it with embed, or name yours with embedding=")
+    dtype = str(_meta_of(df)[use.embedding].dtype)
+    if dtype == "str" or dtype.startswith("string"):
+        raise TypeError(
+            f"column {use.embedding!r} holds text, not vectors. Dask makes text of objects: set its configuration "
+            "dataframe.convert-string to False before the DataFrame is made, or use a column of Arrow lists"
+        )
     if use.head != "auto":
         # A wrong name is told at once, not by a worker. Its own width fits it.
         spec = heads.HEADS.get(use.head)

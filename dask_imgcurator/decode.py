@@ -415,28 +415,41 @@ class Decoder:
         """
         import torch
 
-        infos: list[ImageInfo | BadImage] = []
-        for blob in blobs:
-            if isinstance(blob, BadImage):
-                infos.append(blob)
-                continue
-            try:
-                infos.append(inspect(blob, self.max_pixels))
-            except BadImage as bad:
-                infos.append(bad)
+        infos = [self._inspect(blob) for blob in blobs]
         height, width = self.preprocess.size
         pixels = torch.zeros((len(blobs), 3, height, width), dtype=torch.float32, device=self.device)
-        by_dali = [
-            i
-            for i, f in enumerate(infos)
-            if isinstance(f, ImageInfo) and f.decoder == "dali" and self.dali_device is not None
-        ]
-        by_pillow = [i for i, f in enumerate(infos) if isinstance(f, ImageInfo) and i not in set(by_dali)]
+        by_dali: list[int] = []
+        by_pillow: list[int] = []
+        for i, info in enumerate(infos):
+            if isinstance(info, ImageInfo):
+                dali = info.decoder == "dali" and self.dali_device is not None
+                (by_dali if dali else by_pillow).append(i)
+        self._run_pillow(blobs, infos, by_pillow, pixels)
         if by_dali and not self._run_dali(blobs, infos, by_dali, pixels):
-            by_pillow = sorted(by_pillow + by_dali)
-        if by_pillow:
-            self._run_pillow(blobs, infos, by_pillow, pixels)
+            self._run_pillow(blobs, infos, by_dali, pixels)
+            # Pillow has told who is bad. DALI again for the others: their pixels must not depend on a bad neighbour.
+            # (Where it refuses once more, Pillow's pixels stay.)
+            rest = [i for i in by_dali if isinstance(infos[i], ImageInfo)]
+            if 0 < len(rest) < len(by_dali):
+                self._run_dali(blobs, infos, rest, pixels)
         return Batch(pixels, infos)
+
+    def _inspect(self, blob: bytes | BadImage) -> ImageInfo | BadImage:
+        if isinstance(blob, BadImage):
+            return blob
+        try:
+            info = inspect(blob, self.max_pixels)
+        except BadImage as bad:
+            return bad
+        # 1 x 65,535 pixels are few, but not when the shorter side is brought to 224.
+        g = self.preprocess.geometry(info.width, info.height)
+        if self.max_pixels is not None and g.width * g.height > self.max_pixels:
+            message = (
+                f"{info.width} x {info.height} pixels become {g.width} x {g.height} for this model, "
+                f"more than the limit of {self.max_pixels:,}"
+            )
+            return BadImage("too_large", message, info.width, info.height)
+        return info
 
     def _run_pillow(
         self, blobs: Sequence[Any], infos: list[ImageInfo | BadImage], rows: list[int], pixels: torch.Tensor

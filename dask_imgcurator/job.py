@@ -47,7 +47,11 @@ class RunResult:
     shards_scored, shards_taken_over : int
         Source shards of this run, and of earlier ones.
     images_scored, scoring_seconds : int, float
-        Of this run.
+        Of this run, from the first shard's start to the last one's end.
+    loading_seconds : float
+        Until the first worker had its model.
+    seconds : float
+        The whole run, without the start of the cluster's processes where the caller gave a client.
     written : list of dict
         ``_stats.json`` of each curated shard.
     provenance : dict
@@ -64,6 +68,7 @@ class RunResult:
     shards_scored: int = 0
     shards_taken_over: int = 0
     images_scored: int = 0
+    loading_seconds: float = 0.0
     scoring_seconds: float = 0.0
     seconds: float = 0.0
     written: list[dict[str, Any]] = field(default_factory=list)
@@ -182,6 +187,8 @@ def _score(
         else:
             todo[url] = full
     result.shards_taken_over = taken_over
+    result.loading_seconds = time.perf_counter() - begin
+    begin = time.perf_counter()
     monitor.scoring(len(urls), taken_over)
 
     state = Progress(total_shards=len(todo))

@@ -297,6 +297,8 @@ def embed_partition(frame: Any, spec: EmbedSpec, progress: Progress | None = Non
     embeddings: list[torch.Tensor] = []
     rows: list[int] = []
     if todo:
+        from torch.nn import functional
+
         encoder = load_encoder(spec.encoder, backend.device)
         batch_size = spec.batch_size or (16 if backend.device == "cpu" else 512)
         with _borrow_decoder(spec, encoder.preprocess, backend, batch_size) as decoder:
@@ -309,9 +311,10 @@ def embed_partition(frame: Any, spec: EmbedSpec, progress: Progress | None = Non
                     if isinstance(info, BadImage):
                         status[i], message[i] = info.status, str(info)
                 if good:
-                    # The whole batch goes through, failed images as zeros: an image's neighbours must not
-                    # change the shape of the work, and with it the last bits of its embedding.
-                    encoded = encoder(batch.pixels)
+                    # Always a whole batch, failed images and the missing end as zeros: its size is the one thing that
+                    # changes the last bits of an embedding, so neither bad neighbours nor the length of a shard may.
+                    missing = batch_size - len(numbers)
+                    encoded = encoder(functional.pad(batch.pixels, (0,) * 7 + (missing,)))[: len(numbers)]
                     embeddings.append(encoded if len(good) == len(numbers) else encoded[good])
                     rows.extend(numbers[j] for j in good)
                 if progress is not None:

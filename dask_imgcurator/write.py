@@ -194,7 +194,7 @@ def write_shard(number: int, frames: Sequence[Any], spec: WriteSpec, resume: boo
     with files.write_whole(urls[".tar"], spec.storage_options) as file:
         sink = _Counted(file)
         with tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-            for row, members in zip(rows, _members(rows, spec.source_options), strict=True):
+            for row, members in zip(rows, source_members(rows, spec.source_options), strict=True):
                 samples.append(_add(tar, row, members))
         stats = {
             "shard": f"{stem}.tar",
@@ -244,9 +244,10 @@ def files_there(folder: str, storage_options: Mapping[str, Any] | None = None) -
 
 
 def written_shards(folder: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Stems of the finished curated shards in a folder, in order."""
-    there = set(files_there(folder, storage_options))
-    return [stem for stem in _ours(folder, there, storage_options) if stem + ".tar" in there]
+    """Stems of this library's curated shards in a folder, in order; one without its tar is unfinished."""
+    names = files_there(folder, storage_options)
+    stems = sorted((name.removesuffix(_STATS) for name in names if name.endswith(_STATS)), key=int)
+    return [s for s in stems if _read_stats(files.join(folder, s + _STATS), storage_options) is not None]
 
 
 def remove_surplus(folder: str, count: int, storage_options: Mapping[str, Any] | None = None) -> list[str]:
@@ -266,17 +267,11 @@ def remove_surplus(folder: str, count: int, storage_options: Mapping[str, Any] |
     list of str
         Stems of the shards that were removed.
     """
-    there = set(files_there(folder, storage_options))
-    surplus = [stem for stem in _ours(folder, there, storage_options) if int(stem) >= count]
+    surplus = [stem for stem in written_shards(folder, storage_options) if int(stem) >= count]
     for stem in surplus:
         for suffix in _SUFFIXES:  # the statistics last: they say whose the others are
             files.remove(files.join(folder, stem + suffix), storage_options)
     return surplus
-
-
-def _ours(folder: str, there: Iterable[str], storage_options: Mapping[str, Any] | None) -> list[str]:
-    stems = sorted((name.removesuffix(_STATS) for name in there if name.endswith(_STATS)), key=int)
-    return [s for s in stems if _read_stats(files.join(folder, s + _STATS), storage_options) is not None]
 
 
 def _read_stats(url: str, storage_options: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -344,7 +339,7 @@ def _content(parquet: pa.Buffer, sources: Iterable[str], source_options: Mapping
     return digest.hexdigest()
 
 
-def _members(rows: list[dict[str, Any]], source_options: Mapping[str, Any]) -> Iterator[list[tuple[str, bytes]]]:
+def source_members(rows: list[dict[str, Any]], source_options: Mapping[str, Any]) -> Iterator[list[tuple[str, bytes]]]:
     """Names and bytes of each row's members; a source is opened once for each run of rows that it holds."""
     start = 0
     while start < len(rows):
