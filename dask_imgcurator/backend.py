@@ -91,27 +91,26 @@ class Backend(Protocol):
 @cache
 def gpu_problem() -> str | None:
     """Say why the GPU path cannot be used here, and what to do; None where it can."""
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         import torch
     except ImportError:
         return "torch is not installed"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    cuda = (torch.version.cuda or "12").split(".")[0]
-    for module in ("cudf", "dask_cudf", "dask_cuda", "nvidia.dali"):
-        try:
-            found = importlib.util.find_spec(module) is not None
-        except ModuleNotFoundError:
-            found = False
-        if not found:
-            return f'a CUDA card is visible, but {module} is not installed: pip install "dask-imgcurator[cu{cuda}]"'
+    visible = torch.cuda.is_available()
+    missing = next((m for m in ("cudf", "dask_cudf", "dask_cuda", "nvidia.dali") if not _installed(m)), None)
+    if visible and missing is None:
+        return None
+    seen = "a CUDA card is visible, but" if visible else "torch sees no CUDA device"
+    if missing is None:
+        return seen
+    cuda = (torch.version.cuda or "13").partition(".")[0]
+    return f'{seen}{"" if visible else ", and"} {missing} is not installed: pip install "dask-imgcurator[cu{cuda}]"'
+
+
+def _installed(module: str) -> bool:
     try:
-        version("dask-cuda")
-    except PackageNotFoundError:
-        return f'dask-cuda is not installed: pip install "dask-imgcurator[cu{cuda}]"'
-    return None
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it lies in
+        return False
 
 
 def resolve_name(name: str | None = None) -> str:

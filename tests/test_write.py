@@ -1,0 +1,817 @@
+"""Packing, writing and resuming curated shards, compared with tarfile, webdataset, DALI, pandas and DuckDB."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.dataframe as dd
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dask_imgcurator as dic
+from dask_imgcurator import files
+from dask_imgcurator.write import (
+    Slice,
+    WriteError,
+    WriteSpec,
+    parse_size,
+    plan_shards,
+    remove_surplus,
+    write_shard,
+    written_shards,
+)
+
+Members = list[tuple[str, bytes]]
+
+LONG = "long/" + "d" * 90 + "/" + "n" * 120
+
+
+def make_tar(path: Path, members: Members, format_: int = tarfile.PAX_FORMAT) -> Path:
+    """Tar as other tools make it: with times, owners and modes, a folder entry and a file without extension."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format_) as tar:
+        folder = tarfile.TarInfo("sub")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, data in [*members, ("README", b"no sample")]:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime, info.mode, info.uid, info.gid = len(data), 1_700_000_000.5, 0o600, 501, 20
+            info.uname = info.gname = "someone"
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def noise(seed: int, nbytes: int) -> bytes:
+    return np.random.default_rng(seed).bytes(nbytes)
+
+
+def triple(stem: str, seed: int, nbytes: int = 700) -> Members:
+    return [(f"{stem}.jpg", noise(seed, nbytes)), (f"{stem}.txt", stem.encode()), (f"{stem}.json", b'{"n": %d}' % seed)]
+
+
+def members_of(*paths: Path) -> Members:
+    found = []
+    for path in paths:
+        with tarfile.open(path) as tar:
+            for info in tar:
+                file = tar.extractfile(info)
+                assert file is not None
+                found.append((info.name, file.read()))
+    return found
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, hidden ones too."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def tars(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.tar"))
+
+
+def read(*paths: Path) -> dd.DataFrame:
+    return dic.read_webdataset([str(p) for p in paths], backend="pandas")
+
+
+@contextlib.contextmanager
+def unchanged(folder: Path) -> Any:
+    before = tree(folder)
+    yield
+    assert tree(folder) == before
+
+
+#: Samples in the order in which they begin, each with its members in the order of the tar.
+PLAIN: list[Members] = [triple(f"a{i}", i, 100 + 300 * i) for i in range(7)]
+HARD: list[Members] = [
+    triple("k1", 20),
+    triple("k2", 21),
+    triple("sub/k3", 22),
+    [("sub/UP.JPG", noise(23, 512)), ("sub/UP.Txt", b"upper"), ("sub/UP.seg.png", noise(24, 513))],
+    triple(LONG, 25),
+    triple("ünï/çödé ☃".replace(" ", "_"), 26),
+    [("only.txt", b"no image")],
+    [("empty.jpg", b""), ("empty.txt", b"")],
+    [("k1.jpg", noise(27, 900)), ("k1.cls", b"again")],
+]
+
+
+def interleaved(samples: list[Members]) -> Members:
+    """First members of the first two samples, then their others, then the rest in order."""
+    (first, second), rest = samples[:2], samples[2:]
+    return [first[0], second[0], *first[1:], *second[1:], *(m for sample in rest for m in sample)]
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[Path]:
+    return [
+        make_tar(tmp_path / "in" / "plain.tar", [m for sample in PLAIN for m in sample], tarfile.USTAR_FORMAT),
+        make_tar(tmp_path / "in" / "hard.tar", interleaved(HARD)),
+        make_tar(tmp_path / "in" / "gnu.tar", interleaved(HARD), tarfile.GNU_FORMAT),
+    ]
+
+
+ALL = [m for sample in [*PLAIN, *HARD, *HARD] for m in sample]
+
+
+# --- packing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("partitions", "max_count", "max_nbytes", "expected"),
+    [
+        ([], 2, 10, []),
+        ([([], [])], 2, 10, []),
+        # by count, across partitions and over an empty one
+        (
+            [(["a", "b", "c"], [1, 1, 1]), ([], []), (["d", "e"], [1, 1])],
+            2,
+            100,
+            [[Slice(0, 0, 2)], [Slice(0, 2, 3), Slice(2, 0, 1)], [Slice(2, 1, 2)]],
+        ),
+        # by size: 4 + 6 fit in 10, 4 + 6 + 1 do not
+        ([(["a", "b", "c"], [4, 6, 1])], 9, 10, [[Slice(0, 0, 2)], [Slice(0, 2, 3)]]),
+        # larger than the limit: a shard of its own
+        ([(["a", "b", "c"], [1, 99, 1])], 9, 10, [[Slice(0, 0, 1)], [Slice(0, 1, 2)], [Slice(0, 2, 3)]]),
+        ([(["a"], [99])], 9, 10, [[Slice(0, 0, 1)]]),
+        # a key that is there already begins a shard, also when it comes from another partition
+        ([(["a", "b"], [1, 1]), (["a", "c"], [1, 1])], 9, 10, [[Slice(0, 0, 2)], [Slice(1, 0, 2)]]),
+        ([(["a", "a"], [1, 1])], 9, 10, [[Slice(0, 0, 1)], [Slice(0, 1, 2)]]),
+    ],
+)
+def test_packing_by_hand(partitions: Any, max_count: int, max_nbytes: int, expected: list[list[Slice]]) -> None:
+    assert list(plan_shards(partitions, max_count, max_nbytes)) == expected
+
+
+@given(
+    partitions=st.lists(st.lists(st.tuples(st.sampled_from([*"abcdefgh", None]), st.integers(0, 40)), max_size=8)),
+    max_count=st.integers(1, 6),
+    max_nbytes=st.integers(1, 100),
+)
+def test_packing_is_greedy_and_blind_to_partitions(
+    partitions: list[list[tuple[str | None, int]]], max_count: int, max_nbytes: int
+) -> None:
+    def fits(rows: list[Any]) -> bool:
+        keys, sizes = [key for key, _ in rows], [nbytes for _, nbytes in rows]
+        return len(rows) == 1 or (len(rows) <= max_count and sum(sizes) <= max_nbytes and len(set(keys)) == len(keys))
+
+    expected: list[list[Any]] = []
+    for row in (row for part in partitions for row in part):
+        if expected and fits([*expected[-1], row]):
+            expected[-1].append(row)
+        else:
+            expected.append([row])
+    plan = list(plan_shards([([k for k, _ in p], [n for _, n in p]) for p in partitions], max_count, max_nbytes))
+    assert [[row for s in slices for row in partitions[s.partition][s.start : s.stop]] for slices in plan] == expected
+    assert all(s.start < s.stop for slices in plan for s in slices)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("1", 1),
+        (250_000, 250_000),
+        ("500MB", 500_000_000),
+        ("500 mb", 500_000_000),
+        ("1GiB", 1_073_741_824),
+        ("1.5K", 1500),
+        ("2Ki", 2048),
+        (" 3 B ", 3),
+        ("0.5MiB", 524_288),
+    ],
+)
+def test_sizes(text: str | int, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "MB", "1TB", "1 2", "1e9", "0.1", "1GBB", "nan"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="write for example 500MB"):
+        parse_size(text)
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def test_members_are_those_of_the_sources_in_order(sources: list[Path], tmp_path: Path) -> None:
+    stats = dic.to_webdataset(read(*sources), tmp_path / "out")
+    assert members_of(*tars(tmp_path / "out")) == ALL
+    # k1, which each copy of HARD begins and ends with, begins a shard whenever it comes again
+    assert [s["count"] for s in stats] == [len(PLAIN) + 8, 1, 8, 1]
+
+
+def test_headers_say_nothing_of_the_sources(sources: list[Path], tmp_path: Path) -> None:
+    dic.to_webdataset(read(*sources), tmp_path / "out")
+    for path in tars(tmp_path / "out"):
+        with tarfile.open(path) as tar:
+            for info in tar:
+                assert (info.mtime, info.uid, info.gid, info.uname, info.gname) == (0, 0, 0, "", "")
+                assert (info.mode, info.isreg()) == (0o644, True)
+
+
+def test_limits(sources: list[Path], tmp_path: Path) -> None:
+    by_count = dic.to_webdataset(read(sources[0]), tmp_path / "count", max_count=3)
+    assert [s["count"] for s in by_count] == [3, 3, 1]
+    # an image of 100 + 300 i bytes, a caption and a JSON: extents of 2, 2, 3, 3, 4, 5 and 5 blocks more than 4
+    by_size = dic.to_webdataset(read(sources[0]), tmp_path / "size", max_size=14 * 512)
+    assert [s["count"] for s in by_size] == [2, 2, 1, 1, 1]
+    assert members_of(*tars(tmp_path / "size")) == members_of(*tars(tmp_path / "count"))
+    with pytest.raises(ValueError, match="max_count=0"):
+        dic.to_webdataset(read(sources[0]), tmp_path / "none", max_count=0)
+    with pytest.raises(ValueError, match="as a size"):
+        dic.to_webdataset(read(sources[0]), tmp_path / "none", max_size="many")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_webdataset_reads_it(sources: list[Path], tmp_path: Path) -> None:
+    wds = pytest.importorskip("webdataset")
+    dic.to_webdataset(read(*sources), tmp_path / "out")
+    found = list(wds.WebDataset([str(p) for p in tars(tmp_path / "out")], shardshuffle=False))
+    gc.collect()  # webdataset leaves tars open: let them warn here, where it is allowed
+    expected = [
+        {name.rpartition("/")[2].partition(".")[2].lower(): data for name, data in sample}
+        for sample in [*PLAIN, *HARD, *HARD]
+    ]
+    assert [{k: v for k, v in sample.items() if not k.startswith("__")} for sample in found] == expected
+    assert [sample["__key__"] for sample in found][len(PLAIN) : len(PLAIN) + 3] == ["k1", "k2", "sub/k3"]
+
+
+@pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="no DALI")
+def test_dali_reads_it_by_our_index(sources: list[Path], tmp_path: Path) -> None:
+    from nvidia.dali import fn, pipeline_def
+
+    df = dic.read_webdataset([str(p) for p in sources], columns={"n": "int64"}, backend="pandas")
+    df = df[~df.n.isna()]  # those with a JSON have all three
+    expected = [s for s in [*PLAIN, *HARD, *HARD] if s[-1][0].endswith(".json")]
+    assert len(expected) == len(PLAIN) + 2 * 5
+    dic.to_webdataset(df, tmp_path / "out", max_count=4)
+    paths = [str(p) for p in tars(tmp_path / "out")]
+
+    @pipeline_def(batch_size=len(expected), num_threads=1, device_id=None)
+    def pipeline() -> Any:
+        readers = fn.readers.webdataset(
+            paths=paths,
+            index_paths=[p.removesuffix(".tar") + ".idx" for p in paths],
+            ext=["jpg", "txt", "json"],
+            missing_component_behavior="error",
+        )
+        return tuple(readers)
+
+    pipe = pipeline()
+    pipe.build()
+    outputs = pipe.run()
+    for i, sample in enumerate(expected):
+        assert [bytes(np.asarray(out.at(i))) for out in outputs] == [data for _, data in sample], sample[0][0]
+
+
+def test_index_is_that_of_wds2idx(sources: list[Path], tmp_path: Path) -> None:
+    tool = Path(sys.executable).with_name("wds2idx")
+    if not tool.exists() or shutil.which("tar") is None:
+        pytest.skip("no wds2idx")
+    # GNU tar, which wds2idx asks, prints names that are not ASCII in another way
+    df = read(*sources)
+    df = df[~df.key.isin([HARD[5][0][0].partition(".")[0]])]
+    dic.to_webdataset(df, tmp_path / "out", max_count=5)
+    for tar in tars(tmp_path / "out"):
+        made = tmp_path / "theirs.idx"
+        subprocess.run([sys.executable, str(tool), str(tar), str(made)], check=True, capture_output=True)
+        assert tar.with_suffix(".idx").read_text() == made.read_text()
+
+
+def test_index_is_left_out_where_a_name_has_spaces(sources: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    dic.to_webdataset(read(sources[0]), out)
+    assert (out / "00000.idx").exists()
+    spaced = make_tar(tmp_path / "in" / "spaced.tar", triple("a b", 1))
+    dic.to_webdataset(read(spaced), out, overwrite=True)
+    assert sorted(tree(out)) == ["00000.parquet", "00000.tar", "00000_stats.json"]
+    assert members_of(out / "00000.tar") == triple("a b", 1)
+
+
+def test_our_own_index_is_right(sources: list[Path], tmp_path: Path) -> None:
+    """Reading with the `.idx` gives the rows that the tar's own headers give."""
+    dic.to_webdataset(read(*sources), tmp_path / "out")
+    with_idx = read(*tars(tmp_path / "out")).compute()
+    for path in (tmp_path / "out").glob("*.idx"):
+        path.unlink()
+    pd.testing.assert_frame_equal(with_idx, read(*tars(tmp_path / "out")).compute())
+
+
+@pytest.fixture
+def scored(sources: list[Path]) -> pd.DataFrame:
+    """Rows with columns of every kind, as after scoring."""
+    frame = read(*sources).compute().reset_index(drop=True)
+    n = len(frame)
+    vectors = [None if i % 5 == 3 else [float(i), i / 3] for i in range(n)]
+    frame["width"] = pd.array([None if i % 4 == 1 else i for i in range(n)], dtype="Int32")
+    frame["embedding"] = pd.Series(pd.array(vectors, dtype=pd.ArrowDtype(pa.list_(pa.float32()))))
+    frame["aesthetic_score"] = np.array([np.nan if i % 3 == 2 else i for i in range(n)], np.float32)
+    frame["license"] = [None if i < 8 else f"cc-{i}" for i in range(n)]
+    frame["sure"] = pd.array([None if i % 2 else i % 4 == 0 for i in range(n)], dtype="boolean")
+    return frame
+
+
+def test_rows_stand_beside(scored: pd.DataFrame, tmp_path: Path) -> None:
+    stats = dic.to_webdataset(scored, tmp_path / "out", max_count=6)
+    tables = [pq.read_table(p) for p in sorted((tmp_path / "out").glob("*.parquet"))]
+    assert [len(t) for t in tables] == [s["count"] for s in stats]
+    found = pa.concat_tables(tables).to_pylist()
+    expected = pa.Table.from_pandas(scored, preserve_index=False).to_pylist()
+    assert found == [{k: None if v != v else v for k, v in row.items()} for row in expected]
+    in_pandas = pd.read_parquet(tmp_path / "out" / "00000.parquet")
+    assert list(in_pandas.columns) == list(scored.columns)
+    assert in_pandas["key"].tolist() == scored["key"].tolist()[: len(in_pandas)]
+
+
+def test_duckdb_reads_the_rows(scored: pd.DataFrame, tmp_path: Path) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    dic.to_webdataset(scored, tmp_path / "out", max_count=6)
+    with duckdb.connect() as db:
+        rows = db.execute(
+            "SELECT key, typeof(embedding), embedding, aesthetic_score FROM read_parquet(?) WHERE aesthetic_score >= 4",
+            [str(tmp_path / "out" / "*.parquet")],
+        ).fetchall()
+    kept = scored[scored["aesthetic_score"] >= 4]
+    assert [row[0] for row in rows] == kept["key"].tolist()
+    assert {row[1] for row in rows} == {"FLOAT[]"}
+    vectors = [None if v is pd.NA else list(v) for v in kept["embedding"]]
+    assert [row[2] for row in rows] == vectors
+    assert [row[3] for row in rows] == kept["aesthetic_score"].tolist()
+
+
+def test_statistics(sources: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    returned = dic.to_webdataset(read(*sources), out, max_count=10)
+    for stats in returned:
+        on_disk = json.loads((out / stats["shard"].replace(".tar", "_stats.json")).read_text())
+        assert {**on_disk, "resumed": False} == stats
+        data = (out / stats["shard"]).read_bytes()
+        assert stats["sha256"] == hashlib.sha256(data).hexdigest()
+        assert stats["nbytes"] == len(data)
+        assert stats["count"] == sum(stats["sources"].values())
+    assert returned[0]["sources"] == {str(sources[0]): 7, str(sources[1]): 3}
+    assert written_shards(str(out)) == ["00000", "00001", "00002", "00003"]
+
+
+def test_same_rows_same_bytes_however_they_are_cut(scored: pd.DataFrame, tmp_path: Path) -> None:
+    dic.to_webdataset(scored, tmp_path / "0", max_count=6)
+    again = tmp_path / "elsewhere" / "1"
+    dic.to_webdataset(scored, again, max_count=6)
+    assert tree(again) == tree(tmp_path / "0")
+    for npartitions in (1, 2, 9):
+        out = tmp_path / f"dask{npartitions}"
+        dic.to_webdataset(dd.from_pandas(scored, npartitions=npartitions, sort=False), out, max_count=6)
+        assert tree(out) == tree(tmp_path / "0")
+
+
+def test_same_bytes_of_a_table_of_many_pages(tmp_path: Path) -> None:
+    """Parquet writers close a page by what they were handed at a time, which must not be a partition."""
+    n, width = 3000, 200
+    source = make_tar(tmp_path / "in.tar", [(f"{i}.txt", b"") for i in range(n)])
+    frame = read(source).compute()
+    vectors = np.random.default_rng(0).normal(size=(n, width)).astype(np.float32)
+    frame["embedding"] = pd.Series(pd.array(list(vectors), dtype=pd.ArrowDtype(pa.list_(pa.float32()))))
+    for name, frames in (("whole", [frame]), ("cut", [frame.iloc[:1500], frame.iloc[1500:1501], frame.iloc[1501:]])):
+        (tmp_path / name).mkdir()
+        write_shard(0, frames, WriteSpec(str(tmp_path / name)))
+    assert tree(tmp_path / "whole") == tree(tmp_path / "cut")
+
+
+def test_objects_and_categories_survive(sources: list[Path], tmp_path: Path) -> None:
+    """Columns as users make them: arrays as objects, categories, and one that is empty in some partitions."""
+    frame = read(sources[0]).compute()
+    vectors = [np.array([i, i / 2]) for i in range(len(frame))]
+    frame["embedding"] = vectors
+    frame["source"] = pd.Categorical(["x", "y", "x", "z", "z", "y", "x"])
+    frame["note"] = pd.Series([None] * 5 + ["late", "later"], dtype=object)
+    out = tmp_path / "out"
+    dic.to_webdataset(frame, out)
+    table = pq.read_table(out / "00000.parquet")
+    assert table["embedding"].to_pylist() == [v.tolist() for v in vectors]
+    assert table["source"].to_pylist() == ["x", "y", "x", "z", "z", "y", "x"]
+    assert table["note"].to_pylist() == [None] * 5 + ["late", "later"]
+    parts = [frame.iloc[:3].copy(), frame.iloc[3:].copy()]
+    for part in parts:
+        part["source"] = part["source"].cat.remove_unused_categories()
+    spec = WriteSpec(str(tmp_path / "cut"))
+    (tmp_path / "cut").mkdir()
+    write_shard(0, parts, spec)
+    assert pq.read_table(tmp_path / "cut" / "00000.parquet").equals(table)
+
+
+# --- which rows -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pandas", "dask"])
+def test_filtered_shuffled_and_sorted_rows(sources: list[Path], tmp_path: Path, kind: str) -> None:
+    lazy = read(*sources)
+    df: Any = lazy.compute().reset_index(drop=True) if kind == "pandas" else lazy
+    samples = [*PLAIN, *HARD, *HARD]
+
+    def check(name: str, chosen: Any, expected: list[Members]) -> None:
+        dic.to_webdataset(chosen, tmp_path / name, max_count=4)
+        assert members_of(*tars(tmp_path / name)) == [m for sample in expected for m in sample]
+
+    check("filtered", df[df.key.str.startswith("a")], PLAIN)
+    check("largest", df[df["nbytes"] > 600], [s for s in samples if len(s[0][1]) > 600])
+    check("sorted", df[df.key.str.startswith("a")].sort_values("nbytes", ascending=False), PLAIN[::-1])
+    if kind == "pandas":
+        order = np.random.default_rng(0).permutation(len(df))
+        check("shuffled", df.iloc[order], [samples[i] for i in order])
+        check("backwards", df[::-1], samples[::-1])
+    else:
+        check("dropped", df.partitions[1:], [*HARD, *HARD])
+        check("turned", df.partitions[[2, 0]], [*HARD, *PLAIN])
+
+
+@pytest.mark.parametrize("kind", ["pandas", "dask"])
+def test_nothing_selected(sources: list[Path], tmp_path: Path, kind: str) -> None:
+    df: Any = read(*sources)
+    df = df.compute() if kind == "pandas" else df
+    none = df[df.key == "nobody"]
+    assert dic.to_webdataset(none, tmp_path / "out") == []
+    assert tree(tmp_path / "out") == {}
+    dic.to_webdataset(df, tmp_path / "full")
+    assert dic.to_webdataset(none, tmp_path / "full", overwrite=True) == []
+    assert tree(tmp_path / "full") == {}
+
+
+def test_damaged_tars_give_what_is_whole(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "in.tar", [m for sample in PLAIN for m in sample])
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        path.write_bytes(whole[: tar.getmember("a5.jpg").offset_data + 100])
+    df = read(path, tmp_path / "missing.tar")
+    assert (df.compute()["status"] == "read_error").sum() == 2
+    (stats,) = dic.to_webdataset(df, tmp_path / "out")
+    assert stats["count"] == 5
+    assert members_of(tmp_path / "out" / "00000.tar") == [m for sample in PLAIN[:5] for m in sample]
+
+
+def test_lazy(sources: list[Path], tmp_path: Path) -> None:
+    later = dic.to_webdataset(read(sources[0]), tmp_path / "out", compute=False)
+    assert tree(tmp_path / "out") == {}
+    (stats,) = later.compute()
+    assert stats["count"] == len(PLAIN)
+    assert members_of(tmp_path / "out" / "00000.tar") == [m for sample in PLAIN for m in sample]
+
+
+def test_columns_that_are_needed(sources: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="to_webdataset needs the columns shard, sample_offset"):
+        dic.to_webdataset(read(sources[0])[["key", "sample_nbytes"]], tmp_path / "out")
+    few = read(sources[0])[["sample_offset", "sample_nbytes", "shard", "key"]]
+    dic.to_webdataset(few, tmp_path / "out")
+    assert members_of(tmp_path / "out" / "00000.tar") == [m for sample in PLAIN for m in sample]
+
+
+def test_names_that_lead_out_of_the_folder(tmp_path: Path) -> None:
+    away = tmp_path / "away"
+    away.mkdir()
+    names = ["../up.jpg", "../../up.jpg", f"{away}/absolute.jpg", "/etc/dask_imgcurator_test.jpg", "a/../../b.jpg"]
+    source = make_tar(tmp_path / "in" / "in.tar", [(name, name.encode()) for name in names])
+    out = tmp_path / "x" / "y" / "out"
+    before = tree(tmp_path)
+    dic.to_webdataset(read(source), out)
+    after = {name: data for name, data in tree(tmp_path).items() if not (tmp_path / name).is_relative_to(out)}
+    assert after == before
+    assert not Path("/etc/dask_imgcurator_test.jpg").exists()
+    assert sorted(tree(out)) == ["00000.idx", "00000.parquet", "00000.tar", "00000_stats.json"]
+    assert members_of(out / "00000.tar") == [(name, name.encode()) for name in names]
+
+
+# --- resuming, failing, overwriting ---------------------------------------------------------------
+
+
+@pytest.fixture
+def frame(sources: list[Path]) -> pd.DataFrame:
+    return read(*sources[:2]).compute()
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> WriteSpec:
+    (tmp_path / "out").mkdir()
+    return WriteSpec(str(tmp_path / "out"))
+
+
+def times(folder: str) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in Path(folder).iterdir()}
+
+
+def test_finished_shard_is_taken_over(frame: pd.DataFrame, spec: WriteSpec) -> None:
+    first = write_shard(3, [frame.iloc[:5]], spec)
+    before = times(spec.folder)
+    assert sorted(before) == ["00003.idx", "00003.parquet", "00003.tar", "00003_stats.json"]
+    second = write_shard(3, [frame.iloc[:2], frame.iloc[2:5]], spec)
+    assert (first.pop("resumed"), second.pop("resumed")) == (False, True)
+    assert first == second
+    assert times(spec.folder) == before
+    assert write_shard(3, [frame.iloc[:5]], spec, resume=False)["resumed"] is False
+    assert set(times(spec.folder).items()).isdisjoint(before.items())
+
+
+@pytest.mark.parametrize("change", ["fewer", "order", "column", "source", "no tar", "no parquet", "broken statistics"])
+def test_what_is_written_anew(frame: pd.DataFrame, spec: WriteSpec, sources: list[Path], change: str) -> None:
+    rows = frame.iloc[:5]
+    write_shard(0, [rows], spec)
+    out = Path(spec.folder)
+    if change == "fewer":
+        rows = rows.iloc[:4]
+    elif change == "order":
+        rows = rows[::-1]
+    elif change == "column":
+        rows = rows.assign(caption="other")
+    elif change == "source":
+        os.utime(sources[0], ns=(1, 1))
+    elif change == "no tar":
+        (out / "00000.tar").unlink()
+    elif change == "no parquet":
+        (out / "00000.parquet").unlink()
+    else:
+        text = (out / "00000_stats.json").read_text()
+        (out / "00000_stats.json").write_text(text.replace('"content": "', '"content": "0'))
+    stats = write_shard(0, [rows], spec)
+    assert stats["resumed"] is False
+    clean = Path(spec.folder).with_name("clean")
+    clean.mkdir()
+    write_shard(0, [rows], WriteSpec(str(clean)))
+    assert tree(out) == tree(clean)
+
+
+def rewrite(path: Path, samples: list[Members]) -> None:
+    make_tar(path, [m for sample in samples for m in sample], tarfile.USTAR_FORMAT)
+
+
+def longer(path: Path) -> None:
+    rewrite(path, [[(PLAIN[0][0][0], noise(0, 5000)), *PLAIN[0][1:]], *PLAIN[1:]])
+
+
+def shorter(path: Path) -> None:
+    rewrite(path, [[(PLAIN[0][0][0], b""), *PLAIN[0][1:]], *PLAIN[1:]])
+
+
+def fewer_members(path: Path) -> None:
+    rewrite(path, [PLAIN[0][:2], *PLAIN[1:]])
+
+
+def other_order(path: Path) -> None:
+    rewrite(path, PLAIN[::-1])
+
+
+def other_bytes(path: Path) -> None:
+    rewrite(path, [[(PLAIN[0][0][0], noise(99, len(PLAIN[0][0][1]))), *PLAIN[0][1:]], *PLAIN[1:]])
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1100])
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(noise(5, path.stat().st_size))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "change", [longer, shorter, fewer_members, other_order, other_bytes, cut, garbage, empty, Path.unlink]
+)
+@pytest.mark.parametrize("before", [False, True], ids=["fresh", "over a finished shard"])
+def test_changed_source(frame: pd.DataFrame, spec: WriteSpec, sources: list[Path], change: Any, before: bool) -> None:
+    """Nothing wrong is written, and nothing half: what was there before stays."""
+    images = {s[0][0]: hashlib.sha256(s[0][1]).hexdigest() for s in PLAIN}
+    rows = frame.iloc[:7].assign(sha256=[images[f"{key}.jpg"] for key in frame["key"][:7]])
+    if before:
+        write_shard(0, [frame.iloc[7:9]], spec)
+    change(sources[0])
+    with unchanged(Path(spec.folder)), pytest.raises(WriteError, match=r"in/plain\.tar") as caught:
+        write_shard(0, [rows], spec)
+    if change is not Path.unlink:
+        assert "'a0'" in str(caught.value)
+        assert "score it again" in str(caught.value)
+
+
+def test_source_that_vanishes_in_the_middle(sources: list[Path], tmp_path: Path) -> None:
+    df = read(*sources[:2])
+    df = df[df.key != "k1"]  # one shard
+    later = dic.to_webdataset(df, tmp_path / "out", compute=False)
+    sources[1].unlink()
+    with pytest.raises(WriteError, match=r"cannot read .*in/hard\.tar, from which 7 samples are to be copied"):
+        later.compute()
+    assert tree(tmp_path / "out") == {}
+
+
+KILLED = """
+import os, sys, tarfile
+from pathlib import Path
+import dask_imgcurator as dic
+from dask_imgcurator.write import WriteSpec, write_shard
+
+source, base = sys.argv[1:]
+frame = dic.read_webdataset(source, backend="pandas").compute(scheduler="synchronous")
+
+def dies_at(owner, name, count):
+    real, left = getattr(owner, name), [count]
+    def call(*args, **kwargs):
+        if left[0] == 0:
+            os._exit(9)
+        left[0] -= 1
+        return real(*args, **kwargs)
+    setattr(owner, name, call)
+
+moments = [(tarfile.TarFile, "addfile", 4)]
+moments += [(Path, "replace", i) for i in range(4)] + [(Path, "unlink", i) for i in range(5)]
+for number, (owner, name, count) in enumerate(moments):
+    for old in (False, True):
+        folder = Path(base, f"{number}-{old}")
+        folder.mkdir()
+        if old:
+            write_shard(0, [frame.iloc[3:]], WriteSpec(str(folder)))
+        if (pid := os.fork()) == 0:
+            dies_at(owner, name, count)
+            write_shard(0, [frame.iloc[:5]], WriteSpec(str(folder)))
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9, (name, count)
+"""
+
+
+def test_killed_at_any_moment(sources: list[Path], tmp_path: Path) -> None:
+    base = tmp_path / "killed"
+    base.mkdir()
+    subprocess.run([sys.executable, "-c", KILLED, str(sources[0]), str(base)], check=True)
+    frame = read(sources[0]).compute()
+    clean, older = tmp_path / "clean", tmp_path / "older"
+    for folder, rows in ((clean, frame.iloc[:5]), (older, frame.iloc[3:])):
+        folder.mkdir()
+        write_shard(0, [rows], WriteSpec(str(folder)))
+    folders = sorted(base.iterdir())
+    assert len(folders) == 20
+    for folder in folders:
+        # A tar that can be seen is whole, and the statistics beside it are its own.
+        if (folder / "00000.tar").exists():
+            assert written_shards(str(folder)) == ["00000"]
+            assert (folder / "00000.tar").read_bytes() in [(f / "00000.tar").read_bytes() for f in (clean, older)]
+            stats = json.loads((folder / "00000_stats.json").read_text())
+            assert stats["sha256"] == hashlib.sha256((folder / "00000.tar").read_bytes()).hexdigest()
+        files.remove_partial(str(folder))
+        write_shard(0, [frame.iloc[:5]], WriteSpec(str(folder)))
+        assert tree(folder) == tree(clean)
+
+
+def test_existing_folder(sources: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    dic.to_webdataset(read(*sources), out, max_count=3)
+    assert len(tars(out)) > 4
+    with unchanged(out), pytest.raises(FileExistsError, match=r"out holds .*00000\.idx and .* more.*overwrite=True"):
+        dic.to_webdataset(read(sources[0]), out)
+    strangers = {
+        "notes.txt": b"notes",
+        "mine.tar": b"mine",
+        "00001.jpg": b"picture",
+        "0.tar": b"few digits",
+        # as img2dataset leaves them
+        "00090.tar": b"tar",
+        "00090.parquet": b"rows",
+        "00090_stats.json": b'{"count": 10, "successes": 9, "failed_to_download": 1}',
+        "00091_stats.json": b"not JSON",
+        "00092.tar": b"without statistics",
+    }
+    for name, data in strangers.items():
+        (out / name).write_bytes(data)
+    dic.to_webdataset(read(sources[0]), out, max_count=4, overwrite=True)
+    ours = [f"0000{i}{suffix}" for i in range(2) for suffix in (".idx", ".parquet", ".tar", "_stats.json")]
+    assert sorted(tree(out)) == sorted([*ours, *strangers])
+    assert {name: (out / name).read_bytes() for name in strangers} == strangers
+    assert members_of(out / "00000.tar", out / "00001.tar") == [m for sample in PLAIN for m in sample]
+
+
+def test_surplus_of_a_run_that_was_killed(frame: pd.DataFrame, spec: WriteSpec) -> None:
+    for number in range(3):
+        write_shard(number, [frame.iloc[number : number + 1]], spec)
+    (Path(spec.folder) / "00002.tar").unlink()  # statistics come before the tar
+    assert written_shards(spec.folder) == ["00000", "00001", "00002"]
+    assert remove_surplus(spec.folder, 1) == ["00001", "00002"]
+    assert sorted(tree(Path(spec.folder))) == ["00000.idx", "00000.parquet", "00000.tar", "00000_stats.json"]
+
+
+@pytest.mark.parametrize("name", ["00000.tar", "00000.parquet", "00000.idx", "00000_stats.json"])
+def test_files_of_others_are_not_written_over(sources: list[Path], tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_bytes(b'{"count": 1}')
+    with unchanged(out), pytest.raises(FileExistsError, match=f"out holds .*{name}"):
+        dic.to_webdataset(read(sources[0]), out)
+    with unchanged(out), pytest.raises(WriteError, match=f"{name} is there, and was not written by this library"):
+        dic.to_webdataset(read(sources[0]), out, overwrite=True)
+
+
+@pytest.mark.parametrize("through", ["itself", "link", "dots", "linked source"])
+@pytest.mark.parametrize("kind", ["pandas", "dask"])
+def test_sources_are_not_written_over(sources: list[Path], tmp_path: Path, through: str, kind: str) -> None:
+    out, link = tmp_path / "out", tmp_path / "link"
+    dic.to_webdataset(read(*sources), out, max_count=4)
+    link.symlink_to(out)
+    target = {"link": link, "dots": tmp_path / "in" / ".." / "out"}.get(through, out)
+    # The first shard would come from elsewhere: writing it would destroy what the later ones need.
+    first = read(sources[0])
+    df: Any = dd.concat([first[first.key > "a2"], read(*tars(link if through == "linked source" else out))])
+    df = df.compute() if kind == "pandas" else df
+    refused = pytest.raises(WriteError, match="is read, and lies in the folder that is to be written")
+    with unchanged(out), dask.config.set(scheduler="synchronous"), refused:
+        dic.to_webdataset(df, target, overwrite=True, max_count=4)
+    refined = dic.to_webdataset(read(*tars(out)), tmp_path / "out2", max_count=4)
+    assert members_of(*tars(tmp_path / "out2")) == ALL
+    assert len(refined) == len(tars(out))
+
+
+# --- other file systems ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory() -> Any:
+    """An empty object store: fsspec's, which shows a file when its transaction ends."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+    yield fs
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+
+
+def test_object_store(sources: list[Path], tmp_path: Path, memory: Any) -> None:
+    for path in sources:
+        memory.pipe_file(f"/in/{path.name}", path.read_bytes())
+    df = dic.read_webdataset([f"memory://in/{p.name}" for p in sources], backend="pandas")
+    dic.to_webdataset(read(*sources), tmp_path / "out", max_count=2)
+    stats = dic.to_webdataset(df, "memory://out", max_count=2)
+    for path in [*tars(tmp_path / "out"), *(tmp_path / "out").glob("*.idx")]:
+        assert memory.cat(f"/out/{path.name}") == path.read_bytes()
+    assert written_shards("memory://out") == [p.stem for p in tars(tmp_path / "out")]
+    assert len(stats) == len(tars(tmp_path / "out"))
+    with pytest.raises(FileExistsError, match="holds files of curated shards"):
+        dic.to_webdataset(df, "memory://out")
+    with pytest.raises(WriteError, match="is read, and lies in the folder"):
+        dic.to_webdataset(dic.read_webdataset("memory://out/*.tar", backend="pandas"), "memory://out/", overwrite=True)
+    dic.to_webdataset(df.partitions[:1], "memory://out", overwrite=True)
+    assert sorted(memory.ls("/out", detail=False)) == [
+        f"/out/00000{suffix}" for suffix in (".idx", ".parquet", ".tar", "_stats.json")
+    ]
+
+
+@pytest.mark.parametrize("store", ["memory", "local"])
+def test_written_whole_or_not_at_all(tmp_path: Path, memory: Any, store: str) -> None:
+    folder = "memory://x" if store == "memory" else str(tmp_path)
+    url, other = files.join(folder, "a.bin"), files.join(folder, "b.bin")
+    with files.write_whole(url) as file:
+        file.write(b"half")
+        assert not files.exists(url)
+        with files.write_whole(other) as inner:  # another writer of the same store comes and goes
+            inner.write(b"whole")
+        assert files.read_text(other) == "whole"
+        assert not files.exists(url)
+        assert files.list_files(folder, "") == [files.list_files(folder, "b.bin")[0]]
+        file.write(b" and half")
+    assert files.read_text(url) == "half and half"
+    with pytest.raises(KeyError), files.write_whole(url) as file:
+        file.write(b"bad")
+        raise KeyError
+    assert files.read_text(url) == "half and half"
+    new = files.join(folder, "c.bin")
+    with pytest.raises(KeyError), files.write_whole(new) as file:
+        file.write(b"bad")
+        raise KeyError
+    assert not files.exists(new)
+    assert len(files.list_files(folder, ".bin")) == 2
+    if store == "local":
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "b.bin"]
+    files.remove(url)
+    files.remove(url)
+    assert files.read_text(url) is None
+
+
+def test_leftovers_of_a_killed_process(tmp_path: Path) -> None:
+    Path(files.temporary_name(str(tmp_path / "00000.tar"))).write_bytes(b"half")
+    (tmp_path / "kept.tar").write_bytes(b"whole")
+    assert files.list_files(str(tmp_path), ".tar") == [str(tmp_path / "kept.tar")]
+    assert files.remove_partial(str(tmp_path)) == 1
+    assert sorted(tree(tmp_path)) == ["kept.tar"]
+    assert files.remove_partial(str(tmp_path / "nowhere")) == 0
