@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -164,9 +165,12 @@ def _score(
     options = plan.storage_options
     files.make_folder(folder)
     try:
+        client.wait_for_workers(1, timeout=60)
         # All workers load the model now, side by side; what the first one tells holds for all.
         loading = [client.submit(describe, plan, pure=False, workers=[address]) for address in client.nthreads()]
         provenance = next(iter(as_completed(loading))).result()
+    except TimeoutError:
+        raise JobError(f"the scheduler at {client.scheduler_info()['address']} has no worker: start one") from None
     except (ModelError, WeightsError) as err:
         raise JobError(str(err)) from err
     except KilledWorker:
@@ -192,33 +196,36 @@ def _score(
     monitor.scoring(len(urls), taken_over)
 
     state = Progress(total_shards=len(todo))
-    seen: dict[str, dict[str, int]] = {}
+    seen: dict[str, dict[str, Any]] = {}
 
-    def update() -> None:
-        known = list(seen.values())
-        state.images = sum(s["done"] for s in known)
-        state.errors = sum(s["errors"] for s in known)
-        mean = sum(s["rows"] for s in known) / len(known) if known else 0
-        state.expected = round(sum(s["rows"] for s in known) + mean * (len(todo) - len(known)))
+    totals: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def update(counts: dict[str, Any]) -> None:
+        # Events come in the client's event loop, results in this thread; a shard that is done again begins at 0.
+        with lock:
+            before = seen.get(counts["shard"], {})
+            if before.get("finished"):
+                return
+            seen[counts["shard"]] = counts
+            for name in ("rows", "done", "errors"):
+                totals[name] += counts[name] - before.get(name, 0)
+            state.images, state.errors = totals["done"], totals["errors"]
+            state.expected = round(totals["rows"] * len(todo) / len(seen))
         monitor.progress(state)
 
     def on_event(event: Any) -> None:
-        counts = event[1]
-        if seen.get(counts["shard"], {}).get("finished"):
-            return
-        seen[counts["shard"]] = counts
-        update()
+        update(event[1])
 
     topic = f"imgcurator-{os.getpid()}-{time.time_ns()}"
     client.subscribe_topic(topic, on_event)
     jobs = ((url, (url, targets[url], plan, full, topic)) for url, full in todo.items())
     try:
-        for url, counts in run_tasks(client, jobs, score_shard, "scoring"):
-            seen[url] = {**counts, "done": counts["rows"], "finished": True}
+        for _, counts in run_tasks(client, jobs, score_shard, "scoring"):
             state.shards += 1
             state.kept += counts["kept"]
             state.decided += counts["rows"]
-            update()
+            update({**counts, "done": counts["rows"], "finished": True})
     finally:
         client.unsubscribe_topic(topic)
         result.shards_scored = state.shards
