@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -44,31 +48,27 @@ def test_close_ends_the_cluster() -> None:
 
 
 @pytest.fixture
-def scheduler(tmp_path: Any) -> Any:
+def scheduler(tmp_path: Path) -> Iterator[str]:
     """A scheduler and a worker as processes of their own, the way a cluster has them."""
+    address = tmp_path / "scheduler.json"
     processes = []
-
-    def run(module: str, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", module, *arguments]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-        processes.append(process)
-        return process
-
-    first = run("distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard", "--host", "127.0.0.1")
-    address = ""
-    assert first.stderr is not None
-    for line in first.stderr:
-        if "Scheduler at:" in line:
-            address = line.split()[-1]
-            break
-    run("distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard")
-    yield address
-    for process in processes[::-1]:
-        process.terminate()
-    for process in processes:
-        process.wait(timeout=20)
-        assert process.stderr is not None
-        process.stderr.close()
+    with (tmp_path / "log").open("w") as log:
+        for command in (
+            ["dask_scheduler", "--port", "0", "--host", "127.0.0.1", "--scheduler-file", str(address)],
+            ["dask_worker", "--nthreads", "1", "--scheduler-file", str(address)],
+        ):
+            module = f"distributed.cli.{command[0]}"
+            arguments = [sys.executable, "-m", module, "--no-dashboard", *command[1:]]
+            processes.append(subprocess.Popen(arguments, stderr=log, cwd=tmp_path))
+        end = time.monotonic() + 60
+        while not address.exists():
+            assert time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        yield json.loads(address.read_text())["address"]
+        for process in processes[::-1]:
+            process.terminate()
+        for process in processes:
+            process.wait(timeout=30)
 
 
 def test_scheduler_that_runs_already(scheduler: str, tmp_path: Any) -> None:
