@@ -515,12 +515,11 @@ def curate(
     result = RunResult(folder, notes=monitor.notes)
     given = ScoreOptions(**options)
     where = filters.combine(where, min_aesthetic, max_nsfw)
+    max_nbytes = write.parse_size(max_size)
     urls = shards.expand(urlpath, given.storage_options)
     plan = _plan(urls, given, where, monitor)
     scores, curated = files.join(folder, "scores"), files.join(folder, "shards")
-    spec = write.WriteSpec(
-        curated, max_count, write.parse_size(max_size), dict(plan.storage_options), dict(plan.read.storage_options)
-    )
+    spec = write.WriteSpec(curated, max_count, max_nbytes, dict(plan.storage_options), dict(plan.read.storage_options))
     with lend_client(client, scheduler, n_workers, plan.read.backend, [scores, curated], monitor) as client:
         tables = _score(client, urls, scores, plan, resume, monitor, result)
         read = _score_reader(tables, plan.read.backend, plan.storage_options)

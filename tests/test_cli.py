@@ -122,7 +122,9 @@ def test_help_teaches() -> None:
     assert "dask-imgcurator demo" in text
     for command in ("curate", "score", "select", "write", "demo", "doctor"):
         assert command in text
-        assert "dask-imgcurator" in CliRunner().invoke(cli, [command, "--help"]).stdout
+        page = CliRunner().invoke(cli, [command, "--help"]).stdout
+        assert f"imgcurator {command}" in page
+        assert len(page.splitlines()) > 4
 
 
 def test_demo(tmp_path: Path) -> None:
