@@ -245,6 +245,8 @@ def _write(
 ) -> list[dict[str, Any]]:
     sizes = ((part["keys"], part["sizes"]) for part in selection.located)
     plan = list(write.plan_shards(sizes, spec.max_count, spec.max_nbytes))
+    # Before the first one is written: a shard may be the source of another one's samples.
+    write.check_sources(spec.folder, {url for part in selection.located for url in part["sources"]})
     files.make_folder(spec.folder)
     monitor.writing(len(plan))
     jobs = (

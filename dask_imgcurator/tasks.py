@@ -105,9 +105,9 @@ def select(frame: Any, where: str | None) -> Any:
 
 def locate_kept(url: str, where: str | None, spec: score.ScoreFiles) -> dict[str, Any]:
     """Count what a score file's rows come to, and say which of them are kept; a task."""
-    kinds = {**{n: kind_of(t) for n, t in _types(url, spec)}}
+    kinds = {f.name: kind_of(f.type) for f in score.file_schema(url, spec.storage_options)}
     parsed = filters.parse_where(where, kinds) if where else None
-    wanted = [n for n in ("key", "sample_nbytes", "status") if n in kinds]
+    wanted = [n for n in ("key", "shard", "sample_nbytes", "status") if n in kinds]
     columns = tuple(dict.fromkeys([*wanted, *(parsed.columns if parsed else ())]))
     frame = score.read_score_file(url, replace(spec, columns=columns))
     by_status: dict[str, int] = {}
@@ -121,12 +121,14 @@ def locate_kept(url: str, where: str | None, spec: score.ScoreFiles) -> dict[str
         left = left[part.mask(left)]
         funnel.append({"condition": part.text, "alone": int(part.mask(readable).sum()), "left": len(left)})
     keys, sizes = collection.locate(left)
-    return {"rows": len(frame), "by_status": dict(by_status), "funnel": funnel, "keys": keys, "sizes": sizes}
-
-
-def _types(url: str, spec: score.ScoreFiles) -> list[tuple[str, Any]]:
-    schema = score.file_schema(url, spec.storage_options)
-    return [(f.name, f.type) for f in schema]
+    return {
+        "rows": len(frame),
+        "by_status": dict(by_status),
+        "funnel": funnel,
+        "keys": keys,
+        "sizes": sizes,
+        "sources": sorted(set(collection.host_column(left, "shard"))),
+    }
 
 
 def write_kept(

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import dask_imgcurator as dic
-from dask_imgcurator import job, planning, runner, score, shards
+from dask_imgcurator import job, planning, runner, score, shards, write
 from dask_imgcurator.monitor import Monitor, Progress
 from dask_imgcurator.samples import SampleShards, make_sample_shards
 
@@ -236,6 +236,19 @@ def test_select_then_write_equals_curate(finished: tuple[Path, job.RunResult], c
     _, written = dic.write_selection(tmp_path / "selected", tmp_path / "shards", max_count=10, client=client)
     assert tree(tmp_path / "shards") == tree(out / "shards")
     assert [s["sha256"] for s in written] == [s["sha256"] for s in result.written]
+
+
+def test_the_sources_are_never_written_over(made: SampleShards, client: Any, tmp_path: Path) -> None:
+    """Refining a folder in place would write over the shards that are still to be read."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for path in made.shards:
+        shutil.copy(path, folder)
+    before = tree(folder)
+    dic.score_shards(folder, tmp_path / "scores", model="starter", client=client)
+    with pytest.raises(write.WriteError, match="choose another folder"):
+        dic.write_selection(tmp_path / "scores", folder, client=client)
+    assert tree(folder) == before
 
 
 def test_a_mistake_in_the_expression_is_told_before_anything_is_done(made: SampleShards, tmp_path: Path) -> None:
