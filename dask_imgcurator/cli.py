@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from .job import RunResult, Selection
     from .monitor import Monitor
+    from .results import RunResult, Selection
 
 __all__ = ["cli", "main"]
 

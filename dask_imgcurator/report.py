@@ -28,7 +28,7 @@ from .decode import inspect
 from .schema import STATUSES, kind_of
 
 if TYPE_CHECKING:
-    from .job import RunResult
+    from .results import RunResult
 
 __all__ = ["write_report"]
 

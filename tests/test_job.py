@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import dask_imgcurator as dic
-from dask_imgcurator import job, planning, runner, score, shards, write
+from dask_imgcurator import planning, runner, score, shards, write
 from dask_imgcurator.monitor import Monitor, Progress
+from dask_imgcurator.results import RunResult
 from dask_imgcurator.samples import SampleShards, make_sample_shards
 
 WHERE = "aesthetic_score >= 5 and width >= 160"
@@ -39,7 +40,7 @@ def client() -> Any:
 
 
 @pytest.fixture(scope="module")
-def finished(made: SampleShards, client: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, job.RunResult]:
+def finished(made: SampleShards, client: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
     out = tmp_path_factory.mktemp("run")
     result = dic.curate([str(p) for p in made.shards], out, where=WHERE, model="starter", client=client, max_count=10)
     return out, result
@@ -66,7 +67,7 @@ def source_members(paths: list[Path]) -> dict[str, dict[str, bytes]]:
     return out
 
 
-def test_every_sample_is_accounted_for_once(finished: tuple[Path, job.RunResult], made: SampleShards) -> None:
+def test_every_sample_is_accounted_for_once(finished: tuple[Path, RunResult], made: SampleShards) -> None:
     out, result = finished
     table = score_tables(out / "scores")
     assert sorted(table["key"]) == sorted(made.manifest)
@@ -77,7 +78,7 @@ def test_every_sample_is_accounted_for_once(finished: tuple[Path, job.RunResult]
 
 
 def test_kept_samples_are_those_of_the_expression_byte_for_byte(
-    finished: tuple[Path, job.RunResult], made: SampleShards
+    finished: tuple[Path, RunResult], made: SampleShards
 ) -> None:
     out, result = finished
     table = score_tables(out / "scores")
@@ -98,7 +99,7 @@ def test_kept_samples_are_those_of_the_expression_byte_for_byte(
     )
 
 
-def test_funnel_counts_each_condition_alone_and_in_sequence(finished: tuple[Path, job.RunResult]) -> None:
+def test_funnel_counts_each_condition_alone_and_in_sequence(finished: tuple[Path, RunResult]) -> None:
     out, result = finished
     table = score_tables(out / "scores")
     ok = table[table["status"] == "ok"]
@@ -109,7 +110,7 @@ def test_funnel_counts_each_condition_alone_and_in_sequence(finished: tuple[Path
     ]
 
 
-def test_record_says_what_was_run(finished: tuple[Path, job.RunResult]) -> None:
+def test_record_says_what_was_run(finished: tuple[Path, RunResult]) -> None:
     out, result = finished
     record = json.loads((out / "run.json").read_text())
     assert record["arguments"]["where"] == WHERE
@@ -119,7 +120,7 @@ def test_record_says_what_was_run(finished: tuple[Path, job.RunResult]) -> None:
     assert len(record["provenance"]["encoder"]["backbone_sha256"]) == 64
 
 
-def test_provenance_stands_in_the_parquet_footer(finished: tuple[Path, job.RunResult], made: SampleShards) -> None:
+def test_provenance_stands_in_the_parquet_footer(finished: tuple[Path, RunResult], made: SampleShards) -> None:
     out, _ = finished
     schema = pq.read_schema(out / "scores" / "00000.parquet")
     provenance = json.loads(schema.metadata[b"imgcurator"])
@@ -128,9 +129,7 @@ def test_provenance_stands_in_the_parquet_footer(finished: tuple[Path, job.RunRe
     assert {"dask_imgcurator", "torch"} <= set(provenance["versions"])
 
 
-def test_second_run_takes_everything_over(
-    finished: tuple[Path, job.RunResult], made: SampleShards, client: Any
-) -> None:
+def test_second_run_takes_everything_over(finished: tuple[Path, RunResult], made: SampleShards, client: Any) -> None:
     out, first = finished
     before = {p: p.stat().st_mtime_ns for p in (out / "scores").iterdir()} | {
         p: p.stat().st_mtime_ns for p in (out / "shards").iterdir()
@@ -143,7 +142,7 @@ def test_second_run_takes_everything_over(
 
 
 @pytest.fixture
-def copy(finished: tuple[Path, job.RunResult], tmp_path: Path) -> Path:
+def copy(finished: tuple[Path, RunResult], tmp_path: Path) -> Path:
     """A copy of the finished run, to be spoiled."""
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
@@ -228,7 +227,7 @@ def test_another_selection_replaces_the_curated_shards(copy: Path, made: SampleS
     assert len(names) < before
 
 
-def test_select_then_write_equals_curate(finished: tuple[Path, job.RunResult], client: Any, tmp_path: Path) -> None:
+def test_select_then_write_equals_curate(finished: tuple[Path, RunResult], client: Any, tmp_path: Path) -> None:
     out, result = finished
     selection = dic.select_rows(out / "scores", tmp_path / "selected", WHERE, client=client)
     assert selection.kept == result.kept

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dask_imgcurator.job import RunResult
 from dask_imgcurator.report import _LINEAR, _LOG, _PROBABILITY, _Histogram, write_report
+from dask_imgcurator.results import RunResult
 
 HOSTILE = '"><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>\u202egnp.exe'
 WHERE = "aesthetic_score >= 5 and width >= 100"
