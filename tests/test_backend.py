@@ -493,7 +493,7 @@ PACKAGE = Path(dask_imgcurator.__file__).parent
 
 #: DESIGN.md, section 3: each module may import those that stand before it.
 ORDER = """
-schema config files shards _cpu _gpu backend decode weights savedmodel starter models heads score filters write
+schema config files shards _cpu _gpu backend decode weights savedmodel starter models heads score where_syntax filters write
 collection cluster monitor results runner planning tasks report verify job samples display doctor cli
 """.split()
 
