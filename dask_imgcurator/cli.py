@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,14 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__
+from . import __version__, summary
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from .monitor import Monitor
-    from .results import RunResult, Selection
 
 __all__ = ["cli", "main"]
 
@@ -253,7 +248,7 @@ def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> No
     with _display(quiet) as monitor:
         result = run(list(shards), out, monitor=monitor, **_given(options))
     if not quiet:
-        _print_run(result)
+        summary.print_run(result)
 
 
 @cli.command()
@@ -274,7 +269,7 @@ def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> Non
     with _display(quiet) as monitor:
         result = run(list(shards), out, monitor=monitor, **_given(options))
     if not quiet:
-        _print_run(result)
+        summary.print_run(result)
 
 
 @cli.command()
@@ -307,7 +302,7 @@ def select(
     with _display(quiet) as monitor:
         selection = run(list(scores), out, where, monitor=monitor, **_given(options))
     if not quiet:
-        _print_selection(selection, out)
+        summary.print_selection(selection, out)
 
 
 @cli.command()
@@ -340,8 +335,8 @@ def write(
     with _display(quiet) as monitor:
         selection, written = run(list(scores), out, where, monitor=monitor, **_given(options))
     if not quiet:
-        _print_selection(selection, out)
-        _stdout().print(_written_line(written, out))
+        summary.print_selection(selection, out)
+        summary.stdout().print(summary.written_line(written, out))
 
 
 @cli.command()
@@ -364,7 +359,7 @@ def demo(out: str, count: int, quiet: bool, **options: Any) -> None:
     from . import samples
     from .job import curate as run
 
-    console = _stdout()
+    console = summary.stdout()
     where = "aesthetic_score >= 5 and width >= 160 and height >= 160"
     made = samples.make_sample_shards(Path(out) / "samples", count=count)
     if not quiet:
@@ -388,8 +383,8 @@ def demo(out: str, count: int, quiet: bool, **options: Any) -> None:
             **_given(options),
         )
     if not quiet:
-        _print_kinds(result, made.manifest)
-        _print_run(result)
+        summary.print_kinds(result, made.manifest)
+        summary.print_run(result)
 
 
 @cli.command()
@@ -419,14 +414,14 @@ def doctor() -> None:
 
     from .doctor import examine
 
-    table = _table("", "found", "what to do")
+    table = summary.make_table("", "found", "what to do")
     signs = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM", "bold red")}
     problems = 0
     for finding in examine():
         problems += finding.state == "problem"
         sign, style = signs[finding.state]
         table.add_row(Text(f"{finding.topic}"), Text(finding.value), Text(finding.remedy), Text(sign, style))
-    _stdout().print(table)
+    summary.stdout().print(table)
     if problems:
         raise _Failure(f"{problems} problem{'s' * (problems > 1)}: see the table", FAILED)
 
@@ -444,12 +439,6 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value not in (None, ())}
 
 
-def _stdout() -> Console:
-    from rich.console import Console
-
-    return Console()
-
-
 @contextlib.contextmanager
 def _display(quiet: bool) -> Iterator[Monitor]:
     """Show a run on stderr: a live line on a terminal, plain lines elsewhere, nothing with --quiet."""
@@ -460,124 +449,3 @@ def _display(quiet: bool) -> Iterator[Monitor]:
     console = Console(stderr=True, quiet=quiet)
     with make_monitor(console) as monitor:
         yield monitor
-
-
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column)
-    return table
-
-
-def _numbers(*columns: str) -> Table:
-    """Make a table whose columns after the first hold numbers."""
-    table = _table(*columns)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "-"
-
-
-def _print_run(result: RunResult) -> None:
-    from .schema import STATUSES
-
-    console = _stdout()
-    table = _numbers("", "images", "share")
-    table.add_row("in the score table", f"{result.samples:,}", "")
-    for status, n in result.by_status.items():
-        meaning = "readable and scored" if status == "ok" else f"{status}: {STATUSES.get(status, '')}"
-        table.add_row(f"  {meaning}", f"{n:,}", _share(n, result.samples))
-    before = result.by_status.get("ok", 0)
-    for step in result.funnel:
-        table.add_row(
-            f"  dropped by {step['condition']}",
-            f"{before - step['left']:,}",
-            _share(before - step["left"], result.samples),
-        )
-        before = step["left"]
-    if result.kept is not None:
-        table.add_row("kept", f"{result.kept:,}", _share(result.kept, result.samples), style="bold")
-    console.print(table)
-    if result.images_scored:
-        rate = result.images_scored / result.scoring_seconds
-        console.print(
-            f"scored {result.images_scored:,} images of {result.shards_scored:,} shards "
-            f"in {result.scoring_seconds:.1f} s ({rate:.1f} images/s), "
-            f"after {result.loading_seconds:.1f} s of loading the model",
-            highlight=False,
-        )
-    if result.shards_taken_over:
-        console.print(f"taken over from an earlier run: {result.shards_taken_over:,} shards", highlight=False)
-    if result.kept is not None:
-        console.print(_written_line(result.written, str(Path(result.out) / "shards")), highlight=False, soft_wrap=True)
-        console.print(f"report: {Path(result.out) / 'report.html'}", highlight=False, soft_wrap=True)
-    else:
-        console.print(f"score table: {result.out}", highlight=False, soft_wrap=True)
-
-
-def _written_line(written: list[dict[str, Any]], folder: str) -> str:
-    count, nbytes = sum(s["count"] for s in written), sum(s["nbytes"] for s in written)
-    return f"curated shards: {len(written):,} with {count:,} samples, {nbytes / 1e6:,.1f} MB: {folder}"
-
-
-def _print_selection(selection: Selection, out: str) -> None:
-    console = _stdout()
-    table = _numbers("", "rows", "alone")
-    table.add_row("in the score table", f"{selection.rows:,}", "")
-    ok = selection.by_status.get("ok", selection.rows)
-    if ok != selection.rows:
-        table.add_row("readable and scored", f"{ok:,}", "")
-    for step in selection.funnel:
-        table.add_row(f"  and {step['condition']}", f"{step['left']:,}", f"{step['alone']:,}")
-    table.add_row("kept", f"{selection.kept:,}", _share(selection.kept, selection.rows), style="bold")
-    console.print(table)
-    console.print(f"in {out}", highlight=False, soft_wrap=True)
-
-
-def _print_kinds(result: RunResult, manifest: Mapping[str, Mapping[str, Any]]) -> None:
-    """Show for the demo what became of each kind of planted image."""
-    import pyarrow.parquet as pq
-
-    from .samples import KINDS
-
-    kept: set[str] = set()
-    for shard in result.written:
-        path = Path(result.out) / "shards" / shard["shard"].replace(".tar", ".parquet")
-        kept.update(pq.read_table(path, columns=["key"])["key"].to_pylist())
-    table = _numbers("what was planted", "images", "kept", "dropped")
-    table.add_column("for example, why")
-    table.columns[-1].justify = "left"
-    reasons = _reasons(result)
-    for kind, meaning in KINDS.items():
-        keys = [key for key, entry in manifest.items() if entry["kind"] == kind]
-        if not keys:
-            continue
-        n = sum(key in kept for key in keys)
-        why = next((reasons[key] for key in keys if key not in kept and reasons.get(key)), "")
-        table.add_row(f"{kind}: {meaning}", str(len(keys)), str(n), str(len(keys) - n), why)
-    _stdout().print(table)
-
-
-def _reasons(result: RunResult) -> dict[str, str]:
-    """Why each sample of the demo was dropped: its error, or the first condition that it fails."""
-    from . import collection
-    from .filters import parse_where
-
-    record = json.loads((Path(result.out) / "run.json").read_text())
-    frame = collection.read_scores(Path(result.out) / "scores", backend="pandas").compute(scheduler="synchronous")
-    reasons = dict(zip(frame["key"], frame["error_message"].fillna(""), strict=True))
-    left = frame[frame["status"] == "ok"]
-    for part in parse_where(record["arguments"]["where"]).conjuncts():
-        passed = part.mask(left)
-        for row in left[~passed].to_dict("records"):
-            column = part.columns[0]
-            value = row[column]
-            reasons[row["key"]] = f"{column} is {value:.2f}" if isinstance(value, float) else f"{column} is {value}"
-        left = left[passed]
-    return reasons

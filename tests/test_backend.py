@@ -493,8 +493,9 @@ PACKAGE = Path(dask_imgcurator.__file__).parent
 
 #: DESIGN.md, section 3: each module may import those that stand before it.
 ORDER = """
-schema config files shards _cpu _gpu backend decode weights savedmodel starter models heads score where_syntax filters write
-collection cluster monitor results runner planning tasks report verify job samples display doctor cli
+schema config files shards _cpu _gpu backend decode weights savedmodel starter models heads score where_syntax
+filters write collection cluster monitor results runner planning tasks report verify job samples display
+summary doctor cli
 """.split()
 
 RAPIDS = {"cudf", "cupy", "rmm", "dask_cuda", "dask_cudf", "pylibcudf", "cuml", "raft", "kvikio", "numba_cuda"}
