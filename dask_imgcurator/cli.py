@@ -209,7 +209,7 @@ _shards_argument = click.argument("shards", nargs=-1, required=True, metavar="SH
 )
 @click.version_option(__version__, prog_name="dask-imgcurator")
 def cli() -> None:
-    r"""Curate image datasets: score every image once, decide as often as you like.
+    """Curate image datasets: score every image once, decide as often as you like.
 
     \b
     Try it on sample images:     dask-imgcurator demo
@@ -235,7 +235,7 @@ def cli() -> None:
 @_resume_option
 @_quiet_option
 def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
-    r"""Score shards, keep the images that an expression takes, write them as curated shards.
+    """Score shards, keep the images that an expression takes, write them as curated shards.
 
     \b
     dask-imgcurator curate 'laion/{00000..00127}.tar' --out curated \\
@@ -259,7 +259,7 @@ def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> No
 @_resume_option
 @_quiet_option
 def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
-    r"""Score shards into a table: the expensive half, done once.
+    """Score shards into a table: the expensive half, done once.
 
     \b
     dask-imgcurator score 'laion/*.tar' --out run/scores --model ViT-B-32 --pretrained openai
@@ -287,7 +287,7 @@ def select(
     max_nsfw: float | None,
     **options: Any,
 ) -> None:
-    r"""Keep the rows of a score table that an expression takes; no image is read.
+    """Keep the rows of a score table that an expression takes; no image is read.
 
     \b
     dask-imgcurator select run/scores --where 'aesthetic_score >= 5.5 and width >= 512' --out run/selected
@@ -322,7 +322,7 @@ def write(
     max_nsfw: float | None,
     **options: Any,
 ) -> None:
-    r"""Write the rows of a score table as curated shards, byte for byte from their sources.
+    """Write the rows of a score table as curated shards, byte for byte from their sources.
 
     \b
     dask-imgcurator write run/selected --out run/shards
@@ -390,7 +390,7 @@ def demo(out: str, count: int, quiet: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("folder", metavar="DIR")
 def verify(folder: str) -> None:
-    r"""Compare a finished folder with its inputs, byte for byte.
+    """Compare a finished folder with its inputs, byte for byte.
 
     \b
     dask-imgcurator verify curated

@@ -119,12 +119,15 @@ def test_doctor_names_what_would_be_used() -> None:
 
 def test_help_teaches() -> None:
     text = CliRunner().invoke(cli, ["--help"]).stdout
-    assert "dask-imgcurator demo" in text
+    # Examples stand on lines of their own.
+    assert "  Try it on sample images:     dask-imgcurator demo" in text.splitlines()
+    assert "\\b" not in text
     for command in ("curate", "score", "select", "write", "demo", "doctor"):
         assert command in text
         page = CliRunner().invoke(cli, [command, "--help"]).stdout
         assert f"imgcurator {command}" in page
         assert len(page.splitlines()) > 4
+        assert "\\b" not in page
 
 
 def test_demo(tmp_path: Path) -> None:
