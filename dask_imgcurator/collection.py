@@ -8,6 +8,7 @@ from typing import Any
 
 import dask
 import dask.dataframe as dd
+import pyarrow as pa
 
 from . import config, files, heads, score, shards, weights, write
 from .backend import backend_of, get_backend, is_dask, resolve_name
@@ -126,10 +127,14 @@ def embed_spec(
     )
 
 
-def _map(frame: Any, function: Any, spec: Any, meta: Any, label: str) -> Any:
-    """Apply a partition function to a frame of any kind."""
+def _map(frame: Any, function: Any, spec: Any, added: pa.Schema) -> Any:
+    """Apply a partition function to a frame of any kind; `added` are the columns that it adds or replaces."""
     if not is_dask(frame):
         return function(frame, spec)
+    start = _meta_of(frame)
+    new = backend_of(frame).from_arrow(added.empty_table())
+    new.index = start.index
+    meta = start.assign(**{name: new[name] for name in added.names})
     return frame.map_partitions(function, spec, meta=meta, enforce_metadata=False)
 
 
@@ -202,14 +207,7 @@ def embed(
         "read the shards with read_webdataset",
     )
     spec = embed_spec(model, pretrained, batch_size, dtype, storage_options, column)
-    meta = None
-    if is_dask(df):
-        backend = backend_of(df)
-        new = backend.from_arrow(spec.schema.empty_table())
-        start = _meta_of(df)
-        new.index = start.index
-        meta = start.assign(**{name: new[name] for name in spec.schema.names})
-    return _map(df, score.embed_partition, spec, meta, "embed")
+    return _map(df, score.embed_partition, spec, spec.schema)
 
 
 def _score(df: Any, use: score.HeadUse) -> Any:
@@ -224,14 +222,7 @@ def _score(df: Any, use: score.HeadUse) -> Any:
         # A wrong name is told at once, not by a worker. Its own width fits it.
         spec = heads.HEADS.get(use.head)
         heads.resolve(use.kind, use.head, spec.width if spec else 0)
-    meta = None
-    if is_dask(df):
-        backend = backend_of(df)
-        start = _meta_of(df)
-        new = backend.from_arrow(arrow_schema([use.column]).empty_table())
-        new.index = start.index
-        meta = start.assign(**{use.column: new[use.column]})
-    return _map(df, score.score_partition, use, meta, use.column)
+    return _map(df, score.score_partition, use, arrow_schema([use.column]))
 
 
 def score_aesthetic(

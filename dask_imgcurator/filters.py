@@ -39,6 +39,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from .backend import is_dask
 from .schema import kind_of
 from .where_syntax import (
     ARITHMETIC,
@@ -239,15 +240,9 @@ def _is_cudf(frame: Any) -> bool:
     return type(frame).__module__.partition(".")[0] == "cudf"
 
 
-def _is_dask(frame: Any) -> bool:
-    from dask.base import is_dask_collection
-
-    return bool(is_dask_collection(frame))
-
-
 def _sample(frame: Any) -> Any:
     """Return the empty frame that stands for a Dask frame; any other frame as it is."""
-    if not _is_dask(frame):
+    if not is_dask(frame):
         return frame
     from dask.dataframe.dispatch import make_meta
 
@@ -477,7 +472,7 @@ class Where:
             workers, as far as the types tell.
         """
         used = [name for name in self.columns if name in frame.columns]
-        if _is_dask(frame):
+        if is_dask(frame):
             self._check(frame)
             part = frame[used]
             # The mask of no rows is the meta: right for pandas and cuDF alike.
