@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "gflop_per_image",
     "images_of",
     "machine",
     "make_parser",
@@ -154,6 +155,22 @@ def rate(work: Callable[[], float], seconds: float, device: str = "cpu") -> floa
         amount += work()
         settle()
     return amount / passed
+
+
+def gflop_per_image(encoder: Any) -> float:
+    """Count the operations of an encoder's forward pass for one image, in units of 10^9."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # The counter does not see into the fused attention of nn.MultiheadAttention.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            encoder(torch.zeros((1, 3, *encoder.preprocess.size), device=encoder.device))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return float(counter.get_total_flops() / 1e9)
 
 
 def matmul_rates(device: str, seconds: float) -> dict[str, float]:

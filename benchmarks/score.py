@@ -95,11 +95,12 @@ def encode_only(spec: EncoderSpec, device: str, batch_size: int, seconds: float)
 
 
 def peak_memory() -> dict[str, int]:
-    """Largest resident memory of this process so far, and largest memory of torch on its card, bytes."""
+    """Largest resident memory of this process so far, and memory in use on its card now, bytes."""
     import torch
 
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "torch_gpu_bytes": gpu}
+    # What the whole card has in use: torch keeps no account of memory that it takes from RMM's pool.
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+    return {"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "gpu_bytes": total - free}
 
 
 # --- here -----------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run the benchmark."""
     urls, spec, backend, batch_size = common.settle_options(args)
     about = common.machine()
-    decoder = settle_decoder(config.get("decoder"))
+    decoder = settle_decoder(config.get("decoder"), backend.decoder_device)
     heads = {"aesthetic_head": "none", "nsfw_head": "none"} if args.no_heads else {"weights_dir": args.weights_dir}
     with dic.start_client(args.n_workers, backend=backend.name) as client, tempfile.TemporaryDirectory() as folder:
         loaded = on_all(client, load, spec, backend.device)

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import dask
-import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .files import write_whole
+from .files import opened, persist, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +72,7 @@ class PandasBackend:
     name = "pandas"
     device = "cpu"
     decoder_device = "cpu"
+    decoders = 1  # which has all threads
 
     def from_arrow(self, table: pa.Table) -> pd.DataFrame:
         """See `Backend.from_arrow`."""
@@ -157,8 +157,12 @@ class PandasBackend:
         self, path: str, columns: list[str] | None = None, storage_options: Mapping[str, Any] | None = None
     ) -> pd.DataFrame:
         """See `Backend.read_parquet`."""
-        with fsspec.open(path, "rb", **(storage_options or {})) as file:
-            return from_arrow(pq.read_table(file, columns=columns))
+
+        def read() -> pa.Table:
+            with opened(path, storage_options) as file:
+                return pq.read_table(file, columns=columns)
+
+        return from_arrow(persist(path, read))
 
     def write_parquet(
         self,
@@ -172,6 +176,21 @@ class PandasBackend:
         table = table.replace_schema_metadata(dict(metadata))
         with write_whole(path, storage_options) as file:
             pq.write_table(table, file, compression="zstd")
+
+    def kmeans(self, values: torch.Tensor, n_cells: int, seed: int) -> np.ndarray:
+        """See `Backend.kmeans`; scikit-learn's, of mini-batches.
+
+        With one thread, because sums that several threads share out differ in their last digits.
+        """
+        try:
+            from sklearn.cluster import MiniBatchKMeans
+            from threadpoolctl import threadpool_limits
+        except ImportError as err:
+            raise ImportError(f'{err}: pip install "dask-imgcurator[dedup]"') from err
+        model = MiniBatchKMeans(n_cells, n_init=1, batch_size=4096, max_iter=20, random_state=seed)
+        with threadpool_limits(1):
+            model.fit(values.numpy())
+        return np.asarray(model.cluster_centers_, np.float32)
 
     def make_cluster(self, n_workers: int | None = None, **kwargs: Any) -> Any:
         """See `Backend.make_cluster`.

@@ -1,7 +1,9 @@
 """The GPU half of the seam: cuDF frames, device tensors, a LocalCUDACluster. The only module that imports RAPIDS.
 
-Written to the documentation of RAPIDS 26.10. torch and cuDF both work on the default stream, so what one has queued is
-seen by the other in order.
+Written to RAPIDS 26.10. Order on the card: torch, CuPy, RMM and pylibcudf (without CUDF_PER_THREAD_STREAM) all queue on
+the legacy default stream, so what one has queued is seen by the next in order, from whichever thread. That matters,
+because pylibcudf takes a tensor by its ``__cuda_array_interface__`` and does not look at a stream there. DALI alone has
+streams of its own; see `decode.Decoder`.
 """
 
 from __future__ import annotations
@@ -12,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import cudf
 import cupy
+import dask
 import numpy as np
 import pyarrow as pa
 import pylibcudf as plc
 
-from .files import write_whole
+from . import device
+from ._cpu import importable
+from .files import opened, persist, write_whole
 from .schema import COLUMNS
 
 if TYPE_CHECKING:
@@ -31,6 +36,8 @@ class CudfBackend:
     name = "cudf"
     device = "cuda"
     decoder_device = "mixed"
+    # While one batch is on the card, the headers of the next are read and its JPEGs' Huffman codes are undone.
+    decoders = 2
 
     def from_arrow(self, table: pa.Table) -> Any:
         """See `Backend.from_arrow`."""
@@ -54,7 +61,7 @@ class CudfBackend:
         """See `Backend.matrix_column`; the tensor's memory becomes the column's."""
         if not len(rows):
             empty = pa.nulls(len(index), pa.list_(pa.float32()))
-            return cudf.Series.from_arrow(empty).set_axis(index)
+            return self._series(cudf.Series.from_arrow(empty), index)
         column = plc.Column.from_cuda_array_interface(values.float().contiguous())
         return self._spread(column, rows, index)
 
@@ -62,8 +69,12 @@ class CudfBackend:
         """See `Backend.matrix`; the column's memory becomes the tensor's."""
         import torch
 
-        present = column.notna()
-        rows = cupy.flatnonzero(present.values).get()
+        # Row numbers are all that comes to the host, and only where rows are missing.
+        if column.null_count == 0:
+            rows = np.arange(len(column))
+        else:
+            present = column.notna()
+            rows = cupy.asnumpy(cupy.flatnonzero(present.values))
         if not len(rows):
             return torch.empty((0, 0), device=self.device), rows
         leaf = column.dtype.element_type if isinstance(column.dtype, cudf.ListDtype) else None
@@ -86,10 +97,15 @@ class CudfBackend:
     def float_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
         """See `Backend.float_column`."""
         if not len(rows):
-            return cudf.Series.from_arrow(pa.nulls(len(index), pa.float32())).set_axis(index)
+            return self._series(cudf.Series.from_arrow(pa.nulls(len(index), pa.float32())), index)
         column = plc.Column.from_cuda_array_interface(values.float().contiguous())
         # As pandas has it: a score that is not a number is none.
         return self._spread(column, rows, index).nans_to_nulls()
+
+    @staticmethod
+    def _series(series: Any, index: Any) -> Any:
+        series.index = index
+        return series
 
     def _spread(self, column: Any, rows: np.ndarray, index: Any) -> Any:
         """Put row i of a column at `rows[i]` of a longer one; the others are null."""
@@ -109,8 +125,14 @@ class CudfBackend:
     def read_parquet(
         self, path: str, columns: list[str] | None = None, storage_options: Mapping[str, Any] | None = None
     ) -> Any:
-        """See `Backend.read_parquet`."""
-        return cudf.read_parquet(path, columns=columns, storage_options=dict(storage_options or {}))
+        """See `Backend.read_parquet`; the file's bytes are fetched as on a CPU and decoded on the card."""
+
+        def read() -> bytes:
+            with opened(path, storage_options) as file:
+                return bytes(file.read())
+
+        data = persist(path, read)
+        return cudf.read_parquet(io.BytesIO(data), columns=columns, ignore_missing_columns=False)
 
     def write_parquet(
         self,
@@ -125,10 +147,11 @@ class CudfBackend:
         for meta, name in zip(names.column_metadata, frame.columns, strict=True):
             meta.set_name(name)
             known = COLUMNS.get(name)
-            if known is not None:
-                meta.set_nullability(known.nullable)
-                if pa.types.is_list(known.type):
-                    meta.child(1).set_name("element")
+            # Said for every column: left to itself, the writer goes by whether this partition happens to have nulls,
+            # and two files of one run would have two schemas.
+            meta.set_nullability(known is None or known.nullable)
+            if isinstance(frame[name].dtype, cudf.ListDtype):
+                meta.child(1).set_name("element").set_nullability(True)
         sink = io.BytesIO()
         options = (
             plc.io.parquet.ParquetWriterOptions.builder(plc.io.SinkInfo([sink]), table)
@@ -142,9 +165,35 @@ class CudfBackend:
         with write_whole(path, storage_options) as file:
             file.write(sink.getbuffer())
 
+    def kmeans(self, values: torch.Tensor, n_cells: int, seed: int) -> np.ndarray:
+        """See `Backend.kmeans`; cuML's. It is not in the extras: it is large, and nothing else needs it."""
+        import torch
+
+        try:
+            from cuml.cluster import KMeans
+        except ImportError as err:
+            cuda = (torch.version.cuda or "13").partition(".")[0]
+            raise ImportError(f'{err}: pip install "cuml-cu{cuda}=={cudf.__version__[:5]}.*"') from err
+        model = KMeans(n_clusters=n_cells, n_init=1, max_iter=20, random_state=seed, output_type="numpy")
+        model.fit(cupy.from_dlpack(values.contiguous()))
+        return np.asarray(model.cluster_centers_, np.float32)
+
     def make_cluster(self, n_workers: int | None = None, **kwargs: Any) -> Any:
-        """See `Backend.make_cluster`: one worker process a GPU."""
+        """See `Backend.make_cluster`: one worker process a GPU, the cores shared out among them.
+
+        Memory is set up by `imgcurator.rmm-pool` and its neighbours; keyword arguments of `LocalCUDACluster` go first.
+        """
+        import torch
+        from dask.system import CPU_COUNT
         from dask_cuda import LocalCUDACluster
 
-        options: dict[str, Any] = {"threads_per_worker": 1, "enable_cudf_spill": True}
-        return LocalCUDACluster(n_workers=n_workers, **{**options, **kwargs})
+        options: dict[str, Any] = {"threads_per_worker": 1, **device.memory_options(kwargs)}
+        options["dashboard_address"] = ":0" if importable("bokeh") else None
+        workers = n_workers or max(1, torch.cuda.device_count())
+        # Dask's own default is one thread, which DALI's pipeline would have too. LocalCUDACluster puts an environment
+        # of its own in the place of `env=`, so it goes this way.
+        threads = str(max(1, CPU_COUNT // workers))
+        env = {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        name = "distributed.nanny.pre-spawn-environ"
+        with dask.config.set({name: {**dask.config.get(name, {}), **env, **kwargs.pop("env", {})}}):
+            return LocalCUDACluster(n_workers=n_workers, **{**options, **kwargs})

@@ -39,11 +39,14 @@ class Backend(Protocol):
         torch device of everything between the decoder and the frame.
     decoder_device : str
         DALI's device for the image decoder: ``"cpu"`` or ``"mixed"``.
+    decoders : int
+        Batches that are decoded side by side, ahead of the encoder.
     """
 
     name: str
     device: str
     decoder_device: str
+    decoders: int
 
     def from_arrow(self, table: pa.Table) -> Any:
         """Make a frame with this library's dtypes from an Arrow table."""
@@ -81,6 +84,10 @@ class Backend(Protocol):
         self, frame: Any, path: str, metadata: Mapping[str, str], storage_options: Mapping[str, Any]
     ) -> None:
         """Write one Parquet file with key-value metadata in its footer."""
+        ...
+
+    def kmeans(self, values: torch.Tensor, n_cells: int, seed: int) -> np.ndarray:
+        """Return the (n_cells, d) float32 centroids of k-means on a (m, d) float32 tensor on `device`."""
         ...
 
     def make_cluster(self, n_workers: int | None, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -98,7 +99,15 @@ def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return apply
 
 
-_model_options = _options(
+def _dtype_option(default: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        help=f"Of the encoder. [default: {default}]",
+    )
+
+
+_encoder_options = _options(
     click.option(
         "--model",
         metavar="NAME",
@@ -137,17 +146,62 @@ _model_options = _options(
         "--caption", metavar="FIELD", help="Field of the .json that holds the caption, instead of the .txt member."
     ),
     click.option(
+        "--image",
+        metavar="EXT",
+        multiple=True,
+        help="Extension of the image member (jpg, seg.png …), where a sample has several; may be repeated, the "
+        "preferred one first.",
+    ),
+    click.option(
         "--batch-size",
         metavar="N",
         type=click.IntRange(1),
         help="Images a forward pass. [default: 16 on a CPU, 512 on a GPU]",
     ),
+)
+
+_model_options = _options(_encoder_options, _dtype_option("the fastest that the processor has"))
+
+
+class _Json(click.ParamType):
+    """A JSON object, or ``@FILE`` with one."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return value
+        try:
+            text = Path(value[1:]).read_text() if value.startswith("@") else value
+            parsed = json.loads(text)
+        except (OSError, ValueError) as err:
+            self.fail(f"cannot be read as JSON ({err}): write for example '{{\"anon\": true}}', or @FILE", param, ctx)
+        if not isinstance(parsed, dict):
+            self.fail(f"{value!r} is no JSON object: write for example '{{\"anon\": true}}'", param, ctx)
+        return parsed
+
+
+_storage_option = click.option(
+    "--storage-options",
+    metavar="JSON",
+    type=_Json(),
+    help="For URLs (s3://, gs://, https:// …): options of the fsspec file system, as JSON or @FILE.",
+)
+_remote_options = _options(
+    _storage_option,
     click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        help="Of the encoder. [default: the fastest that the processor has]",
+        "--out-options",
+        metavar="JSON",
+        type=_Json(),
+        help="The same for the folder that is written (verify: DIR). [default: as --storage-options]",
     ),
 )
+
+
+def _remote(options: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the options of the output."""
+    return {**options, "out_options": options["out_options"] or options["storage_options"]}
+
 
 _where_options = _options(
     click.option(
@@ -232,6 +286,7 @@ def cli() -> None:
 @_model_options
 @_pack_options
 @_cluster_options
+@_remote_options
 @_resume_option
 @_quiet_option
 def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
@@ -246,7 +301,7 @@ def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> No
     from .job import curate as run
 
     with _display(quiet) as monitor:
-        result = run(list(shards), out, monitor=monitor, **_given(options))
+        result = run(list(shards), out, monitor=monitor, **_given(_remote(options)))
     if not quiet:
         summary.print_run(result)
 
@@ -256,6 +311,7 @@ def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> No
 @click.option("--out", required=True, metavar="DIR", help="Folder for the score table: one Parquet file a shard.")
 @_model_options
 @_cluster_options
+@_remote_options
 @_resume_option
 @_quiet_option
 def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
@@ -267,7 +323,7 @@ def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> Non
     from .job import score_shards as run
 
     with _display(quiet) as monitor:
-        result = run(list(shards), out, monitor=monitor, **_given(options))
+        result = run(list(shards), out, monitor=monitor, **_given(_remote(options)))
     if not quiet:
         summary.print_run(result)
 
@@ -277,6 +333,7 @@ def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> Non
 @click.option("--out", required=True, metavar="DIR", help="Folder for the selected rows, itself a score table.")
 @_where_options
 @_cluster_options
+@_storage_option
 @_quiet_option
 def select(
     scores: tuple[str, ...],
@@ -311,6 +368,7 @@ def select(
 @_where_options
 @_pack_options
 @_cluster_options
+@_remote_options
 @_resume_option
 @_quiet_option
 def write(
@@ -333,7 +391,10 @@ def write(
 
     where = combine(where, min_aesthetic, max_nsfw)
     with _display(quiet) as monitor:
-        selection, written = run(list(scores), out, where, monitor=monitor, **_given(options))
+        given = _given(options)
+        given["source_options"] = options["storage_options"]
+        given["storage_options"] = given.pop("out_options", options["storage_options"])
+        selection, written = run(list(scores), out, where, monitor=monitor, **given)
     if not quiet:
         summary.print_selection(selection, out)
         summary.stdout().print(summary.written_line(written, out))
@@ -388,8 +449,49 @@ def demo(out: str, count: int, quiet: bool, **options: Any) -> None:
 
 
 @cli.command()
+@_shards_argument
+@_where_options
+@_encoder_options
+@_dtype_option("float32, as open_clip's in the comparison; another one is taken on this library's side only")
+@click.option(
+    "--limit",
+    metavar="N",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    help="Images to compare, at most; spread over the shards.",
+)
+@click.option("--json", "record", metavar="FILE", type=click.Path(), help="File for all figures, as JSON.")
+@_quiet_option
+def parity(shards: tuple[str, ...], record: str | None, quiet: bool, **options: Any) -> None:
+    """Compare pixels, embeddings, scores and decisions with open_clip's own way, on your images.
+
+    \b
+    dask-imgcurator parity 'laion/*.tar' --model ViT-L-14 --pretrained openai
+    dask-imgcurator parity 'laion/*.tar' --min-aesthetic 5.5 --max-nsfw 0.3 --limit 5000
+
+    Each image goes both ways on the same weights: through this library's decoder, and through Pillow and open_clip's
+    own transform and model. Prints how far they differ, and how many images only one of them would keep at each
+    threshold (without any given: aesthetic_score >= 5 and nsfw_score < 0.5). Runs in one process, without a cluster.
+    """
+    from .files import write_whole
+    from .parity import compare as run
+
+    if record is not None and not Path(record).parent.is_dir():
+        raise click.BadParameter(f"there is no folder {Path(record).parent}", param_hint="--json")
+    with _display(quiet) as monitor:
+        result = run(list(shards), monitor=monitor, **_given(options))
+    if record is not None:
+        with write_whole(record) as file:
+            file.write(json.dumps(result.record(), ensure_ascii=False).encode() + b"\n")
+    if not quiet:
+        summary.print_parity(result)
+
+
+@cli.command()
 @click.argument("folder", metavar="DIR")
-def verify(folder: str) -> None:
+@_remote_options
+def verify(folder: str, storage_options: dict[str, Any] | None, out_options: dict[str, Any] | None) -> None:
     """Compare a finished folder with its inputs, byte for byte.
 
     \b
@@ -400,7 +502,7 @@ def verify(folder: str) -> None:
     from .verify import verify as run
 
     wrong = 0
-    for what, problem in run(folder):
+    for what, problem in run(folder, storage_options=out_options or storage_options, source_options=storage_options):
         wrong += problem is not None
         click.echo(f"{what}: {problem or 'ok'}")
     if wrong:

@@ -25,6 +25,7 @@ def read_webdataset(
     columns: Sequence[str] | Mapping[str, str] = (),
     *,
     caption: str | None = None,
+    image: str | Sequence[str] = (),
     shards_per_partition: int = 1,
     storage_options: Mapping[str, Any] | None = None,
     backend: str | None = None,
@@ -42,6 +43,11 @@ def read_webdataset(
         first samples of the first shard that can be read; a value of another kind becomes null.
     caption : str, optional
         JSON field that holds the caption; by default it is the ``.txt`` member.
+    image : str or sequence of str
+        Extension of the member that is "the" image of a sample, as it stands after the key's dot (``"jpg"``,
+        ``"seg.png"``; in any case), or several, the preferred one first; a sample without any of them is
+        ``no_image``. By default the first member with an image's extension, a plain one (``jpg``) before one with a
+        prefix (``seg.png``).
     shards_per_partition : int
         More than 1 for many small shards.
     storage_options : mapping, optional
@@ -73,7 +79,7 @@ def read_webdataset(
     if shards_per_partition < 1:
         raise ValueError(f"shards_per_partition={shards_per_partition}: it must be at least 1")
     urls = shards.expand(urlpath, storage_options)
-    spec = read_spec(urls, columns, caption, storage_options, backend)
+    spec = read_spec(urls, columns, caption, storage_options, backend, image)
     groups = [tuple(urls[i : i + shards_per_partition]) for i in range(0, len(urls), shards_per_partition)]
     meta = get_backend(spec.backend).from_arrow(spec.schema.empty_table())
     return dd.from_map(
@@ -87,6 +93,7 @@ def read_spec(
     caption: str | None,
     storage_options: Mapping[str, Any] | None,
     backend: str | None,
+    image: str | Sequence[str] = (),
 ) -> score.ReadSpec:
     """Settle, on the client, how shards become rows."""
     taken = [name for name in columns if name in COLUMNS]
@@ -101,7 +108,12 @@ def read_spec(
         fields = dict(columns)
     else:
         fields = score.peek_fields(urls, list(columns), storage_options) if columns else {}
-    return score.ReadSpec(resolve_name(backend), caption, tuple(fields.items()), dict(storage_options or {}))
+    extensions = tuple(ext.lower().removeprefix(".") for ext in ([image] if isinstance(image, str) else image))
+    if not all(extensions):
+        raise ValueError(f"image={image!r}: give an extension, such as 'jpg', or a list of them")
+    return score.ReadSpec(
+        resolve_name(backend), caption, tuple(fields.items()), dict(storage_options or {}), extensions
+    )
 
 
 def embed_spec(
@@ -127,7 +139,7 @@ def embed_spec(
     )
 
 
-def _map(frame: Any, function: Any, spec: Any, added: pa.Schema) -> Any:
+def apply_step(frame: Any, function: Any, spec: Any, added: pa.Schema) -> Any:
     """Apply a partition function to a frame of any kind; `added` are the columns that it adds or replaces."""
     if not is_dask(frame):
         return function(frame, spec)
@@ -138,13 +150,24 @@ def _map(frame: Any, function: Any, spec: Any, added: pa.Schema) -> Any:
     return frame.map_partitions(function, spec, meta=meta, enforce_metadata=False)
 
 
-def _require(frame: Any, needed: Sequence[str], step: str, remedy: str) -> None:
+def require_columns(frame: Any, needed: Sequence[str], step: str, remedy: str) -> None:
+    """Tell at once of columns that a step needs and a frame lacks."""
     backend_of(frame)  # raises for what is no frame
     missing = [name for name in needed if name not in frame.columns]
     if missing:
         raise ValueError(
             f"{step} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}: {remedy} "
             f"(there are: {', '.join(map(str, frame.columns))})"
+        )
+
+
+def refuse_text(frame: Any, column: str) -> None:
+    """Tell at once of text where vectors are expected: Dask makes it of objects."""
+    dtype = str(_meta_of(frame)[column].dtype)
+    if dtype == "str" or dtype.startswith("string"):
+        raise TypeError(
+            f"column {column!r} holds text, not vectors. Dask makes text of objects: set its configuration "
+            "dataframe.convert-string to False before the DataFrame is made, or use a column of Arrow lists"
         )
 
 
@@ -200,29 +223,24 @@ def embed(
     -----
     Pixels are those of open_clip's own transform, see `dask_imgcurator.decode`.
     """
-    _require(
+    require_columns(
         df,
         ["shard", "offset", "nbytes", "status", "error_message"],
         "embed",
         "read the shards with read_webdataset",
     )
     spec = embed_spec(model, pretrained, batch_size, dtype, storage_options, column)
-    return _map(df, score.embed_partition, spec, spec.schema)
+    return apply_step(df, score.embed_partition, spec, spec.schema)
 
 
 def _score(df: Any, use: score.HeadUse) -> Any:
-    _require(df, [use.embedding], f"score_{use.kind}", "make it with embed, or name yours with embedding=")
-    dtype = str(_meta_of(df)[use.embedding].dtype)
-    if dtype == "str" or dtype.startswith("string"):
-        raise TypeError(
-            f"column {use.embedding!r} holds text, not vectors. Dask makes text of objects: set its configuration "
-            "dataframe.convert-string to False before the DataFrame is made, or use a column of Arrow lists"
-        )
+    require_columns(df, [use.embedding], f"score_{use.kind}", "make it with embed, or name yours with embedding=")
+    refuse_text(df, use.embedding)
     if use.head != "auto":
         # A wrong name is told at once, not by a worker. Its own width fits it.
         spec = heads.HEADS.get(use.head)
         heads.resolve(use.kind, use.head, spec.width if spec else 0)
-    return _map(df, score.score_partition, use, arrow_schema([use.column]))
+    return apply_step(df, score.score_partition, use, arrow_schema([use.column]))
 
 
 def score_aesthetic(
@@ -352,7 +370,7 @@ def scores_from_files(
     meta = get_backend(name).from_arrow(schema.empty_table())
     spec = score.ScoreFiles(name, tuple(schema.names), dict(storage_options or {}))
     return dd.from_map(
-        score.read_score_file, list(urls), spec=spec, meta=meta, label="read-scores", enforce_metadata=False
+        score.read_score_columns, list(urls), spec=spec, meta=meta, label="read-scores", enforce_metadata=False
     )
 
 
@@ -407,8 +425,11 @@ def to_webdataset(
     -----
     Names are copied as they are, also such as would lead out of a folder (``../x.jpg``): nothing is extracted here, but
     extract tars of unknown origin with care.
+
+    Hard and symbolic links of a source are no members of its samples, here as in webdataset: they are left out. Sparse
+    members (up to 1 GiB) are written expanded.
     """
-    _require(df, write.LOCATORS, "to_webdataset", "read the shards with read_webdataset and keep these columns")
+    require_columns(df, write.LOCATORS, "to_webdataset", "read the shards with read_webdataset and keep these columns")
     if max_count < 1:
         raise ValueError(f"max_count={max_count}: it must be at least 1")
     folder = os.fspath(urlpath)
@@ -443,9 +464,9 @@ def to_webdataset(
 
 
 def locate(frame: Any) -> tuple[list[str | None], list[int]]:
-    """Keys and extents of a partition's rows."""
-    host = backend_of(frame).to_host(frame, ["key", "sample_nbytes"])
-    return host["key"].to_pylist(), host["sample_nbytes"].to_pylist()
+    """Keys and sizes of a partition's rows."""
+    host = backend_of(frame).to_host(frame, list(write.LOCATORS)).to_pydict()
+    return host["key"], write.sample_sizes(host["shard"], host["sample_offset"], host["sample_nbytes"])
 
 
 def host_column(frame: Any, name: str) -> list[Any]:

@@ -1,31 +1,52 @@
-"""Small file chores on any fsspec URL: join, list, write whole or not at all."""
+"""Small file chores on any fsspec URL: join, list, read, write whole or not at all; with patience for the network."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
+import tenacity
 
 __all__ = [
+    "ATTEMPTS",
+    "RemoteError",
     "exists",
+    "file_system",
     "is_local",
     "join",
     "list_files",
     "local_path",
     "make_folder",
+    "opened",
+    "persist",
     "read_text",
     "remove",
     "remove_partial",
+    "scratch_folder",
     "temporary_name",
     "write_whole",
 ]
 
+T = TypeVar("T")
+
 _PARTIAL = ".partial-"
+
+#: How often a request to a remote file system is made, besides what the file system tries itself.
+ATTEMPTS = 5
+
+
+class RemoteError(OSError):
+    """A remote file system did not answer as it should, again and again."""
+
+
+# --- names ----------------------------------------------------------------------------------------
 
 
 def is_local(url: str) -> bool:
@@ -43,6 +64,104 @@ def join(folder: str, name: str) -> str:
     return str(local_path(folder) / name) if is_local(folder) else f"{folder.rstrip('/')}/{name}"
 
 
+# --- remote file systems --------------------------------------------------------------------------
+
+
+def file_system(url: str, storage_options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL and the path in it.
+
+    Raises
+    ------
+    ValueError
+        For a protocol that fsspec does not know, options that its file system does not take, or one whose package is
+        not installed (which is named).
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
+    except (ImportError, ValueError) as err:
+        raise ValueError(f"cannot open {url}: {err}") from err
+    except TypeError as err:
+        raise ValueError(f"cannot open {url} with storage options {sorted(storage_options or {})}: {err}") from err
+    return fs, path
+
+
+#: Errors of requests that would be the same the next time. The names are of packages that need not be installed.
+_PERMANENT = (
+    FileNotFoundError,
+    PermissionError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+_PERMANENT_NAMES = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ParamValidationError"}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+#: Packages under fsspec's file systems, whose errors are not `OSError`.
+_NETWORK = {"aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "requests", "urllib3"}
+
+
+def _is_transient(err: BaseException | None) -> bool:
+    if isinstance(err, FileNotFoundError) and type(err.__cause__).__module__.startswith("aiohttp"):
+        # What fsspec makes of any failure when it asks a web server for a file's size.
+        err = err.__cause__
+    if not isinstance(err, Exception) or isinstance(err, _PERMANENT) or type(err).__name__ in _PERMANENT_NAMES:
+        return False
+    if isinstance(err, OSError) and err.errno in _FULL:
+        return False
+    status = getattr(err, "status", None)  # of aiohttp's errors
+    return not (isinstance(status, int) and (status == 501 or 400 <= status < 500) and status not in (408, 429))
+
+
+def persist(url: str, action: Callable[[], T]) -> T:
+    """Do something with a remote file; again, after a pause, where the network or the server fails.
+
+    Parameters
+    ----------
+    url : str
+        What it is done with, for the message.
+    action : callable
+        May be called up to `ATTEMPTS` times.
+
+    Raises
+    ------
+    FileNotFoundError, PermissionError, …
+        At once, where another attempt would come to the same.
+    RemoteError
+        Where every attempt failed. File systems raise errors of many kinds; here all are `OSError`.
+    """
+    attempts = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
+        retry=tenacity.retry_if_exception(_is_transient),
+        reraise=True,
+    )
+    try:
+        return attempts(action)
+    except Exception as err:
+        again = _is_transient(err)
+        if not again and (isinstance(err, _PERMANENT) or (isinstance(err, OSError) and err.errno in _FULL)):
+            raise
+        cause = err.__cause__ if again and isinstance(err, FileNotFoundError) else err
+        times = f" ({ATTEMPTS} attempts)" if again else ""
+        raise RemoteError(f"{url}: {type(cause).__name__}: {cause or 'no answer'}{times}") from err
+
+
+def scratch_folder() -> str:
+    """Folder for temporary copies: that of the Dask worker, which Dask's ``temporary-directory`` sets."""
+    from distributed import get_worker
+
+    try:
+        return str(get_worker().local_directory)
+    except ValueError:  # not in a task
+        return tempfile.gettempdir()
+
+
+# --- chores ---------------------------------------------------------------------------------------
+
+
 def make_folder(url: str) -> None:
     """Create a local folder and its parents; object stores have none."""
     if is_local(url):
@@ -53,8 +172,13 @@ def exists(url: str, storage_options: Mapping[str, Any] | None = None) -> bool:
     """Whether there is a file."""
     if is_local(url):
         return local_path(url).exists()
-    fs, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
-    return bool(fs.exists(path))
+    fs, path = file_system(url, storage_options)
+
+    def look() -> bool:
+        fs.invalidate_cache()
+        return bool(fs.exists(path))
+
+    return persist(url, look)
 
 
 def list_files(folder: str, suffix: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
@@ -62,15 +186,40 @@ def list_files(folder: str, suffix: str, storage_options: Mapping[str, Any] | No
     if is_local(folder):
         names = local_path(folder).glob(f"*{suffix}") if local_path(folder).is_dir() else []
         return sorted(str(p) for p in names if not p.name.startswith("."))
-    fs, path = fsspec.core.url_to_fs(folder, **(storage_options or {}))
-    return sorted(fs.unstrip_protocol(p) for p in fs.glob(f"{path.rstrip('/')}/*{suffix}"))
+    fs, path = file_system(folder, storage_options)
+
+    def look() -> list[str]:
+        # What other processes have written since would be missing.
+        fs.invalidate_cache()
+        return list(fs.glob(f"{path.rstrip('/')}/*{suffix}"))
+
+    return sorted(fs.unstrip_protocol(p) for p in persist(folder, look))
+
+
+@contextlib.contextmanager
+def opened(url: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[IO[bytes]]:
+    """Open a file for reading; seekable, remote ones by ranges."""
+    if is_local(url):
+        with local_path(url).open("rb") as file:
+            yield file
+        return
+    fs, path = file_system(url, storage_options)
+    try:
+        with persist(url, lambda: fs.open(path, "rb")) as file:
+            yield file
+    except Exception as err:
+        if type(err).__module__.partition(".")[0] in _NETWORK:
+            raise RemoteError(f"{url}: {type(err).__name__}: {err or 'no answer'}") from err
+        raise
 
 
 def read_text(url: str, storage_options: Mapping[str, Any] | None = None) -> str | None:
     """Content of a small text file; None where there is none."""
     try:
-        with fsspec.open(url, "rb", **(storage_options or {})) as file:
-            return file.read().decode()
+        if is_local(url):
+            return local_path(url).read_text()
+        fs, path = file_system(url, storage_options)
+        return str(persist(url, lambda: fs.cat_file(path)).decode())
     except FileNotFoundError:
         return None
 
@@ -80,9 +229,9 @@ def remove(url: str, storage_options: Mapping[str, Any] | None = None) -> None:
     if is_local(url):
         local_path(url).unlink(missing_ok=True)
         return
-    fs, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
+    fs, path = file_system(url, storage_options)
     with contextlib.suppress(FileNotFoundError):
-        fs.rm_file(path)
+        persist(url, lambda: fs.rm_file(path))
 
 
 def temporary_name(url: str) -> str:
@@ -105,8 +254,8 @@ def remove_partial(folder: str) -> int:
 def write_whole(url: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[IO[bytes]]:
     """Open a file for writing that appears under its name only when it is whole.
 
-    Local files are written under a temporary name and renamed; an object store shows an object when its upload is
-    closed, and not at all after an error.
+    Local files are written under a temporary name and renamed. Remote ones are written to a temporary file of this
+    machine and uploaded from there when they are complete, so that an upload that fails can be begun again.
     """
     if is_local(url):
         temporary = Path(temporary_name(url))
@@ -119,7 +268,16 @@ def write_whole(url: str, storage_options: Mapping[str, Any] | None = None) -> I
         finally:
             temporary.unlink(missing_ok=True)
         return
-    # A file system of its own: fsspec shares them between threads, and a transaction holds all that is written by one.
-    fs, path = fsspec.core.url_to_fs(url, skip_instance_cache=True, **(storage_options or {}))
-    with fs.transaction, fs.open(path, "wb") as file:
+    fs, path = file_system(url, storage_options)
+    with tempfile.NamedTemporaryFile(dir=scratch_folder(), prefix="upload-") as file:
         yield file
+        file.flush()
+        try:
+            persist(url, lambda: fs.put_file(file.name, path, **_upload_options(fs)))
+        except NotImplementedError as err:
+            raise RemoteError(f"{url}: nothing can be written there ({type(fs).__name__} only reads)") from err
+
+
+def _upload_options(fs: Any) -> dict[str, Any]:
+    # s3fs keeps ten parts of 50 MB in memory by default.
+    return {"chunksize": 16 << 20} if "s3" in fs.protocol else {}

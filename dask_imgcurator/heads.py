@@ -34,7 +34,7 @@ from .weights import WeightsError, WeightsFile
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HEADS", "Head", "HeadError", "HeadSpec", "load_head", "provenance", "ranks", "resolve"]
+__all__ = ["HEADS", "Head", "HeadError", "HeadSpec", "load_head", "provenance", "ranks", "read_pth", "resolve"]
 
 Kind = Literal["aesthetic", "nsfw"]
 
@@ -354,7 +354,7 @@ def _load(spec: HeadSpec, weights_dir: str | None, device: str, round_to: str | 
     else:
         data = weights.read(spec.weights, weights_dir)
         if spec.kind == "aesthetic":
-            weight, bias = _collapse(_read_pth(data, spec.weights.filename))
+            weight, bias = _collapse(read_pth(data, spec.weights.filename))
             score = _affine(weight, bias, device)
         else:
             try:
@@ -367,8 +367,21 @@ def _load(spec: HeadSpec, weights_dir: str | None, device: str, round_to: str | 
 # --- affine heads -------------------------------------------------------------------------------------------
 
 
-def _read_pth(data: bytes, filename: str) -> dict[str, NDArray[np.float64]]:
-    """Tensors of a ``.pth`` file, which is a pickle: torch's reader that executes nothing from it."""
+def read_pth(data: bytes, filename: str) -> dict[str, NDArray[np.float64]]:
+    """Read the tensors of a ``.pth`` file, which is a pickle, by torch's reader that executes nothing from it.
+
+    Parameters
+    ----------
+    data : bytes
+        Content of the file: a state dict.
+    filename : str
+        For the error.
+
+    Raises
+    ------
+    WeightsError
+        If it is anything else.
+    """
     import torch
 
     try:

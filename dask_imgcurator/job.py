@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -30,6 +31,10 @@ from .weights import WeightsError
 __all__ = ["curate", "score_shards", "select_rows", "write_selection"]
 
 
+#: Shards whose version is asked for side by side.
+_LOOKS = 16
+
+
 @dataclass(frozen=True)
 class ScoreOptions:
     """Arguments of the expensive half; see `score_shards`."""
@@ -38,6 +43,7 @@ class ScoreOptions:
     pretrained: str | None = None
     columns: Sequence[str] | Mapping[str, str] = ()
     caption: str | None = None
+    image: str | Sequence[str] = ()
     aesthetic_head: str = "auto"
     nsfw_head: str = "auto"
     weights_dir: str | os.PathLike[str] | None = None
@@ -50,7 +56,9 @@ class ScoreOptions:
 
 def _plan(urls: Sequence[str], options: ScoreOptions, where: str | None, monitor: Monitor) -> ScorePlan:
     model, pretrained = choose_model(options.model, options.pretrained, monitor)
-    read = collection.read_spec(urls, options.columns, options.caption, options.storage_options, options.backend)
+    read = collection.read_spec(
+        urls, options.columns, options.caption, options.storage_options, options.backend, options.image
+    )
     embed = collection.embed_spec(model, pretrained, options.batch_size, options.dtype, options.storage_options)
     weights_dir = weights.resolve_dir(options.weights_dir)
     uses = choose_heads(model, pretrained, options.aesthetic_head, options.nsfw_head, weights_dir, monitor)
@@ -97,13 +105,17 @@ def _score(
     plan = replace(plan, embed=replace(plan.embed, encoder=encoder, decoder=provenance["decode"]["decoder"]))
 
     targets = score_files(urls, folder, options)
-    todo, taken_over = {}, 0
-    for url, target in targets.items():
+
+    def look(url: str) -> tuple[dict[str, Any], bool]:
         full = {**provenance, "shard": url, "fingerprint": shards.fingerprint(url, plan.read.storage_options)}
-        if resume and score.file_provenance(target, options) == json.loads(json.dumps(full)):
-            taken_over += 1
-        else:
-            todo[url] = full
+        done = resume and score.file_provenance(targets[url], options) == json.loads(json.dumps(full))
+        return full, done
+
+    # Side by side, because each look at an object store takes a while.
+    with ThreadPoolExecutor(_LOOKS) as pool:
+        looked = dict(zip(targets, pool.map(look, targets), strict=True))
+    todo = {url: full for url, (full, done) in looked.items() if not done}
+    taken_over = len(targets) - len(todo)
     result.shards_taken_over = taken_over
     result.loading_seconds = time.perf_counter() - begin
     begin = time.perf_counter()
@@ -134,8 +146,15 @@ def _score(
     topic = f"imgcurator-{os.getpid()}-{time.time_ns()}"
     client.subscribe_topic(topic, on_event)
     jobs = ((url, (url, targets[url], plan, full, topic)) for url, full in todo.items())
+
+    def isolated(url: str, *arguments: Any) -> tuple[Any, ...]:
+        monitor.note(f"A worker died while it scored {url}: doing it again with its images decoded apart.")
+        return tuple(
+            replace(a, embed=replace(a.embed, isolate=True)) if isinstance(a, ScorePlan) else a for a in arguments
+        )
+
     try:
-        for _, counts in run_tasks(client, jobs, score_shard, "scoring"):
+        for _, counts in run_tasks(client, jobs, score_shard, "scoring", isolated):
             state.shards += 1
             state.kept += counts["kept"]
             state.decided += counts["rows"]
@@ -210,8 +229,8 @@ def score_shards(
     monitor : Monitor, optional
         Is told how the run goes on.
     **options
-        As for `curate`: ``model``, ``pretrained``, ``columns``, ``caption``, ``aesthetic_head``, ``nsfw_head``,
-        ``weights_dir``, ``batch_size``, ``dtype``, ``backend``, ``storage_options``, ``out_options``.
+        As for `curate`: ``model``, ``pretrained``, ``columns``, ``caption``, ``image``, ``aesthetic_head``,
+        ``nsfw_head``, ``weights_dir``, ``batch_size``, ``dtype``, ``backend``, ``storage_options``, ``out_options``.
 
     Returns
     -------
@@ -405,8 +424,8 @@ def curate(
         Is told how the run goes on.
     **options
         ``model``, ``pretrained``, ``batch_size``, ``dtype``: see `embed`; by default ViT-L-14 of OpenAI, or the
-        starter where its weights cannot be had. ``columns``, ``caption``, ``backend``, ``storage_options``:
-        see `read_webdataset`.
+        starter where its weights cannot be had. ``columns``, ``caption``, ``image``, ``backend``,
+        ``storage_options``: see `read_webdataset`.
         ``aesthetic_head``, ``nsfw_head``: a head's name, ``auto`` (the one trained on the model) or ``none``.
         ``weights_dir``: folder
         with the heads. ``out_options``: for the fsspec file system of `out`.

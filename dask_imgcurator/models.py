@@ -16,8 +16,9 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import config, starter
+from . import config, plugins, starter
 from .decode import Preprocess
+from .device import Graphed, full_float32, graphs_problem, is_out_of_memory, release
 
 if TYPE_CHECKING:
     import torch
@@ -48,12 +49,15 @@ class EncoderSpec:
         Of a local checkpoint; empty otherwise.
     dtype : str
         ``auto`` or one of `DTYPES`; ``auto`` is settled by the processor that loads the model.
+    graphs : bool
+        Whether a card replays the forward pass as a CUDA graph, where it can.
     """
 
     model: str
     pretrained: str = ""
     weights_sha256: str = ""
     dtype: str = "auto"
+    graphs: bool = False
 
     @property
     def is_starter(self) -> bool:
@@ -67,7 +71,8 @@ def resolve_encoder(model: str, pretrained: str | None = None, dtype: str | None
     Parameters
     ----------
     model : str
-        A name from `open_clip.list_models`, ``hf-hub:…``, ``local-dir:…``, or ``starter``.
+        A name from `open_clip.list_models`, ``hf-hub:…``, ``local-dir:…``, ``starter``, or one that a package
+        registered (see `dask_imgcurator.plugins`; such a name goes before open_clip's).
     pretrained : str, optional
         A tag from `open_clip.list_pretrained`, the path of a checkpoint, or ``random:SEED`` for random weights
         (benchmarks and tests).
@@ -79,7 +84,10 @@ def resolve_encoder(model: str, pretrained: str | None = None, dtype: str | None
     ModelError
         For a name or tag that does not exist, naming those that come close.
     """
-    dtype = config.get("dtype", dtype)
+    return replace(_resolve(model, pretrained, config.get("dtype", dtype)), graphs=bool(config.get("cuda-graphs")))
+
+
+def _resolve(model: str, pretrained: str | None, dtype: str) -> EncoderSpec:
     if dtype not in ("auto", *DTYPES):
         raise ModelError(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
     if model == "starter":
@@ -90,6 +98,9 @@ def resolve_encoder(model: str, pretrained: str | None = None, dtype: str | None
         if pretrained:
             raise ModelError(f"{model!r} names its weights itself: leave out pretrained={pretrained!r}")
         return EncoderSpec(model, dtype=dtype)
+    if model in plugins.registered(plugins.ENCODERS):
+        path = Path(pretrained or "").expanduser()
+        return _checkpoint(model, path, dtype) if path.is_file() else EncoderSpec(model, pretrained or "", dtype=dtype)
     import open_clip
 
     model = model.replace("/", "-")
@@ -118,12 +129,16 @@ def resolve_encoder(model: str, pretrained: str | None = None, dtype: str | None
         return EncoderSpec(model, pretrained, dtype=dtype)
     path = Path(pretrained).expanduser()
     if path.is_file():
-        path = path.absolute()
-        return EncoderSpec(model, str(path), _sha256(str(path), path.stat().st_mtime_ns), dtype)
+        return _checkpoint(model, path, dtype)
     raise ModelError(
         f"pretrained={pretrained!r} is neither a file nor a tag of {model!r} "
         f"(tags: {', '.join(tags) or 'none'}; or random:SEED)"
     )
+
+
+def _checkpoint(model: str, path: Path, dtype: str) -> EncoderSpec:
+    path = path.absolute()
+    return EncoderSpec(model, str(path), _sha256(str(path), path.stat().st_mtime_ns), dtype)
 
 
 @cache
@@ -180,7 +195,11 @@ class Encoder:
         Of its embeddings.
     provenance : dict
         What a score table records of it.
+    model : object or None
+        open_clip's model, whose text tower `text_models` uses; None where there is none.
     """
+
+    _unit = "image"
 
     def __init__(
         self,
@@ -190,10 +209,13 @@ class Encoder:
         width: int,
         device: str,
         provenance: dict[str, Any],
+        model: Any = None,
     ) -> None:
         self.spec, self.preprocess, self.width, self.device = spec, preprocess, width, device
-        self.provenance = provenance
-        self._forward = forward
+        self.provenance, self.model = provenance, model
+        graphed = spec.graphs and graphs_problem(device) is None
+        self._forward = Graphed(forward) if graphed else forward
+        self._fits: int | None = None
         # Two partitions in one process take turns: each forward pass has all the threads, and memory stays that of one.
         self._turn = threading.Lock()
 
@@ -213,9 +235,75 @@ class Encoder:
         import torch
 
         dtype = getattr(torch, self.spec.dtype)
-        with self._turn, torch.inference_mode():
+        exact = self.device != "cpu" and self.spec.dtype == "float32"
+        with self._turn, torch.inference_mode(), full_float32(exact):
             features = self._forward(pixels.to(self.device, dtype)).float()
             return torch.nn.functional.normalize(features, dim=-1)
+
+    def encode(self, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """Encode images in whole batches, smaller ones where memory runs out.
+
+        A batch is always filled up with zeros: its size is the one thing that changes the last bits of an embedding,
+        so neither bad neighbours nor the length of a shard may. Where memory runs out, the size is halved, for the
+        rest of this process, and the images that did not fit are encoded again. Embeddings from before and after
+        that differ by rounding, as those of two machines do: by less than the tolerances between CPU and GPU.
+
+        Parameters
+        ----------
+        pixels : torch.Tensor
+            float32 (n, 3, height, width).
+        batch_size : int
+            Size of a whole batch.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 (n, `width`), L2-normalised, on the device.
+
+        Raises
+        ------
+        ModelError
+            If memory does not even do for one image.
+        """
+        import torch
+
+        if not len(pixels):
+            return torch.empty((0, self.width), device=self.device)
+        parts: list[torch.Tensor] = []
+        done = 0
+        while done < len(pixels):
+            size = min(batch_size, self._fits or batch_size)
+            encoded = self._encode_whole(pixels[done : done + size], size)
+            # Here the error is gone, and with it what its traceback held.
+            if encoded is None:
+                self._shrink(size)
+            else:
+                parts.append(encoded)
+                done += len(encoded)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _encode_whole(self, pixels: torch.Tensor, size: int) -> torch.Tensor | None:
+        """Encode a batch filled up to a size; None where memory ran out."""
+        from torch.nn import functional
+
+        n = len(pixels)
+        try:
+            return self(functional.pad(pixels, (0,) * (2 * pixels.ndim - 1) + (size - n,)) if n < size else pixels)[:n]
+        except Exception as err:
+            if not is_out_of_memory(err):
+                raise
+            return None
+
+    def _shrink(self, size: int) -> None:
+        release(self.device)
+        if size == 1:
+            raise ModelError(
+                f"{self.spec.model!r} in {self.spec.dtype} does not fit into the memory of {self.device!r}, not even "
+                f"with one {self._unit} at a time: end other programs there, start fewer workers, "
+                "set imgcurator.rmm-pool lower, or use a smaller model"
+            )
+        self._fits = size // 2
+        warnings.warn(f"memory ran out at {size} {self._unit}s a batch: going on with {self._fits}", stacklevel=4)
 
 
 _loading = threading.Lock()
@@ -239,7 +327,10 @@ def load_encoder(spec: EncoderSpec, device: str = "cpu") -> Encoder:
 
 @lru_cache(maxsize=2)
 def _load(spec: EncoderSpec, device: str) -> Encoder:
-    return _load_starter(spec, device) if spec.is_starter else _load_open_clip(spec, device)
+    if spec.is_starter:
+        return _load_starter(spec, device)
+    own = plugins.registered(plugins.ENCODERS).get(spec.model)
+    return _load_own(spec, device, plugins.package_of(own)) if own else _load_open_clip(spec, device)
 
 
 def _load_starter(spec: EncoderSpec, device: str) -> Encoder:
@@ -258,27 +349,48 @@ def _load_starter(spec: EncoderSpec, device: str) -> Encoder:
     )
 
 
+def _load_own(spec: EncoderSpec, device: str, package: str) -> Encoder:
+    """Load what a package registered; see `plugins.OwnEncoder`."""
+    weights = _weights(spec)
+    load = plugins.load(plugins.ENCODERS, spec.model)
+    try:
+        own: plugins.OwnEncoder = load(spec, device)
+        preprocess, width, forward = own.preprocess, int(own.width), own.forward
+    # Whatever happens in a foreign package: it is told, with its name.
+    except Exception as err:
+        raise ModelError(f"cannot load {spec.model!r} of {package}: {type(err).__name__}: {err}") from err
+    if not isinstance(preprocess, Preprocess):
+        raise ModelError(f"{spec.model!r} of {package} has preprocess={preprocess!r}: it must be a Preprocess")
+    about = {"model": spec.model, "package": package, **weights, "dtype": spec.dtype, "preprocess": asdict(preprocess)}
+    return Encoder(spec, forward, preprocess, width, device, {**about, **getattr(own, "provenance", {})})
+
+
+def _weights(spec: EncoderSpec) -> dict[str, Any]:
+    """Provenance of weights; a checkpoint must be here the one that the client saw."""
+    if not spec.weights_sha256:
+        return {"pretrained": spec.pretrained}
+    path = Path(spec.pretrained)
+    if not path.is_file():
+        raise ModelError(
+            f"checkpoint {path} is not visible to the process on {os.uname().nodename}: "
+            "put it where every worker can read it"
+        )
+    found = _sha256(str(path), path.stat().st_mtime_ns)
+    if found != spec.weights_sha256:
+        raise ModelError(
+            f"checkpoint {path} has sha256 {found} here, {spec.weights_sha256} on the client: "
+            "copy the same file to both"
+        )
+    return {"pretrained": path.name, "weights_sha256": found}
+
+
 def _load_open_clip(spec: EncoderSpec, device: str) -> Encoder:
     import open_clip
     import torch
 
-    weights: dict[str, Any] = {"pretrained": spec.pretrained}
+    weights = _weights(spec)
     random = _RANDOM.fullmatch(spec.pretrained)
     pretrained: str | None = spec.pretrained or None
-    if spec.weights_sha256:
-        path = Path(spec.pretrained)
-        if not path.is_file():
-            raise ModelError(
-                f"checkpoint {path} is not visible to the process on {os.uname().nodename}: "
-                "put it where every worker can read it"
-            )
-        found = _sha256(str(path), path.stat().st_mtime_ns)
-        if found != spec.weights_sha256:
-            raise ModelError(
-                f"checkpoint {path} has sha256 {found} here, {spec.weights_sha256} on the client: "
-                "copy the same file to both"
-            )
-        weights = {"pretrained": path.name, "weights_sha256": found}
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
@@ -319,7 +431,7 @@ def _load_open_clip(spec: EncoderSpec, device: str) -> Encoder:
         "preprocess": asdict(preprocess),
         "open_clip": open_clip.__version__,
     }
-    return Encoder(spec, forward, preprocess, width, device, provenance)
+    return Encoder(spec, forward, preprocess, width, device, provenance, model)
 
 
 def _precision(dtype: str) -> str:

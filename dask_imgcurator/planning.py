@@ -113,6 +113,8 @@ def score_files(urls: Sequence[str], folder: str, storage_options: Mapping[str, 
         if name is None:
             base = url.rstrip("/").rpartition("/")[2]
             stem = base[: -len(".tar")] if base.endswith(".tar") else base
+            if stem.startswith("."):
+                stem = f"_{stem}"  # a hidden file is no part of a score table
             name = f"{stem}.parquet"
             if taken.get(name, url) != url:
                 name = f"{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.parquet"

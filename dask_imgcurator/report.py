@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -253,7 +252,7 @@ def _floats(table: pa.Table, name: str) -> np.ndarray:
 def _gather(tables: Sequence[str], where: str | None, storage_options: Mapping[str, Any]) -> _Gathered:
     gathered = None
     for url in tables:
-        with fsspec.open(url, "rb", **storage_options) as file:
+        with files.opened(url, storage_options) as file:
             parquet = pq.ParquetFile(file)
             gathered = gathered or _Gathered(parquet.schema_arrow, where)
             names = [n for n in parquet.schema_arrow.names if n in gathered.wanted]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import dask
 from distributed import Client, as_completed
 from distributed.scheduler import KilledWorker
 
@@ -22,12 +23,29 @@ class JobError(RuntimeError):
 
 
 def run_tasks(
-    client: Client, jobs: Iterable[tuple[str, tuple[Any, ...]]], function: Callable[..., Any], what: str
+    client: Client,
+    jobs: Iterable[tuple[str, tuple[Any, ...]]],
+    function: Callable[..., Any],
+    what: str,
+    retry: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Run tasks, a window of them at a time, and yield name and result as each is done.
 
     A task whose worker died more often than Dask allows is set aside, and the others go on; any other error of a task
     stops the run, since it would meet the others too (a full disk, a missing file).
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Where to run.
+    jobs : iterable of (str, tuple)
+        Name and arguments of each task.
+    function : callable
+        What runs on the workers.
+    what : str
+        What a task does to what its name says, for messages.
+    retry : callable, optional
+        Turns a task's name and arguments into those for one more try, after its workers died.
 
     Raises
     ------
@@ -35,34 +53,38 @@ def run_tasks(
         After the last task, if some were set aside; at once for other errors.
     """
     waiting = iter(jobs)
-    names: dict[str, str] = {}
+    jobs_of: dict[str, tuple[str, tuple[Any, ...]]] = {}
     running = as_completed()
+    tried: set[str] = set()
     lost: list[str] = []
 
-    def submit() -> None:
-        for name, arguments in waiting:
-            future = client.submit(function, *arguments, pure=False)
-            names[future.key] = name
+    def submit(job: tuple[str, tuple[Any, ...]] | None) -> None:
+        if job is not None:
+            future = client.submit(function, *job[1], pure=False)
+            jobs_of[future.key] = job
             running.add(future)
-            return
 
     # Enough in the queue to keep all workers busy, few enough that 100,000 shards do not sit in the scheduler.
     window = 2 * max(1, sum(client.nthreads().values())) + 2
     for _ in range(window):
-        submit()
+        submit(next(waiting, None))
     try:
         for future in running:
-            name = names.pop(future.key)
+            name, arguments = jobs_of.pop(future.key)
             error = future.exception() if future.status == "error" else None
             if future.status == "cancelled":
                 raise JobError(f"the cluster went away while {what} {name}")
+            if isinstance(error, KilledWorker) and retry is not None and name not in tried:
+                tried.add(name)
+                submit((name, retry(name, *arguments)))
+                continue
             if isinstance(error, KilledWorker):
                 lost.append(name)
             elif error is not None:
                 raise JobError(f"{what} {name}: {type(error).__name__}: {error}") from error
             else:
                 yield name, future.result()
-            submit()
+            submit(next(waiting, None))
     finally:
         client.cancel(list(running.futures), force=True)
     if lost:
@@ -94,7 +116,9 @@ def lend_client(
             files.remove_partial(folder)
     # Dask would print the traceback of every failed task; what went wrong is told by `JobError`.
     options: dict[str, Any] = {"backend": backend, "silence_logs": logging.CRITICAL} if own else {}
-    started = start_client(n_workers, scheduler=scheduler, **options)
+    # A task whose workers died twice is done in another way; Dask would try four times.
+    with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
+        started = start_client(n_workers, scheduler=scheduler, **options)
     try:
         monitor.started(started)
         yield started

@@ -12,7 +12,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-__all__ = ["COLUMNS", "STATUSES", "Column", "arrow_schema", "columns_of", "kind_of"]
+__all__ = ["COLUMNS", "STATUSES", "Column", "arrow_schema", "columns_of", "kind_of", "missing_columns"]
 
 Step = Literal["read", "embed", "aesthetic", "nsfw", "text"]
 Kind = Literal["number", "string", "boolean", "list", "other"]
@@ -143,3 +143,35 @@ def arrow_schema(names: Iterable[str], extra: Mapping[str, pa.DataType] | None =
         else:
             fields.append(pa.field(name, extra[name]))
     return pa.schema(fields)
+
+
+def missing_columns(schema: pa.Schema, wanted: pa.Schema) -> list[str]:
+    """Names of the columns that a table still lacks, so that only their steps need to run.
+
+    Parameters
+    ----------
+    schema : pyarrow.Schema
+        Of the table.
+    wanted : pyarrow.Schema
+        Columns that are to be there in the end.
+
+    Returns
+    -------
+    list of str
+        In the order of `wanted`. That a column is there does not tell how it was made: the table's provenance does.
+
+    Raises
+    ------
+    ValueError
+        If a column is there and of another kind.
+    """
+    missing = []
+    for field in wanted:
+        if field.name not in schema.names:
+            missing.append(field.name)
+        elif kind_of(schema.field(field.name).type) != kind_of(field.type):
+            raise ValueError(
+                f"the table has a column {field.name!r} of type {schema.field(field.name).type}, "
+                f"expected {field.type}: rename one of the two"
+            )
+    return missing

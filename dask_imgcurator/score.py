@@ -9,18 +9,22 @@ import contextlib
 import hashlib
 import json
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from . import heads, shards
+from . import files, heads, shards
 from .backend import backend_of, get_backend
 from .decode import BadImage, Batch, Decoder, Preprocess, dali_problem
+from .device import is_out_of_memory, release
+from .isolate import IsolatedDecoder
 from .models import EncoderSpec, load_encoder
 from .schema import arrow_schema, columns_of
 
@@ -65,12 +69,15 @@ class ReadSpec:
         Further JSON fields and their types (keys of `FIELD_TYPES`).
     storage_options : mapping
         For fsspec.
+    image : tuple of str
+        Extensions of the image member, the preferred one first; none: see `shards.Sample.image`.
     """
 
     backend: str = "pandas"
     caption: str | None = None
     fields: tuple[tuple[str, str], ...] = ()
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+    image: tuple[str, ...] = ()
 
     @property
     def schema(self) -> pa.Schema:
@@ -106,9 +113,15 @@ def index_partition(urls: Sequence[str], spec: ReadSpec) -> Any:
 
 
 def _index_rows(url: str, spec: ReadSpec) -> Iterator[dict[str, Any]]:
-    index = shards.index_shard(url, spec.storage_options)
-    if index.samples:
-        with shards.open_shard(url, spec.storage_options) as file:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(shards.hold_shard(url, spec.storage_options))
+        except OSError as err:
+            index = shards.ShardIndex([], shards.explain(url, err))
+        else:
+            index = shards.index_shard(url, spec.storage_options)
+        if index.samples:
+            file = stack.enter_context(shards.open_shard(url, spec.storage_options))
             for sample in index.samples:
                 yield _row(url, sample, file, spec)
     if index.error is not None:
@@ -129,17 +142,18 @@ def _row(url: str, sample: shards.Sample, file: IO[bytes], spec: ReadSpec) -> di
         "key": sample.key,
         "shard": url,
         "sample_offset": sample.offset,
-        "sample_nbytes": sample.end - sample.offset,
+        # Links alone are nothing that could be copied.
+        "sample_nbytes": sample.end - sample.offset if sample.members else 0,
+        "offset": 0,
+        "nbytes": 0,
     }
-    image = sample.image()
+    image = sample.image(spec.image)
     if image is None:
-        found = ", ".join(m.ext for m in sample.members)
-        row |= {
-            "offset": 0,
-            "nbytes": 0,
-            "status": "no_image",
-            "error_message": f"no member with an image extension (found: {found})",
-        }
+        row |= {"status": "no_image", "error_message": sample.why_no_image(spec.image)}
+    elif image.pieces is not None:
+        name = shards.as_utf8(image.name)
+        problem = f"{name} is a sparse member, whose bytes do not lie in one piece: pack the shard without --sparse"
+        row |= {"ext": image.ext, "status": "read_error", "error_message": problem}
     else:
         row |= {"offset": image.offset, "nbytes": image.nbytes, "ext": image.ext, "status": "ok"}
     document: dict[str, Any] = {}
@@ -228,7 +242,7 @@ class EmbedSpec:
     batch_size : int or None
         Images a forward pass; None: 16 on a CPU (larger ones leave its caches), 512 on a GPU.
     decoder : {"auto", "dali", "pillow"}
-        Who decodes; ``auto`` takes DALI where it is installed.
+        Who decodes; see `settle_decoder`.
     max_pixels : int or None
         Largest width x height.
     adjust_orientation : bool
@@ -237,6 +251,8 @@ class EmbedSpec:
         Name of the embedding column.
     storage_options : mapping
         For fsspec.
+    isolate : bool
+        Whether images are decoded in a process of their own; see `dask_imgcurator.isolate`.
     """
 
     encoder: EncoderSpec
@@ -246,6 +262,7 @@ class EmbedSpec:
     adjust_orientation: bool = False
     column: str = "embedding"
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+    isolate: bool = False
 
     @property
     def schema(self) -> pa.Schema:
@@ -296,14 +313,17 @@ def embed_partition(frame: Any, spec: EmbedSpec, progress: Progress | None = Non
 
     embeddings: list[torch.Tensor] = []
     rows: list[int] = []
+    failed: list[int] = []
     if todo:
-        from torch.nn import functional
-
         encoder = load_encoder(spec.encoder, backend.device)
         batch_size = spec.batch_size or (16 if backend.device == "cpu" else 512)
-        with _borrow_decoder(spec, encoder.preprocess, backend, batch_size) as decoder:
-            batches = _read_and_decode(host, todo, batch_size, decoder, spec.storage_options)
-            for numbers, digests, batch in _ahead(batches):
+        with contextlib.ExitStack() as stack:
+            decoders = [
+                stack.enter_context(_borrow_decoder(spec, encoder.preprocess, backend, batch_size))
+                for _ in range(1 if spec.isolate else backend.decoders)
+            ]
+            pieces = _ahead(_read(host, todo, batch_size, spec.storage_options))
+            for numbers, digests, batch in _decoded(pieces, decoders, backend.device):
                 good = batch.good
                 for i, digest, info in zip(numbers, digests, batch.infos, strict=True):
                     sha256[i] = digest
@@ -311,12 +331,9 @@ def embed_partition(frame: Any, spec: EmbedSpec, progress: Progress | None = Non
                     if isinstance(info, BadImage):
                         status[i], message[i] = info.status, str(info)
                 if good:
-                    # Always a whole batch, failed images and the missing end as zeros: its size is the one thing that
-                    # changes the last bits of an embedding, so neither bad neighbours nor the length of a shard may.
-                    missing = batch_size - len(numbers)
-                    encoded = encoder(functional.pad(batch.pixels, (0,) * 7 + (missing,)))[: len(numbers)]
-                    embeddings.append(encoded if len(good) == len(numbers) else encoded[good])
-                    rows.extend(numbers[j] for j in good)
+                    embeddings.append(encoder.encode(batch.pixels, batch_size))
+                    failed.extend(len(rows) + j for j in sorted(set(range(len(numbers))) - set(good)))
+                    rows.extend(numbers)
                 if progress is not None:
                     progress(len(numbers), len(numbers) - len(good))
     new = {
@@ -331,31 +348,46 @@ def embed_partition(frame: Any, spec: EmbedSpec, progress: Progress | None = Non
     updates = backend.from_arrow(flat)
     updates.index = frame.index
     frame = frame.assign(**{name: updates[name] for name in new})
-    return frame.assign(**{spec.column: _embedding_column(backend, embeddings, rows, frame.index)})
+    return frame.assign(**{spec.column: _embedding_column(backend, embeddings, rows, failed, frame.index)})
 
 
-def _embedding_column(backend: Any, embeddings: list[Any], rows: list[int], index: Any) -> Any:
+def _embedding_column(
+    backend: Any, embeddings: list[torch.Tensor], rows: list[int], failed: list[int], index: Any
+) -> Any:
+    """Make the column; what was encoded in the place of a failed image is left out here, once for all batches."""
     import numpy as np
     import torch
 
     matrix = torch.cat(embeddings) if embeddings else torch.empty((0, 0), device=backend.device)
-    return backend.matrix_column(matrix, np.asarray(rows, np.int64), index)
+    numbers = np.asarray(rows, np.int64)
+    if failed:
+        kept = np.delete(np.arange(len(rows)), failed)
+        matrix, numbers = matrix[torch.from_numpy(kept).to(matrix.device)], numbers[kept]
+    return backend.matrix_column(matrix, numbers, index)
 
 
-def _read_and_decode(
-    host: Mapping[str, list[Any]],
-    todo: list[int],
-    batch_size: int,
-    decoder: Decoder,
-    storage_options: Mapping[str, Any],
-) -> Iterator[tuple[list[int], list[str | None], Batch]]:
-    """Yield row numbers, hashes and pixels, a batch at a time."""
+#: Row numbers, bytes (or why there are none) and hashes of a batch.
+Piece = tuple[list[int], list[bytes | BadImage], list[str | None]]
+
+
+def _read(
+    host: Mapping[str, list[Any]], todo: list[int], batch_size: int, storage_options: Mapping[str, Any]
+) -> Iterator[Piece]:
+    """Read and hash a batch at a time."""
     blobs = _blobs(host, todo, storage_options)
-    for start in range(0, len(todo), batch_size):
-        numbers = todo[start : start + batch_size]
-        data = [next(blobs) for _ in numbers]
-        digests = [None if isinstance(b, BadImage) else hashlib.sha256(b).hexdigest() for b in data]
-        yield numbers, digests, decoder(data)
+    # One core hashes about as many images of 2 megapixels as one card encodes.
+    with ThreadPoolExecutor(_HASHERS, thread_name_prefix="hash") as pool:
+        for start in range(0, len(todo), batch_size):
+            numbers = todo[start : start + batch_size]
+            data = [next(blobs) for _ in numbers]
+            yield numbers, data, list(pool.map(_digest, data))
+
+
+_HASHERS = 4
+
+
+def _digest(data: bytes | BadImage) -> str | None:
+    return None if isinstance(data, BadImage) else hashlib.sha256(data).hexdigest()
 
 
 def _blobs(
@@ -368,8 +400,11 @@ def _blobs(
     for url, numbers in by_shard.items():
         extents = [(host["offset"][i], host["nbytes"][i]) for i in numbers]
         done = 0
+        # For a part of a shard (a filtered frame), ranges cost less than all of it.
+        whole = 2 * sum(nbytes for _, nbytes in extents) >= max(offset + nbytes for offset, nbytes in extents)
+        pieces = shards.read_extents(url, extents, storage_options, whole)
         try:
-            for data, (offset, nbytes) in zip(shards.read_extents(url, extents, storage_options), extents, strict=True):
+            for data, (offset, nbytes) in zip(pieces, extents, strict=True):
                 done += 1
                 if len(data) < nbytes:
                     yield BadImage("read_error", f"{url} ends inside this image (byte {offset + len(data):,})")
@@ -377,7 +412,7 @@ def _blobs(
                     yield data
         except OSError as err:
             for _ in numbers[done:]:
-                yield BadImage("read_error", f"{type(err).__name__}: {err}")
+                yield BadImage("read_error", shards.explain(url, err))
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
@@ -390,30 +425,80 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
+def _decoded(
+    pieces: Iterator[Piece], decoders: Sequence[Callable[[Sequence[bytes | BadImage]], Batch]], device: str
+) -> Iterator[tuple[list[int], list[str | None], Batch]]:
+    """Decode ahead of the caller, each decoder in a thread, and yield in the order of the pieces."""
+    free: SimpleQueue[Any] = SimpleQueue()
+    for decoder in decoders:
+        free.put(decoder)
+
+    def decode(piece: Piece) -> tuple[list[int], list[str | None], list[Batch]]:
+        numbers, data, digests = piece
+        decoder = free.get()
+        try:
+            return numbers, digests, _decode_in_parts(decoder, data, device)
+        finally:
+            free.put(decoder)
+
+    with ThreadPoolExecutor(len(decoders), thread_name_prefix="decode") as pool:
+        running = deque(pool.submit(decode, piece) for piece in islice(pieces, len(decoders)))
+        while running:
+            numbers, digests, batches = running.popleft().result()
+            running.extend(pool.submit(decode, piece) for piece in islice(pieces, 1))
+            start = 0
+            for batch in batches:
+                end = start + len(batch.infos)
+                yield numbers[start:end], digests[start:end], batch
+                start = end
+
+
+def _decode_in_parts(
+    decoder: Callable[[Sequence[bytes | BadImage]], Batch], data: Sequence[bytes | BadImage], device: str
+) -> list[Batch]:
+    """Decode a batch, in halves where memory runs out."""
+    try:
+        return [decoder(data)]
+    except Exception as err:
+        if len(data) == 1 or not is_out_of_memory(err):
+            raise
+    release(device)
+    middle = len(data) // 2
+    return [batch for half in (data[:middle], data[middle:]) for batch in _decode_in_parts(decoder, half, device)]
+
+
 _decoders: dict[Any, list[Decoder]] = {}
 _decoders_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _borrow_decoder(spec: EmbedSpec, preprocess: Preprocess, backend: Any, batch_size: int) -> Iterator[Decoder]:
+def _borrow_decoder(
+    spec: EmbedSpec, preprocess: Preprocess, backend: Any, batch_size: int
+) -> Iterator[Decoder | IsolatedDecoder]:
     """Lend a decoder of this process: building a pipeline costs more than a small partition does."""
     import torch
 
-    kind = settle_decoder(spec.decoder)
-    key = (preprocess, batch_size, backend.name, kind, spec.max_pixels, spec.adjust_orientation)
+    kind = settle_decoder(spec.decoder, backend.decoder_device)
+    options: dict[str, Any] = {
+        "device": backend.device,
+        "dali_device": backend.decoder_device if kind == "dali" else None,
+        "threads": torch.get_num_threads(),
+        "max_pixels": spec.max_pixels,
+        "adjust_orientation": spec.adjust_orientation,
+    }
+    if spec.isolate:
+        isolated = IsolatedDecoder(preprocess, batch_size, **options)
+        try:
+            yield isolated
+        finally:
+            isolated.close()
+        return
+    key = (preprocess, batch_size, *options.values())
     with _decoders_lock:
         free = _decoders.setdefault(key, [])
         decoder = free.pop() if free else None
     if decoder is None:
-        decoder = Decoder(
-            preprocess,
-            batch_size,
-            device=backend.device,
-            dali_device=backend.decoder_device if kind == "dali" else None,
-            threads=torch.get_num_threads(),
-            max_pixels=spec.max_pixels,
-            adjust_orientation=spec.adjust_orientation,
-        )
+        decoder = Decoder(preprocess, batch_size, **options)
     try:
         yield decoder
     finally:
@@ -421,8 +506,18 @@ def _borrow_decoder(spec: EmbedSpec, preprocess: Preprocess, backend: Any, batch
             _decoders[key].append(decoder)
 
 
-def settle_decoder(name: str) -> Literal["dali", "pillow"]:
-    """Turn ``auto`` into the decoder that there is.
+def settle_decoder(name: str, device: str) -> Literal["dali", "pillow"]:
+    """Turn ``auto`` into a decoder: DALI on a card; on a CPU Pillow.
+
+    There, both take the same time (most of it libjpeg's and the resize's), Pillow's pixels are open_clip's to the last
+    bit, and no native pipeline can take the process with it.
+
+    Parameters
+    ----------
+    name : {"auto", "dali", "pillow"}
+        What was asked for.
+    device : {"cpu", "mixed"}
+        The backend's `decoder_device`.
 
     Raises
     ------
@@ -431,7 +526,7 @@ def settle_decoder(name: str) -> Literal["dali", "pillow"]:
     """
     if name not in ("auto", "dali", "pillow"):
         raise ValueError(f"unknown decoder {name!r}: use auto, dali or pillow")
-    if name == "pillow":
+    if name == "pillow" or (name == "auto" and device == "cpu"):
         return "pillow"
     problem = dali_problem()
     if problem and name == "dali":
@@ -524,10 +619,23 @@ def read_score_file(url: str, spec: ScoreFiles) -> Any:
     return get_backend(spec.backend).read_parquet(url, list(spec.columns), spec.storage_options)
 
 
+def read_score_columns(url: str, columns: Sequence[str], spec: ScoreFiles) -> Any:
+    """Read some columns of a score file.
+
+    Dask's optimizer looks for the parameter `columns`, and passes those that are used later. It has no default, because
+    then Dask would read everything where it needs no column at all, as for the number of rows that a filter leaves.
+    """
+    wanted = list(columns) or [spec.columns[0]]
+    return read_score_file(url, replace(spec, columns=tuple(wanted)))[list(columns)]
+
+
 def file_schema(url: str, storage_options: Mapping[str, Any] | None = None) -> pa.Schema:
     """Arrow schema of a score file, from its footer."""
-    with fsspec.open(url, "rb", **(storage_options or {})) as file:
-        return pq.read_schema(file)
+    def read() -> pa.Schema:
+        with files.opened(url, storage_options) as file:
+            return pq.read_schema(file)
+
+    return files.persist(url, read)
 
 
 def file_provenance(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[str, Any] | None:

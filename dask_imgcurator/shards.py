@@ -15,16 +15,18 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
 from braceexpand import braceexpand
 
-from .files import is_local, list_files, local_path
+from .files import RemoteError, file_system, is_local, list_files, local_path, persist
+from .remote import hold_copy, open_remote, read_ranges, version
 
 __all__ = [
     "IMAGE_EXTENSIONS",
+    "LeftOut",
     "Member",
     "Sample",
     "ShardError",
@@ -64,6 +66,12 @@ IMAGE_EXTENSIONS = frozenset(
 
 BLOCK = 512
 
+#: Larger text and JSON members are left unread (bytes): a caption has no gigabytes, and a worker no room for them.
+TEXT_LIMIT = 64 << 20
+
+#: A sparse member that would be larger than this when expanded (bytes) is left out: a tar of 1 KB can claim exabytes.
+SPARSE_LIMIT = 1 << 30
+
 _NOTES = re.compile(r"__[^/]*__/")
 
 
@@ -73,36 +81,88 @@ class ShardError(OSError):
 
 @dataclass(frozen=True)
 class Member:
-    """One file in a tar: its name, extension, and where its data lie."""
+    """One file in a tar: its name, extension, and where its data lie.
+
+    Attributes
+    ----------
+    name, ext : str
+        See `split_name`.
+    offset, nbytes : int
+        Where its data begin in the tar, and how long the file is.
+    pieces : tuple of (int, int) or None
+        Of a sparse file: offset in the file and length of each piece that is in the tar, where they follow each other;
+        between them are zeros.
+    """
 
     name: str
     ext: str
     offset: int
     nbytes: int
+    pieces: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def stored(self) -> int:
+        """Bytes that the tar holds of it, from `offset` on."""
+        return self.nbytes if self.pieces is None else sum(nbytes for _, nbytes in self.pieces)
+
+    def expand(self, data: bytes) -> bytes:
+        """Content of the file, from the bytes that the tar holds of it."""
+        if self.pieces is None:
+            return data
+        out, position = bytearray(self.nbytes), 0
+        for start, nbytes in self.pieces:
+            out[start : start + nbytes] = data[position : position + nbytes]
+            position += nbytes
+        return bytes(out)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What has a sample's key, but cannot be one of its members: a link, say."""
+
+    ext: str
+    reason: str
 
 
 @dataclass
 class Sample:
-    """Members that share a key, and the extent that holds them all."""
+    """Members that share a key, the extent that holds them all, and what is left out."""
 
     key: str
     offset: int
     end: int
     members: list[Member] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
 
     def get(self, ext: str) -> Member | None:
         """Return the member with this extension."""
         return next((m for m in self.members if m.ext == ext), None)
 
-    def image(self) -> Member | None:
+    def image(self, preferred: Sequence[str] = ()) -> Member | None:
         """Return the image of the sample.
 
         The first member, in the tar's order, whose extension is an image's; a plain extension (``jpg``) goes before one
-        with a prefix (``seg.png``).
+        with a prefix (``seg.png``). Where there are preferred extensions, the member that has the first of them that
+        any member has, and no other.
         """
-        images = [m for m in self.members if m.ext.rpartition(".")[2] in IMAGE_EXTENSIONS]
+        if preferred:
+            return next((m for ext in preferred if (m := self.get(ext)) is not None), None)
+        images = [m for m in self.members if _is_image(m.ext)]
         plain = [m for m in images if "." not in m.ext]
         return next(iter(plain or images), None)
+
+    def why_no_image(self, preferred: Sequence[str] = ()) -> str:
+        """Say what there is instead, where `image` finds none."""
+        reasons = [x.reason for x in self.left_out if (x.ext in preferred if preferred else _is_image(x.ext))]
+        if reasons:
+            return reasons[0]
+        wanted = f"the extension {' or '.join(preferred)}" if preferred else "an image extension"
+        found = [*(m.ext for m in self.members), *(x.reason for x in self.left_out)]
+        return f"no member with {wanted} (found: {', '.join(found)})"
+
+
+def _is_image(ext: str) -> bool:
+    return ext.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
 @dataclass
@@ -117,14 +177,11 @@ class ShardIndex:
         What is wrong with the tar, when it cannot be read to its end.
     broken : Sample or None
         The sample in which the damage lies.
-    source : {"tar", "idx"}
-        Whether the members come from the tar's headers or from the index file beside it.
     """
 
     samples: list[Sample]
     error: str | None = None
     broken: Sample | None = None
-    source: str = "tar"
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -140,11 +197,11 @@ def split_name(name: str) -> tuple[str, str] | None:
         return None
     key, ext = folder + slash + stem, ext.lower()
     if not name.isascii():
-        key, ext = _as_utf8(key), _as_utf8(ext)
+        key, ext = as_utf8(key), as_utf8(ext)
     return key, ext
 
 
-def _as_utf8(name: str) -> str:
+def as_utf8(name: str) -> str:
     # tarfile decodes with "surrogateescape", so that odd bytes survive.
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
@@ -216,12 +273,13 @@ def _expand_one(item: str, storage_options: dict[str, Any]) -> list[str]:
                 out.append(path)
         elif magic or name.endswith("/"):
             pattern = name.rstrip("/") + "/*.tar" if name.endswith("/") else name
-            fs, path = fsspec.core.url_to_fs(pattern, **storage_options)
-            matches = sorted(fs.glob(path))
+            fs, path = file_system(pattern, storage_options)
+            matches = sorted(persist(pattern, partial(fs.glob, path)))
             if not matches:
                 raise FileNotFoundError(f"nothing matches {pattern!r}")
             out.extend(fs.unstrip_protocol(m) for m in matches)
         else:
+            file_system(name, storage_options)  # raises for a protocol or options that cannot be used here
             out.append(name)
     return out
 
@@ -229,7 +287,9 @@ def _expand_one(item: str, storage_options: dict[str, Any]) -> list[str]:
 def _expand_folder(path: str) -> list[str]:
     tars = list_files(path, ".tar")
     if not tars:
-        raise FileNotFoundError(f"no *.tar in the folder {path}")
+        packed = [f for f in list_files(path, "") if re.search(r"\.(tar\.\w+|t[gx]z|tbz2?|tzst)$", f, re.IGNORECASE)]
+        hint = f", only compressed ones: unpack {packed[0]} and its like first" if packed else ""
+        raise FileNotFoundError(f"no *.tar in the folder {path}{hint}")
     return tars
 
 
@@ -237,7 +297,12 @@ def open_shard(url: str, storage_options: Mapping[str, Any] | None = None) -> IO
     """Open a shard for reading; seekable."""
     if is_local(url):
         return local_path(url).open("rb")
-    return fsspec.open(url, "rb", **(storage_options or {})).open()
+    return open_remote(url, storage_options)
+
+
+def hold_shard(url: str, storage_options: Mapping[str, Any] | None = None) -> contextlib.AbstractContextManager[None]:
+    """While this is entered, a remote shard is on this machine: what is read of it is read there."""
+    return contextlib.nullcontext() if is_local(url) else hold_copy(url, storage_options)
 
 
 def fingerprint(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
@@ -249,16 +314,9 @@ def fingerprint(url: str, storage_options: Mapping[str, Any] | None = None) -> s
         if is_local(url):
             stat = local_path(url).stat()
             return f"size={stat.st_size} mtime_ns={stat.st_mtime_ns}"
-        fs, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
-        info = fs.info(path)
+        return version(url, storage_options)
     except OSError:
         return "unreadable"
-    changed = next((str(info[k]) for k in _CHANGED if info.get(k)), "")
-    return f"size={info.get('size')} changed={changed}"
-
-
-#: What file systems call the mark of a version, the surest first.
-_CHANGED = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
 
 
 # --- indexing -------------------------------------------------------------------------------------
@@ -273,6 +331,8 @@ class _Entry:
     offset: int
     nbytes: int
     end: int
+    pieces: tuple[tuple[int, int], ...] | None = None
+    left_out: str | None = None  # why it can be no member
 
 
 class _Grouper:
@@ -288,17 +348,20 @@ class _Grouper:
             return None
         key, ext = parts
         sample = self._latest.get(key)
-        if sample is None or sample.get(ext) is not None:
+        if sample is None or (entry.left_out is None and sample.get(ext) is not None):
             sample = Sample(key, entry.header, entry.end)
             self._latest[key] = sample
             self.samples.append(sample)
-        sample.members.append(Member(entry.name, ext, entry.offset, entry.nbytes))
+        if entry.left_out is None:
+            sample.members.append(Member(entry.name, ext, entry.offset, entry.nbytes, entry.pieces))
+        else:
+            sample.left_out.append(LeftOut(ext, as_utf8(entry.left_out)))
         sample.end = entry.end
         return sample
 
 
-def index_shard(url: str, storage_options: Mapping[str, Any] | None = None, use_idx: bool = True) -> ShardIndex:
-    """Find the samples of a shard from its headers, or from a right index file beside it.
+def index_shard(url: str, storage_options: Mapping[str, Any] | None = None) -> ShardIndex:
+    """Find the samples of a shard from its headers.
 
     Parameters
     ----------
@@ -306,9 +369,6 @@ def index_shard(url: str, storage_options: Mapping[str, Any] | None = None, use_
         The tar.
     storage_options : mapping, optional
         For fsspec.
-    use_idx : bool
-        Whether a ``.idx`` beside the tar (DALI's ``wds2idx`` format) may be used. It is checked against the tar first
-        and left aside when anything disagrees.
 
     Returns
     -------
@@ -316,29 +376,26 @@ def index_shard(url: str, storage_options: Mapping[str, Any] | None = None, use_
         Never raises for a damaged or missing tar: what is whole is listed, and `error` says what is wrong.
     """
     try:
-        with open_shard(url, storage_options) as file:
-            if use_idx:
-                index = _index_from_idx(url, file, storage_options)
-                if index is not None:
-                    return index
+        with hold_shard(url, storage_options), open_shard(url, storage_options) as file:
             return index_tar(file)
     except OSError as err:
-        return ShardIndex([], _explain(url, err))
+        return ShardIndex([], explain(url, err))
 
 
-def _explain(url: str, err: OSError) -> str:
+def explain(url: str, err: OSError) -> str:
+    """Say why a shard cannot be opened."""
     if isinstance(err, FileNotFoundError):
         return f"no such file: {url}"
-    return f"{type(err).__name__}: {err}"
+    return str(err) if isinstance(err, RemoteError) else f"{type(err).__name__}: {err}"
 
 
-def index_tar(file: IO[bytes]) -> ShardIndex:
-    """Index an open, seekable tar; see `index_shard`."""
+def index_tar(file: IO[bytes], extent: bool = False) -> ShardIndex:
+    """Index an open, seekable tar, or an extent of one, which has no end mark; see `index_shard`."""
     grouper = _Grouper()
     size = file.seek(0, io.SEEK_END)
     error, broken = None, None
     try:
-        for entry in _plain_files(file):
+        for entry in _entries(file, extent):
             sample = grouper.add(entry)
             if entry.end > size:
                 broken = sample
@@ -349,8 +406,8 @@ def index_tar(file: IO[bytes]) -> ShardIndex:
     return ShardIndex(grouper.samples, error, broken)
 
 
-def _plain_files(file: IO[bytes]) -> Iterator[_Entry]:
-    """Yield each file whose bytes lie in one piece; raise `ShardError` where the tar is damaged.
+def _entries(file: IO[bytes], extent: bool = False) -> Iterator[_Entry]:
+    """Yield each file and link; raise `ShardError` where the tar is damaged.
 
     tarfile reads the headers that are in some way special; the others are read here, since it takes most of the time
     of indexing to read them with tarfile.
@@ -362,7 +419,7 @@ def _plain_files(file: IO[bytes]) -> Iterator[_Entry]:
     try:
         tar = tarfile.open(fileobj=file, mode="r:")
     except Exception as err:
-        raise ShardError(f"not a tar that can be read: {err}{_gzip_hint(file)}") from err
+        raise ShardError(f"not a tar that can be read: {err}{_compression_hint(file)}") from err
     position, name = 0, ""
     while position <= size:
         # tarfile has the first header already; and a global header may change all that follow it.
@@ -378,7 +435,8 @@ def _plain_files(file: IO[bytes]) -> Iterator[_Entry]:
         except Exception as err:
             raise ShardError(f"the tar is damaged at byte {position:,}: {err}") from err
         if info is None:
-            if (problem := _check_end(file, position)) is not None:
+            problem = None if extent and position == size else _check_end(file, position)
+            if problem is not None:
                 raise ShardError(problem)
             return
         # Without this, tarfile keeps every header of a large shard in memory.
@@ -387,9 +445,38 @@ def _plain_files(file: IO[bytes]) -> Iterator[_Entry]:
             # Older Pythons take a negative size, go back and read the same headers for ever.
             raise ShardError(f"the tar is damaged at byte {position:,}: impossible size of {info.name!r}")
         position, name = tar.offset, info.name
-        if info.isreg() and not info.issparse():
-            yield _Entry(name, info.offset, info.offset_data, info.size, position)
+        if info.isreg() or info.issym() or info.islnk():
+            yield _special_entry(info, position)
     raise ShardError(f"the tar ends at byte {size:,}, inside {name!r} (which goes to byte {position:,})")
+
+
+def _special_entry(info: tarfile.TarInfo, end: int) -> _Entry:
+    """Take over what tarfile read: a file, sparse or not, or a link."""
+    pieces = reason = None
+    if info.issparse():
+        sparse: Any = info.sparse  # offsets and lengths, whatever the stubs say
+        pieces = tuple((int(start), int(nbytes)) for start, nbytes in sparse if nbytes)  # some are fillers
+        reason = _sparse_problem(info.size, pieces, end - info.offset_data)
+    elif not info.isreg():
+        kind, option = ("hard", "--hard-dereference") if info.islnk() else ("symbolic", "--dereference")
+        reason = f"a {kind} link to {info.linkname}: links are not followed; pack the shard with {option}"
+    if reason is not None:
+        reason = f"{info.name} is {reason}"
+    return _Entry(info.name, info.offset, info.offset_data, info.size, end, pieces, reason)
+
+
+def _sparse_problem(size: int, pieces: tuple[tuple[int, int], ...], room: int) -> str | None:
+    if size > SPARSE_LIMIT:
+        return f"a sparse member of {size:,} bytes, of which the tar holds few: pack the shard without --sparse"
+    position = 0
+    for start, nbytes in pieces:
+        if start < position or nbytes < 0:
+            break
+        position = start + nbytes
+    else:
+        if position <= size and sum(nbytes for _, nbytes in pieces) <= room:
+            return None
+    return "a sparse member whose map is damaged: pack the shard without --sparse"
 
 
 # What tar writers put into an ordinary header: numbers in octal, a name that fits its field and so no prefix.
@@ -432,18 +519,35 @@ def _ordinary_header(block: bytes) -> re.Match[bytes] | None:
     return match
 
 
-def _gzip_hint(file: IO[bytes]) -> str:
+#: How compressed files begin, what they are compressed with, and what unpacks them.
+_COMPRESSIONS = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ\0": ("xz", "unxz"),
+}
+
+
+def _compression_hint(file: IO[bytes]) -> str:
     file.seek(0)
-    if file.read(2) == b"\x1f\x8b":
-        return "; it is compressed with gzip: unpack it first (gunzip), since members are read by their offsets"
+    head = file.read(8)
+    for magic, (name, tool) in _COMPRESSIONS.items():
+        if head.startswith(magic):
+            return f"; it is compressed with {name}: unpack it first ({tool}), since members are read by their offsets"
     return ""
 
 
 def _check_end(file: IO[bytes], position: int) -> str | None:
     """Tell an ended tar from a damaged one: tarfile stops in silence at either.
 
-    Nothing but zeros may stand where the headers stop.
+    Nothing but zeros may stand where the headers stop, and something must: a tar that was cut between two members is
+    whole in every other way.
     """
+    if file.seek(0, io.SEEK_END) == position:
+        return (
+            f"the tar has no end mark: it may have been cut at byte {position:,}; all members before are whole, but "
+            "the last sample may lack some, and others may be missing"
+        )
     file.seek(position)
     start = position
     while chunk := file.read(1 << 20):
@@ -463,17 +567,13 @@ def _check_end(file: IO[bytes], position: int) -> str | None:
 # --- wds2idx files --------------------------------------------------------------------------------
 
 
-def idx_url(url: str) -> str:
-    """Where the index file of a shard would be."""
-    return (url[: -len(".tar")] if url.endswith(".tar") else url) + ".idx"
-
-
 def format_idx(samples: Iterable[Sample]) -> str | None:
     """Write an index in the format of DALI's ``wds2idx``, version 1.2.
 
     A header line, then for each sample a line with ``ext offset size name`` for each member.
 
-    Returns None when a name holds white space or bytes that are no UTF-8, which the format cannot express.
+    Returns None when a name holds white space or bytes that are no UTF-8, or a member is sparse: the format cannot
+    express these.
     """
     lines = []
     for sample in samples:
@@ -484,62 +584,20 @@ def format_idx(samples: Iterable[Sample]) -> str | None:
             parts += [ext, str(m.offset), str(m.nbytes), m.name]
         if any(not part or any(c.isspace() or "\ud800" <= c <= "\udfff" for c in part) for part in parts):
             return None
+        if any(m.pieces is not None for m in sample.members):
+            return None
         lines.append(" ".join(parts))
     return "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
-
-
-def _index_from_idx(url: str, tar: IO[bytes], storage_options: Mapping[str, Any] | None) -> ShardIndex | None:
-    """Use the index file beside a tar, or return None if there is none or it does not describe this tar."""
-    try:
-        with open_shard(idx_url(url), storage_options) as file:
-            text = file.read().decode()
-    except (OSError, UnicodeDecodeError, ValueError):
-        return None
-    members = _parse_idx(text)
-    size = tar.seek(0, io.SEEK_END)
-    if not members:
-        return None
-    # A stale index of a shard that was written anew would misplace members, so every one is compared with the header
-    # in front of it. Where anything else lies between them, the tar's own headers are the better source.
-    grouper = _Grouper()
-    position = 0
-    for name, offset, nbytes in members:
-        entry = _ordinary_entry(tar, position)
-        if entry is None or (entry.name, entry.offset, entry.nbytes) != (name, offset, nbytes):
-            return None
-        grouper.add(entry)
-        position = entry.end
-    if position > size or _check_end(tar, position) is not None:
-        return None
-    return ShardIndex(grouper.samples, source="idx")
-
-
-def _parse_idx(text: str) -> list[tuple[str, int, int]] | None:
-    lines = text.splitlines()
-    head = lines[0].split() if lines else []
-    if len(head) != 2 or head[0] != "v1.2" or head[1] != str(len(lines) - 1):
-        return None
-    members = []
-    for line in lines[1:]:
-        parts = line.split()
-        if not parts or len(parts) % 4:
-            return None
-        for ext, offset, nbytes, name in zip(*[iter(parts)] * 4, strict=True):
-            if not name.endswith(ext):
-                return None
-            try:
-                members.append((name, int(offset), int(nbytes)))
-            except ValueError:
-                return None
-    members.sort(key=lambda m: m[1])
-    return members
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
 def read_extents(
-    url: str, extents: Iterable[tuple[int, int]], storage_options: Mapping[str, Any] | None = None
+    url: str,
+    extents: Iterable[tuple[int, int]],
+    storage_options: Mapping[str, Any] | None = None,
+    whole: bool = False,
 ) -> Iterator[bytes]:
     """Read pieces of a shard, in the order given (ascending offsets read it once, in sequence).
 
@@ -551,28 +609,47 @@ def read_extents(
         Offset and length of each piece, bytes.
     storage_options : mapping, optional
         For fsspec.
+    whole : bool
+        Whether a remote shard is streamed as a whole, for when most of it is wanted; else only the pieces are fetched.
 
     Yields
     ------
     bytes
         Shorter than asked for where the file ends early.
+
+    Raises
+    ------
+    OSError
+        If the shard cannot be read.
     """
-    with open_shard(url, storage_options) as file:
+    if is_local(url):
+        source: Any = contextlib.nullcontext()
+    elif whole:
+        source = hold_copy(url, storage_options)
+    else:
+        yield from read_ranges(url, list(extents), storage_options)
+        return
+    with source, open_shard(url, storage_options) as file:
         for offset, nbytes in extents:
             file.seek(offset)
             yield file.read(nbytes)
 
 
-def read_text(file: IO[bytes], member: Member) -> str:
-    """Read a small text member; bytes that are no UTF-8 become U+FFFD, and a byte order mark is dropped."""
+def read_text(file: IO[bytes], member: Member) -> str | None:
+    """Read a text member; bytes that are no UTF-8 become U+FFFD, and a byte order mark is dropped.
+
+    None where it is larger than `TEXT_LIMIT`.
+    """
+    if member.nbytes > TEXT_LIMIT:
+        return None
     file.seek(member.offset)
-    return file.read(member.nbytes).decode("utf-8-sig", errors="replace")
+    return member.expand(file.read(member.stored)).decode("utf-8-sig", errors="replace")
 
 
 def read_json(file: IO[bytes], member: Member) -> dict[str, Any]:
-    """Read a JSON member; an empty dict where it is not a JSON object."""
+    """Read a JSON member; an empty dict where it is not a JSON object, or larger than `TEXT_LIMIT`."""
     try:
-        value = json.loads(read_text(file, member))
+        value = json.loads(read_text(file, member) or "")
     except (ValueError, RecursionError):  # the latter: thousands of brackets
         return {}
     return value if isinstance(value, dict) else {}
@@ -581,11 +658,11 @@ def read_json(file: IO[bytes], member: Member) -> dict[str, Any]:
 def first_json(url: str, count: int, storage_options: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
     """Yield the first JSON members of a shard, reading no further than it must; fewer where it is damaged."""
     with open_shard(url, storage_options) as file, contextlib.suppress(ShardError):
-        for entry in _plain_files(file):
+        for entry in _entries(file):
             parts = split_name(entry.name)
-            if parts is None or parts[1] != "json":
+            if parts is None or parts[1] != "json" or entry.left_out is not None:
                 continue
-            yield read_json(file, Member(entry.name, parts[1], entry.offset, entry.nbytes))
+            yield read_json(file, Member(entry.name, parts[1], entry.offset, entry.nbytes, entry.pieces))
             count -= 1
             if count <= 0:
                 return

@@ -13,10 +13,11 @@ from rich.table import Table
 
 from . import collection
 from .filters import parse_where
+from .parity import ALL, Parity
 from .results import RunResult, Selection
 from .schema import STATUSES
 
-__all__ = ["make_table", "print_kinds", "print_run", "print_selection", "stdout", "written_line"]
+__all__ = ["make_table", "print_kinds", "print_parity", "print_run", "print_selection", "stdout", "written_line"]
 
 
 def stdout() -> Console:
@@ -134,3 +135,85 @@ def _reasons(result: RunResult) -> dict[str, str]:
             reasons[row["key"]] = f"{column} is {value:.2f}" if isinstance(value, float) else f"{column} is {value}"
         left = left[passed]
     return reasons
+
+
+def print_parity(result: Parity, console: Console | None = None) -> None:
+    """Show how far this library's way and open_clip's own differ."""
+    console = console or stdout()
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    settings = result.settings
+    model = " ".join(filter(None, (settings["model"], settings["pretrained"])))
+    say(f"{model}: {settings['dtype']} with {settings['decoder']} on {settings['device']}; open_clip: float32, Pillow")
+    read = "" if result.shards_read == result.shards else f"{result.shards_read:,} of "
+    say(f"{result.images:,} of {result.images_there:,} images, in {read}{result.shards:,} shards")
+    say("can be decoded by: " + ", ".join(f"{who} {n:,}" for who, n in result.decodable.items()))
+    for failed in result.one_sided:
+        say(f"  {failed['decodable']}: {failed['image']}: {failed['reason']}")
+    if not result.groups["all"].images:
+        say("No image could be compared.")
+        return
+    console.print(_differences(result))
+    if result.groups["all"].scores:
+        console.print(_drifts(result))
+    if result.decisions:
+        console.print(_decisions(result))
+    for decision in result.decisions:
+        for one in decision.examples if decision.where != ALL else []:
+            values = ", ".join(f"{column} {_pair(*pair)}" for column, pair in one["scores"].items())
+            say(f"  {decision.where}: {one['image']}: {values}")
+    console.print(_worst(result))
+    pixels = result.groups["all"]
+    say(f"largest difference of an image's mean: {pixels.pixel_mean.max:.3f}, {pixels.pixel_mean.max_image}")
+    say(f"largest difference of a single pixel: {pixels.pixel_max.max:.1f}, {pixels.pixel_max.max_image}")
+    if result.other_cosine.count:
+        say(f"for comparison, cosine of two different images: {result.other_cosine.mean:.4f} in the mean")
+
+
+def _differences(result: Parity) -> Table:
+    table = _numbers("decoded by", "images", "pixels¹: mean", "worst mean", "max", "cosine: mean", "min")
+    for name, group in sorted(result.groups.items()):
+        table.add_row(
+            name,
+            f"{group.images:,}",
+            f"{group.pixel_mean.mean:.3f}",
+            f"{group.pixel_mean.max:.3f}",
+            f"{group.pixel_max.max:.1f}",
+            f"{group.cosine.mean:.6f}",
+            f"{group.cosine.min:.6f}",
+        )
+    table.caption = "¹ absolute difference; black to white is 255"
+    return table
+
+
+def _drifts(result: Parity) -> Table:
+    table = _numbers("score", "mean drift", "max drift", "largest for")
+    for column, figure in result.groups["all"].scores.items():
+        if figure.count:
+            table.add_row(column, f"{figure.mean:.6f}", f"{figure.max:.6f}", figure.max_image)
+    return table
+
+
+def _worst(result: Parity) -> Table:
+    table = _numbers("lowest cosine", "cosine", "pixels¹: mean", "max", "decoded by")
+    for one in result.worst:
+        figures = f"{one['cosine']:.6f}", f"{one['pixel_mean']:.3f}", f"{one['pixel_max']:.1f}"
+        table.add_row(one["image"], *figures, one["decoder"])
+    return table
+
+
+def _decisions(result: Parity) -> Table:
+    table = _numbers("decision", "kept here", "by open_clip", "flips")
+    for decision in result.decisions:
+        table.add_row(decision.where, f"{decision.kept:,}", f"{decision.kept_by_open_clip:,}", f"{decision.flips:,}")
+    return table
+
+
+def _pair(ours: float | None, theirs: float | None) -> str:
+    """Both values of a score, as long as it takes to tell them apart."""
+    if ours is None or theirs is None:
+        return f"{ours} here, {theirs} by open_clip"
+    digits = next((n for n in range(5, 10) if f"{ours:.{n}g}" != f"{theirs:.{n}g}"), 5)
+    return f"{ours:.{digits}g} here, {theirs:.{digits}g} by open_clip"

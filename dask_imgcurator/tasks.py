@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from distributed import get_worker
+from distributed import get_worker, secede
 
-from . import collection, filters, heads, score, write
+from . import collection, files, filters, heads, score, shards, write
 from .backend import get_backend
 from .models import load_encoder
 from .schema import COLUMNS, kind_of
@@ -50,7 +52,7 @@ def describe(plan: ScorePlan) -> dict[str, Any]:
         spec = heads.resolve(use.kind, use.head, encoder.width)
         heads.load_head(spec, use.weights_dir, backend.device, use.round_to)
         used[use.column] = {**heads.provenance(spec), "round_to": use.round_to}
-    decoder = score.settle_decoder(plan.embed.decoder)
+    decoder = score.settle_decoder(plan.embed.decoder, backend.decoder_device)
     versions = {"dask_imgcurator": __version__, "torch": torch.__version__}
     if decoder == "dali":
         import nvidia.dali
@@ -65,13 +67,41 @@ def describe(plan: ScorePlan) -> dict[str, Any]:
             "max_pixels": plan.embed.max_pixels,
             "adjust_orientation": plan.embed.adjust_orientation,
         },
-        "read": {"caption": plan.read.caption, "fields": dict(plan.read.fields)},
+        "read": {"caption": plan.read.caption, "fields": dict(plan.read.fields), "image": list(plan.read.image)},
         "versions": versions,
     }
 
 
 def score_shard(url: str, target: str, plan: ScorePlan, provenance: Mapping[str, Any], topic: str) -> dict[str, Any]:
     """Score one shard into one Parquet file; a task."""
+    with contextlib.ExitStack() as stack:
+        if not files.is_local(url):
+            with contextlib.suppress(OSError):  # becomes a row of the table
+                stack.enter_context(shards.hold_shard(url, plan.read.storage_options))
+            stack.enter_context(_turn())
+        return _score_shard(url, target, plan, provenance, topic)
+
+
+_turns: dict[str, threading.BoundedSemaphore] = {}
+_turns_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _turn() -> Iterator[None]:
+    """Let as many tasks compute at a time as the worker has threads; those that wait have their shard already.
+
+    A task that computes gives up its place in the worker's queue, so that the worker is sent the next one, which
+    streams its shard in the meantime and waits here.
+    """
+    worker = get_worker()
+    with _turns_lock:
+        turns = _turns.setdefault(worker.address, threading.BoundedSemaphore(worker.state.nthreads))
+    with turns:
+        secede()
+        yield
+
+
+def _score_shard(url: str, target: str, plan: ScorePlan, provenance: Mapping[str, Any], topic: str) -> dict[str, Any]:
     worker = get_worker()
     frame = score.index_partition((url,), plan.read)
     counts: dict[str, Any] = {"shard": url, "rows": len(frame), "done": 0, "errors": 0}
@@ -107,7 +137,7 @@ def locate_kept(url: str, where: str | None, spec: score.ScoreFiles) -> dict[str
     """Count what a score file's rows come to, and say which of them are kept; a task."""
     kinds = {f.name: kind_of(f.type) for f in score.file_schema(url, spec.storage_options)}
     parsed = filters.parse_where(where, kinds) if where else None
-    wanted = [n for n in ("key", "shard", "sample_nbytes", "status") if n in kinds]
+    wanted = [n for n in ("key", "shard", "sample_offset", "sample_nbytes", "status") if n in kinds]
     columns = tuple(dict.fromkeys([*wanted, *(parsed.columns if parsed else ())]))
     frame = score.read_score_file(url, replace(spec, columns=columns))
     by_status: dict[str, int] = {}

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import fsspec
 import pyarrow.parquet as pq
 
 from . import files, score, shards, write
@@ -60,33 +59,40 @@ def _shard_problem(
 ) -> str | None:
     url = files.join(folder, f"{stem}.tar")
     try:
-        with fsspec.open(url, "rb", **storage_options) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        with fsspec.open(files.join(folder, f"{stem}.parquet"), "rb", **storage_options) as file:
-            rows = pq.read_table(file).to_pylist()
-    except OSError as err:
+        with shards.hold_shard(url, storage_options):
+            return _differences(url, files.join(folder, f"{stem}.parquet"), stats, storage_options, source_options)
+    except (write.WriteError, OSError) as err:
         return str(err)
+
+
+def _differences(
+    url: str,
+    table: str,
+    stats: Mapping[str, Any],
+    storage_options: Mapping[str, Any],
+    source_options: Mapping[str, Any] | None,
+) -> str | None:
+    with shards.open_shard(url, storage_options) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    with files.opened(table, storage_options) as file:
+        rows = pq.read_table(file).to_pylist()
     if digest != stats.get("sha256"):
         return f"sha256 is {digest}, its _stats.json says {stats.get('sha256')}"
-    index = shards.index_shard(url, storage_options, use_idx=False)
+    index = shards.index_shard(url, storage_options)
     if index.error is not None:
         return index.error
     if len(index.samples) != len(rows):
         return f"it holds {len(index.samples)} samples, its Parquet file {len(rows)} rows"
-    try:
-        sources = write.source_members(rows, dict(source_options or {}))
-        for row, sample, members in zip(rows, index.samples, sources, strict=True):
-            extents = [(m.offset, m.nbytes) for m in sample.members]
-            copied = list(
-                zip((m.name for m in sample.members), shards.read_extents(url, extents, storage_options), strict=True)
-            )
-            if copied != members:
-                return f"sample {row['key']!r} differs from its source in {row['shard']}"
-            known, image = row.get("sha256"), sample.image()
-            if known and image is not None and hashlib.sha256(dict(copied)[image.name]).hexdigest() != known:
-                return f"the image of sample {row['key']!r} is not the one that was scored"
-    except (write.WriteError, OSError) as err:
-        return str(err)
+    sources = write.source_members(rows, dict(source_options or {}))
+    for row, sample, members in zip(rows, index.samples, sources, strict=True):
+        extents = [(m.offset, m.nbytes) for m in sample.members]
+        pieces = shards.read_extents(url, extents, storage_options, whole=True)
+        copied = list(zip((m.name for m in sample.members), pieces, strict=True))
+        if copied != members:
+            return f"sample {row['key']!r} differs from its source in {row['shard']}"
+        known, image = row.get("sha256"), sample.get(row.get("ext") or "")
+        if known and image is not None and hashlib.sha256(dict(copied)[image.name]).hexdigest() != known:
+            return f"the image of sample {row['key']!r} is not the one that was scored"
     return None
 
 
@@ -105,7 +111,7 @@ def _record_problem(
     for shard in record["arguments"]["shards"]:
         if shard not in by_shard:
             return f"there are no scores of {shard}"
-        with fsspec.open(by_shard[shard], "rb", **(storage_options or {})) as file:
+        with files.opened(by_shard[shard], storage_options) as file:
             samples += pq.read_metadata(file).num_rows
     if samples != record.get("samples"):
         return f"it says that there are {record.get('samples')} samples, the score table holds {samples}"

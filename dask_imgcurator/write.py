@@ -38,6 +38,7 @@ __all__ = [
     "parse_size",
     "plan_shards",
     "remove_surplus",
+    "sample_sizes",
     "write_shard",
     "written_shards",
 ]
@@ -47,6 +48,9 @@ LOCATORS = ("key", "shard", "sample_offset", "sample_nbytes")
 
 #: Columns by which it checks, where they are there, that an image is still the one that was scored.
 _CHECKS = ("offset", "nbytes", "sha256")
+
+#: A longer extent (bytes) is not read in one piece: its members may lie far apart.
+_LONG_EXTENT = 256 << 20
 
 _STATS = "_stats.json"
 _SUFFIXES = (".tar", ".parquet", ".idx", _STATS)
@@ -77,8 +81,7 @@ class WriteSpec:
     max_count : int
         Samples a shard, at most.
     max_nbytes : int
-        Bytes of samples a shard, at most, as their extents in the sources go (a single larger sample gets a shard of
-        its own).
+        Bytes of samples a shard, at most, by their `sample_sizes` (a single larger sample gets a shard of its own).
     storage_options, source_options : mapping
         For fsspec, of the folder and of the source shards.
     """
@@ -108,6 +111,50 @@ def parse_size(text: str | int) -> int:
     return nbytes
 
 
+def sample_sizes(urls: Sequence[str], offsets: Sequence[int], extents: Sequence[int]) -> list[int]:
+    """Bytes that samples take in a curated shard, by what they take in their sources.
+
+    Parameters
+    ----------
+    urls : sequence of str
+        Source of each.
+    offsets, extents : sequence of int
+        Where its extent begins there, and its length, bytes.
+
+    Returns
+    -------
+    list of int
+        The extent's length. Extents that overlap (the members of a sample do not follow each other) share what they
+        cover together, evenly, since each of them may span the whole tar.
+    """
+    sizes: dict[tuple[str, int, int], int] = {}
+    for (url, start), group in _overlapping(set(zip(urls, offsets, extents, strict=True))):
+        left = max(offset + nbytes for offset, nbytes in group) - start
+        for done, (offset, nbytes) in enumerate(sorted(group, key=lambda extent: extent[1])):
+            size = min(nbytes, -(-left // (len(group) - done)))
+            sizes[url, offset, nbytes] = size
+            left -= size
+    return [sizes[row] for row in zip(urls, offsets, extents, strict=True)]
+
+
+def _overlapping(
+    extents: Iterable[tuple[str, int, int]],
+) -> Iterator[tuple[tuple[str, int], list[tuple[int, int]]]]:
+    """Gather extents (source, offset, length) that overlap; most stand alone."""
+    group: list[tuple[int, int]] = []
+    key, end = ("", 0), 0
+    for url, offset, nbytes in sorted(extents):
+        if group and (url != key[0] or offset >= end):
+            yield key, group
+            group = []
+        if not group:
+            key, end = (url, offset), 0
+        group.append((offset, nbytes))
+        end = max(end, offset + nbytes)
+    if group:
+        yield key, group
+
+
 def plan_shards(
     partitions: Iterable[tuple[Sequence[str | None], Sequence[int]]], max_count: int, max_nbytes: int
 ) -> Iterator[list[Slice]]:
@@ -116,7 +163,7 @@ def plan_shards(
     Parameters
     ----------
     partitions : iterable of (keys, sizes)
-        For each partition the keys and extents (bytes) of its kept rows.
+        For each partition the keys and `sample_sizes` of its kept rows.
     max_count, max_nbytes : int
         See `WriteSpec`.
 
@@ -340,42 +387,110 @@ def _content(parquet: pa.Buffer, sources: Iterable[str], source_options: Mapping
 
 
 def source_members(rows: list[dict[str, Any]], source_options: Mapping[str, Any]) -> Iterator[list[tuple[str, bytes]]]:
-    """Names and bytes of each row's members; a source is opened once for each run of rows that it holds."""
+    """Names and bytes of each row's members; a source is opened once for each run of rows that it holds.
+
+    An extent is read in one piece, with what lies in it. Where that would be others' members, over and over (all images
+    of a tar stand before all captions, say), the members are read one by one, by an index of the source.
+    """
+    wanted = _scattered(rows)
+    known: dict[str, _Known] = {}
     start = 0
     while start < len(rows):
         url, stop = rows[start]["shard"], start
         while stop < len(rows) and rows[stop]["shard"] == url:
             stop += 1
-        extents = [(row["sample_offset"], row["sample_nbytes"]) for row in rows[start:stop]]
+        run = rows[start:stop]
         try:
-            for row, data in zip(rows[start:stop], shards.read_extents(url, extents, source_options), strict=True):
-                yield _parse(row, data)
+            if url not in wanted:
+                yield from _in_one_piece(url, run, source_options)
+            else:
+                if url not in known:
+                    known[url] = _find_samples(url, wanted[url], source_options)
+                yield from _one_by_one(url, run, known[url], source_options)
         except OSError as err:
             raise WriteError(f"cannot read {url}, from which {stop - start} samples are to be copied: {err}") from err
         start = stop
 
 
-def _parse(row: dict[str, Any], data: bytes) -> list[tuple[str, bytes]]:
-    """Members of one sample out of its extent, in which other samples' members may lie between."""
-    index = shards.index_tar(io.BytesIO(data))
-    sample = index.samples[0] if index.samples else None
-    wrong = None
-    if sample is None or index.error is not None:
-        wrong = index.error
-    elif sample.key != row["key"]:
-        wrong = f"{sample.key!r} is there"
-    elif sample.offset != 0 or sample.end != row["sample_nbytes"]:
-        wrong = "its members have other sizes"
-    elif row.get("sha256") is not None and "nbytes" in row and "offset" in row:
-        start = row["offset"] - row["sample_offset"]
-        if hashlib.sha256(data[start : start + row["nbytes"]]).hexdigest() != row["sha256"]:
-            wrong = "its image has another sha256"
-    if sample is None or wrong is not None:
-        where = f"{row['shard']}, bytes {row['sample_offset']:,} to {row['sample_offset'] + row['sample_nbytes']:,}"
-        raise WriteError(
-            f"the sample {row['key']!r} is not as it was at {where}: {wrong}. The shard was changed: score it again."
-        )
-    return [(m.name, data[m.offset : m.offset + m.nbytes]) for m in sample.members]
+def _scattered(rows: Iterable[Mapping[str, Any]]) -> dict[str, set[int]]:
+    """Sources in which extents overlap or are very long, with the offsets of all samples that are wanted of them."""
+    offsets: dict[str, set[int]] = {}
+    for row in rows:
+        offsets.setdefault(row["shard"], set()).add(row["sample_offset"])
+    extents = {(row["shard"], row["sample_offset"], row["sample_nbytes"]) for row in rows}
+    long = {url for url, _, nbytes in extents if nbytes > _LONG_EXTENT}
+    overlapping = {url for (url, _), group in _overlapping(extents) if len(group) > 1}
+    return {url: offsets[url] for url in long | overlapping}
+
+
+def _in_one_piece(
+    url: str, rows: list[dict[str, Any]], source_options: Mapping[str, Any]
+) -> Iterator[list[tuple[str, bytes]]]:
+    extents = [(row["sample_offset"], row["sample_nbytes"]) for row in rows]
+    for row, data in zip(rows, shards.read_extents(url, extents, source_options), strict=True):
+        index = shards.index_tar(io.BytesIO(data), extent=True)
+        # Behind the sample's first member, others' members may lie between.
+        sample = _checked(row, index.samples[0] if index.samples else None, index.error, row["sample_offset"])
+        stored = [data[m.offset : m.offset + m.stored] for m in sample.members]
+        yield _expanded(row, sample, stored, row["sample_offset"])
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the index of a source says of some of its samples, by their offsets."""
+
+    samples: dict[int, shards.Sample]
+    error: str | None
+
+
+def _find_samples(url: str, offsets: set[int], source_options: Mapping[str, Any]) -> _Known:
+    with shards.hold_shard(url, source_options), shards.open_shard(url, source_options) as file:
+        index = shards.index_tar(file)
+    return _Known({s.offset: s for s in index.samples if s.offset in offsets}, index.error)
+
+
+def _one_by_one(
+    url: str, rows: list[dict[str, Any]], known: _Known, source_options: Mapping[str, Any]
+) -> Iterator[list[tuple[str, bytes]]]:
+    samples = [_checked(row, known.samples.get(row["sample_offset"]), known.error) for row in rows]
+    extents = [(m.offset, m.stored) for sample in samples for m in sample.members]
+    # A remote source was streamed to be indexed: for most of it, that copy serves better than ranges.
+    whole = 2 * sum(nbytes for _, nbytes in extents) >= max((offset + nbytes for offset, nbytes in extents), default=0)
+    pieces = shards.read_extents(url, extents, source_options, whole)
+    for row, sample in zip(rows, samples, strict=True):
+        yield _expanded(row, sample, [next(pieces) for _ in sample.members])
+
+
+def _checked(row: Mapping[str, Any], sample: shards.Sample | None, error: str | None, base: int = 0) -> shards.Sample:
+    """Return the sample that was found where a row says; raise `WriteError` if it is not the row's."""
+    if sample is None:
+        raise _changed(row, error or "no sample begins there")
+    if sample.key != row["key"]:
+        raise _changed(row, error or f"{sample.key!r} is there")
+    if (sample.offset + base, sample.end - sample.offset) != (row["sample_offset"], row["sample_nbytes"]):
+        raise _changed(row, error or "its members have other sizes")
+    return sample
+
+
+def _expanded(
+    row: Mapping[str, Any], sample: shards.Sample, stored: list[bytes], base: int = 0
+) -> list[tuple[str, bytes]]:
+    """Names and contents of a sample's members; raise `WriteError` if its image is not the one that was scored."""
+    for member, data in zip(sample.members, stored, strict=True):
+        if len(data) < member.stored:
+            raise _changed(row, f"{member.name!r} is cut off")
+    if row.get("sha256") is not None and "offset" in row:
+        image = next((d for m, d in zip(sample.members, stored, strict=True) if m.offset + base == row["offset"]), None)
+        if image is None or hashlib.sha256(image).hexdigest() != row["sha256"]:
+            raise _changed(row, "its image has another sha256")
+    return [(m.name, m.expand(data)) for m, data in zip(sample.members, stored, strict=True)]
+
+
+def _changed(row: Mapping[str, Any], wrong: str) -> WriteError:
+    where = f"{row['shard']}, bytes {row['sample_offset']:,} to {row['sample_offset'] + row['sample_nbytes']:,}"
+    return WriteError(
+        f"the sample {row['key']!r} is not as it was at {where}: {wrong}. The shard was changed: score it again."
+    )
 
 
 def _add(tar: tarfile.TarFile, row: dict[str, Any], members: list[tuple[str, bytes]]) -> shards.Sample:

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, ResizeKeepRatio, image_transform_v2
 from PIL import Image, ImageOps
 
+from dask_imgcurator import decode
 from dask_imgcurator.decode import (
     BadImage,
     Batch,
@@ -430,7 +432,7 @@ def test_unusual_jpegs_go_to_pillow(marker: int, process: str) -> None:
 def test_a_12_bit_jpeg_is_an_error_by_name() -> None:
     data = bytearray(encode(picture(64, 48)))
     data[frame_header(data) + 4] = 12
-    with pytest.raises(BadImage, match="no image format that Pillow knows"):
+    with pytest.raises(BadImage, match="JPEG with a header that Pillow cannot read"):
         inspect(bytes(data))
 
 
@@ -476,15 +478,104 @@ def test_pillows_own_limit_does_not_reach_the_decoder(monkeypatch: pytest.Monkey
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
-def test_a_sliver_that_the_resize_would_blow_up_is_too_large() -> None:
-    sliver, whole = encode(Image.new("RGB", (1, 60_000))), encode(picture(300, 300))
-    # 60,000 pixels; 48 x 2,880,000 after the resize.
-    decoder = Decoder(ours(SMALL), 2, dali_device=None, max_pixels=100_000_000)
-    bad = only_bad(decoder([whole, sliver]), 1)
-    assert (bad.status, bad.width, bad.height) == ("too_large", 1, 60_000)
-    assert "1 x 60000 pixels become 48 x 2880000" in str(bad)
-    squashed = Decoder(ours(PreprocessCfg(size=48, resize_mode="squash")), 2, dali_device=None, max_pixels=100_000_000)
-    assert squashed([whole, sliver]).good == [0, 1]
+# --- slivers: few pixels, of which the resize makes very many --------------------------------------
+
+
+@pytest.mark.parametrize("dali_device", [pytest.param("cpu", marks=needs_dali), None])
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (1, 65_500), (65_500, 1), (3, 40_000)])
+def test_slivers_are_decoded(size: tuple[int, int], dali_device: str | None) -> None:
+    rng = np.random.default_rng(5)
+    sliver = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
+    cfg = PreprocessCfg(size=224)
+    blobs = [encode(sliver), encode(picture(300, 300)), encode(sliver, "PNG")]
+    batch = Decoder(ours(cfg), 3, dali_device=dali_device, max_pixels=178_956_970)(blobs)
+    assert batch.good == [0, 1, 2]
+    info = batch.infos[0]
+    assert isinstance(info, ImageInfo)
+    assert (info.width, info.height, info.decoder) == (*size, "pillow")
+    assert torch.equal(batch.pixels[1], Decoder(ours(cfg), 1, dali_device=dali_device)(blobs[1:2]).pixels[0])
+    # The middle of the sliver, by hand: the window of 224 pixels shows 224 / 224 * its width.
+    short, long = sorted(size)
+    middle = sliver.transpose(Image.Transpose.TRANSPOSE) if size[0] > size[1] else sliver
+    cut = middle.crop((0, long // 2 - 40 * short, short, long // 2 + 40 * short))
+    expected = theirs(cfg, cut.transpose(Image.Transpose.TRANSPOSE) if size[0] > size[1] else cut)
+    assert levels(batch.pixels[2], expected, cfg).max() <= 1.01
+
+
+def noise(mode: str, width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(width)
+    rgb = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 512, (height, width)).astype(np.uint16))
+    if mode == "P":
+        return rgb.quantize(37)
+    if mode in ("RGBA", "LA"):
+        rgb.putalpha(Image.fromarray(rng.integers(60, 256, (height, width), np.uint8)))
+    return rgb.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "CMYK", "YCbCr", "I;16", "F"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_window_of_a_sliver_is_that_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, mode: str, interpolation: str
+) -> None:
+    """Against the whole resized image, where that can be afforded: no size would be too far, or every one is."""
+    for width, height, size in (
+        (1, 700, 224),
+        (3, 1201, 224),
+        (901, 2, (97, 160)),
+        (110, 1003, 224),
+        (7, 900, (97, 160)),
+        (220, 1300, 224),
+    ):
+        image = noise(mode, width, height)
+        for resize_mode in ("shortest", "squash", "longest"):
+            cfg = PreprocessCfg(size=size, interpolation=interpolation, resize_mode=resize_mode)
+            monkeypatch.setattr(decode, "WHOLE_PIXELS", 1 << 40)
+            whole = decode._resize_and_cut(image, ours(cfg))
+            monkeypatch.setattr(decode, "WHOLE_PIXELS", 0)
+            window = decode._resize_and_cut(image, ours(cfg))
+            assert (window.mode, window.size) == (whole.mode, whole.size)
+            a, b = (np.asarray(im.convert("RGB")).astype(int) for im in (whole, window))
+            # Single precision moves what lies between two levels, or (for a palette) between two pixels; where alpha
+            # is small, dividing by it makes more of a level.
+            different = (a != b).any(-1).mean()
+            assert different <= 0.011, (width, height, resize_mode)
+            if mode not in ("P", "1"):
+                assert abs(a - b).max() <= {"RGBA": 5, "LA": 5, "YCbCr": 3}.get(mode, 1), (width, height, resize_mode)
+
+
+def test_only_what_grows_is_cut_first() -> None:
+    for width, height, far in (
+        (1, 334, False),
+        (1, 335, True),
+        (1, 65_500, True),
+        (230, 90_000, False),
+        (3000, 3000, False),
+    ):
+        g = ours(PreprocessCfg(size=224)).geometry(width, height)
+        assert decode._grows_too_far(width, height, g) == far
+
+
+def test_a_sliver_costs_little_memory() -> None:
+    """Whole, it would take 13 GB; with its window, the child lives within 3 GB of addresses more than it had."""
+    code = """
+    import io, resource
+    from PIL import Image
+    from dask_imgcurator.decode import Decoder, Preprocess
+
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((1, 65500)).save(buffer, "JPEG")
+    decoder = Decoder(Preprocess((224, 224), (0.5,) * 3, (0.5,) * 3), 1, dali_device=None)
+    decoder([b"\\xff\\xd8\\xff"])  # loads all that it needs
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 3_000_000_000,) * 2)
+    assert decoder([buffer.getvalue()]).good == [0]
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
 
 
 # --- one bad image costs itself only ----------------------------------------------------------------
@@ -527,6 +618,24 @@ def refused() -> list[bytes]:
         if len(found) == 3:
             return found
     pytest.fail("the search found no JPEG that passes the check and that DALI refuses")
+
+
+@needs_dali
+def test_an_image_that_only_dali_refuses_goes_to_pillow_alone() -> None:
+    """Its neighbours keep DALI's pixels, wherever it stands."""
+    blobs = jpegs(9, seed=700)
+
+    class Refusing(Decoder):
+        def _run_dali(self, given: Any, infos: Any, rows: list[int], pixels: torch.Tensor) -> bool:
+            return not any(given[i] == odd for i in rows) and super()._run_dali(given, infos, rows, pixels)
+
+    expected = Decoder(ours(SMALL), 9)(blobs).pixels
+    for at, odd in enumerate(blobs):
+        batch = Refusing(ours(SMALL), 9)(blobs)
+        assert [info.decoder for info in batch.infos if isinstance(info, ImageInfo)].index("pillow") == at
+        assert torch.equal(batch.pixels[at], theirs(SMALL, odd))
+        others = [i for i in range(9) if i != at]
+        assert torch.equal(batch.pixels[others], expected[others])
 
 
 @needs_dali
@@ -630,6 +739,18 @@ def test_bad_images_that_are_found_before_leave_stderr_clean_and_the_process_ali
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False
     )
     assert (run.returncode, run.stdout.strip(), run.stderr) == (0, "done", "")
+
+
+def test_warnings_of_pillow_do_not_get_out_of_its_threads() -> None:
+    """Here a warning is an error, so each that came through would cost an image."""
+    data = encode(picture(83, 61).quantize(37), "PNG", transparency=bytes(range(37)))
+    with pytest.warns(UserWarning, match="Palette images with Transparency"):
+        Image.open(io.BytesIO(data)).convert("RGB")
+    before = list(warnings.filters)
+    decoder = Decoder(ours(SMALL), 64, dali_device=None, threads=4)
+    for _ in range(10):
+        assert len(decoder([data] * 64).good) == 64
+    assert list(warnings.filters) == before
 
 
 def test_an_empty_batch() -> None:

@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import tarfile
+import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,85 @@ def test_image_of_a_sample_with_several(tmp_path: Path) -> None:
     (row,) = read(url)
     assert Path(url).read_bytes()[row["offset"] :][: row["nbytes"]] == b"photo"
     assert row["ext"] == "jpg"
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        ((), "photo"),
+        ("png", "other"),
+        (".SEG.png", "mask"),
+        (["webp", "png", "jpg"], "other"),
+        (("dat",), "raw"),
+        ("jpeg", None),
+    ],
+)
+def test_image_that_is_asked_for(tmp_path: Path, image: Any, found: str | None) -> None:
+    members: Sample = {"seg.png": b"mask", "txt": "x", "JPG": b"photo", "png": b"other", "dat": b"raw"}
+    url = write_tar(tmp_path / "a.tar", {"a": members})
+    (row,) = rows(read_webdataset(url, image=image, backend="pandas").compute(scheduler="synchronous"))
+    if found is None:
+        message = "no member with the extension jpeg (found: seg.png, txt, jpg, png, dat)"
+        assert (row["status"], row["error_message"], row["ext"], row["nbytes"]) == ("no_image", message, None, 0)
+    else:
+        assert Path(url).read_bytes()[row["offset"] :][: row["nbytes"]] == found.encode()
+        assert row["status"] == "ok"
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields: Any) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def test_links_and_sparse_members(tmp_path: Path) -> None:
+    """What cannot be an image is told in its row; text is read through its holes."""
+    holes = {"GNU.sparse.size": "10", "GNU.sparse.map": "2,3,7,1"}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "b.jpg", b"picture")
+        add(tar, "b.txt", b"catz", pax_headers=holes)
+        add(tar, "a.jpg", type=tarfile.LNKTYPE, linkname="b.jpg")
+        add(tar, "c.jpg", b"catz", pax_headers=holes)
+        add(tar, "c.json", b'{"n": 1}')
+        add(tar, "d.jpg", type=tarfile.SYMTYPE, linkname="../b.jpg")
+        add(tar, "d.txt", b"words")
+    b, a, c, d = read(str(tmp_path / "a.tar"), fields=(("n", "int64"),))
+    assert (b["status"], b["caption"]) == ("ok", "\0\0cat\0\0z\0\0")
+    link = "a.jpg is a hard link to b.jpg: links are not followed; pack the shard with --hard-dereference"
+    # Nothing of the sample is there to be copied.
+    assert (a["key"], a["status"], a["error_message"], a["sample_nbytes"]) == ("a", "no_image", link, 0)
+    assert (c["status"], c["n"], c["offset"], c["nbytes"]) == ("read_error", 1, 0, 0)
+    assert c["error_message"].startswith("c.jpg is a sparse member")
+    assert (d["status"], d["caption"]) == ("no_image", "words")
+    assert d["error_message"].endswith("pack the shard with --dereference")
+    assert d["sample_nbytes"] == 3 * 512
+
+
+@pytest.mark.parametrize("kind", ["large", "sparse"])
+def test_enormous_text_is_not_read(tmp_path: Path, kind: str) -> None:
+    """Nor one that only claims to be so large."""
+    path, size = tmp_path / "a.tar", 65 << 20
+    with tarfile.open(path, "w") as tar:
+        add(tar, "a.jpg", b"picture")
+        for ext in ("txt", "json"):
+            if kind == "large":
+                info = tarfile.TarInfo(f"a.{ext}")
+                info.size = size
+                tar.addfile(info)
+                tar.fileobj.seek(size, io.SEEK_CUR)  # type: ignore[union-attr]
+                tar.offset += size  # type: ignore[attr-defined]
+            else:
+                add(tar, f"a.{ext}", b"{}", pax_headers={"GNU.sparse.size": "1000000000", "GNU.sparse.map": "0,2"})
+        add(tar, "b.jpg", b"picture")
+    tracemalloc.start()
+    table = read(str(path), fields=(("n", "int64"),)) + read(str(path), caption="n")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(r["key"], r["status"], r["caption"]) for r in table] == 2 * [("a", "ok", None), ("b", "ok", None)]
+    assert peak < 32 << 20
+    assert peek_fields([str(path)], ["n"]) == {"n": "string"}
 
 
 @pytest.mark.parametrize("key", ["../x", "/etc/x", "../../żółć/x", "a b", "folder/v1.5/x"])
@@ -240,6 +320,7 @@ def damaged(folder: Path, kind: str) -> str:
                 "in data": blob[: last.offset_data + 3],
                 "in header": blob[: last.offset + 100],
                 "in padding": blob[: last.offset_data + 500],
+                "between": blob[: last.offset],
                 "garbage": blob[: last.offset] + b"garbage!" * 1000,
                 "empty": b"",
                 "no tar": b"<html>" * 1000,
@@ -255,6 +336,7 @@ def damaged(folder: Path, kind: str) -> str:
         ("in data", ["00", "01"], "02", "inside '02.txt'"),
         ("in padding", ["00", "01"], "02", "inside '02.txt'"),
         ("in header", ["00", "01", "02"], None, "damaged at byte"),
+        ("between", ["00", "01", "02"], None, "no end mark: it may have been cut at byte"),
         ("garbage", ["00", "01", "02"], None, "damaged at byte"),
         ("empty", [], None, "empty file"),
         ("no tar", [], None, "not a tar"),
@@ -453,6 +535,8 @@ def test_rows_against_webdataset(folder: Path) -> None:
         ({"columns": {"uid": "int"}}, ValueError, r"'uid': 'int'.*string, int64, float64, bool"),
         ({"columns": "uid"}, TypeError, r"columns=\['uid'\]"),
         ({"shards_per_partition": 0}, ValueError, "shards_per_partition=0"),
+        ({"image": ""}, ValueError, "image='': give an extension"),
+        ({"image": ["jpg", "."]}, ValueError, r"image=\['jpg', '\.'\]"),
         ({"backend": "polars"}, ValueError, "unknown backend 'polars'"),
     ],
 )
