@@ -1,0 +1,270 @@
+"""How many duplicates `dedup` finds, and how fast, against brute force and against scikit-learn.
+
+    python benchmarks/dedup.py 1e4 1e5 --pairs ../shared/starter/pairs.npz
+
+Synthetic embeddings of n rows, a tenth of which are near copies of rows of other partitions, made partition by
+partition from seeds; each n on a fresh cluster of this machine. Reported are the wall time of the search (data in
+Parquet), the recall of the planted pairs, the recall of all pairs that a sample of the rows has (by comparing it with
+every row), the workers' peak memory and, up to --naive-limit rows, the way one would write it with scikit-learn's
+NearestNeighbors.
+With --pairs, real embeddings too, in forced cells. With --scores and --manifest, how many of the duplicates that
+make_shards.py --defects planted are found, by tier.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import dask
+import numpy as np
+import pandas as pd
+
+import dask_imgcurator as dic
+from dask_imgcurator.dedup import find_duplicates
+
+__all__: list[str] = []
+
+WIDTH = 512
+EPS = [0.02, 0.05, 0.1]
+ROWS = 10_000  # a partition
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Rows of unit length."""
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def originals(part: int, rows: int, modes: int) -> np.ndarray:
+    """Rows of a partition: all share a direction and many a mode, as CLIP's embeddings of photographs do."""
+    rng = np.random.default_rng([1, part])
+    shared, centres = (unit(np.random.default_rng([2, k]).standard_normal((k, WIDTH))) for k in (1, modes))
+    noise = unit(rng.standard_normal((rows, WIDTH)))
+    return unit(0.6 * shared + 0.5 * centres[rng.integers(0, modes, rows)] + 0.62 * noise)
+
+
+def copied(part: int, parts: int) -> int:
+    """The partition that a partition's copies are of."""
+    return (part * 7 + 3) % parts
+
+
+def make_part(part: int, parts: int, rows: int, modes: int) -> pd.DataFrame:
+    """One partition: nine tenths originals, then near copies of the first rows of another one."""
+    copies = rows // 10
+    values = originals(part, rows, modes)
+    source = originals(copied(part, parts), rows, modes)[:copies]
+    rng = np.random.default_rng([3, part])
+    across = rng.standard_normal((copies, WIDTH))
+    across = unit(across - (across * source).sum(1, keepdims=True) * source)
+    cosine = 1 - rng.uniform(0.001, 0.12, (copies, 1))
+    values[-copies:] = cosine * source + np.sqrt(1 - cosine**2) * across
+    keys = [f"{part:05d}{i:06d}" for i in range(rows)]
+    frame = pd.DataFrame({"key": keys, "shard": f"{part:05d}.tar", "sample_offset": np.arange(rows) * 1024})
+    frame["embedding"] = list(unit(values))
+    return frame
+
+
+def write_part(path: Path, part: int, parts: int, rows: int, modes: int) -> None:
+    """Write one partition as the score table of a shard."""
+    from dask_imgcurator.backend import get_backend
+
+    frame = make_part(part, parts, rows, modes)
+    get_backend("pandas").write_parquet(frame, str(path / f"{part:05d}.parquet"), {})
+
+
+def planted(n_parts: int, rows: int, modes: int) -> pd.DataFrame:
+    """Pairs of keys that were planted, and their cosine."""
+    copies, found = rows // 10, []
+    for part in range(n_parts):
+        frame = make_part(part, n_parts, rows, modes)
+        copy = np.stack(frame["embedding"].to_numpy()[-copies:])
+        of = originals(copied(part, n_parts), rows, modes)[:copies]
+        left = frame["key"].to_numpy()[-copies:]
+        right = [f"{copied(part, n_parts):05d}{i:06d}" for i in range(copies)]
+        found.append(pd.DataFrame({"a": left, "b": right, "cosine": (copy * of).sum(1)}))
+    return pd.concat(found, ignore_index=True)
+
+
+# --- measures -------------------------------------------------------------------------------------
+
+
+def together(groups: pd.DataFrame, a: Any, b: Any) -> np.ndarray:
+    """Whether two keys are in one group."""
+    group = pd.Series(groups["group"].to_numpy(), groups["key"].to_numpy())
+    left, right = group.reindex(a).to_numpy(), group.reindex(b).to_numpy()
+    return left == right  # NaN is not NaN
+
+
+def share(hits: np.ndarray) -> float | None:
+    """Mean, or None of nothing."""
+    return round(float(hits.mean()), 5) if len(hits) else None
+
+
+def sampled_pairs(folder: Path, queries: int) -> pd.DataFrame:
+    """All pairs of a cosine of at least 1 - max(EPS) that a sample of the rows has, by comparing it with every row."""
+    files = sorted(folder.glob("*.parquet"))
+    rng, per = np.random.default_rng(0), -(-queries // len(files))
+    chosen = [load(f) for f in files]
+    picks = [(keys[take], values[take]) for keys, values in chosen for take in [rng.choice(len(keys), per, False)]]
+    keys, values = np.concatenate([k for k, _ in picks]), np.concatenate([v for _, v in picks])
+    found = []
+    for other, theirs in chosen:
+        cosine = values @ theirs.T
+        i, j = np.nonzero((cosine >= 1 - max(EPS)) & (keys[:, None] != other[None, :]))
+        found.append(pd.DataFrame({"a": keys[i], "b": other[j], "cosine": cosine[i, j]}))
+    return pd.concat(found, ignore_index=True)
+
+
+def load(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and vectors of a file."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(file, columns=["key", "embedding"])
+    values = table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, WIDTH)
+    return np.array(table["key"].to_pylist()), values
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def naive(folder: Path) -> dict[str, Any]:
+    """All at once with scikit-learn: radius neighbours, then connected components."""
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.neighbors import NearestNeighbors
+
+    _, values = zip(*[load(f) for f in sorted(folder.glob("*.parquet"))], strict=True)
+    begin = time.perf_counter()
+    x = np.concatenate(values)
+    model = NearestNeighbors(radius=max(EPS), metric="cosine", algorithm="brute").fit(x)
+    graph = model.radius_neighbors_graph(x, mode="connectivity")
+    count, _ = connected_components(graph, directed=False)
+    return {"seconds": time.perf_counter() - begin, "dropped": len(x) - count, "rss_bytes": peak_rss()}
+
+
+def search(folder: Path, **options: Any) -> tuple[float, pd.DataFrame, dict[float, pd.DataFrame]]:
+    """Search a folder: seconds, counts, and the groups by eps."""
+    begin = time.perf_counter()
+    found = find_duplicates(dic.read_scores(str(folder)), ["semantic"], eps=EPS, **options)
+    counts = found.counts()
+    seconds = time.perf_counter() - begin
+    return seconds, counts, {eps: found.groups(eps) for eps in EPS}
+
+
+def measure(n: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything for one size."""
+    parts = max(1, n // ROWS)
+    rows, modes = n // parts, max(10, n // 500)
+    result: dict[str, Any] = {"rows": parts * rows, "width": WIDTH}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        with dic.start_client(args.n_workers, backend="pandas") as client:
+            client.gather([client.submit(write_part, folder, p, parts, rows, modes) for p in range(parts)])
+            client.restart()
+            truth, sample = planted(parts, rows, modes), sampled_pairs(folder, args.queries)
+            before = max(client.run(peak_rss).values())
+            for probe in args.probe:
+                seconds, counts, groups = search(folder, probe=probe)
+                found = {}
+                for eps, dropped in zip(EPS, counts["dropped"], strict=True):
+                    pairs, some = (p[p["cosine"] >= 1 - eps] for p in (truth, sample))
+                    found[eps] = {
+                        "dropped": int(dropped),
+                        "planted_pairs": len(pairs),
+                        "planted_recall": share(together(groups[eps], pairs["a"], pairs["b"])),
+                        "sampled_pairs": len(some),
+                        "sampled_recall": share(together(groups[eps], some["a"], some["b"])),
+                    }
+                result[f"probe_{probe}"] = {"seconds": seconds, "eps": found}
+                say(result["rows"], f"probe={probe}", seconds, found)
+            result["worker_rss_bytes"] = {"before": before, "after": max(client.run(peak_rss).values())}
+            if n <= args.brute_limit:
+                seconds, counts, _ = search(folder, n_cells=1)
+                result["brute_force"] = {"seconds": seconds, "dropped": counts["dropped"].tolist()}
+                say(result["rows"], "n_cells=1", seconds, counts["dropped"].tolist())
+        if n <= args.naive_limit:
+            result["scikit_learn"] = naive(folder)
+            say(result["rows"], "scikit-learn", result["scikit_learn"]["seconds"], result["scikit_learn"])
+    return result
+
+
+def say(*what: Any) -> None:
+    """Print as it comes."""
+    print(*what, file=sys.stderr, flush=True)
+
+
+def real(path: Path) -> dict[str, Any]:
+    """Recall on real CLIP embeddings, in as many cells as a large set would have for each row, and one cell."""
+    values = unit(np.load(path)["clip_b32"].astype(np.float32))
+    frame = pd.DataFrame({"key": [f"{i:05d}" for i in range(len(values))], "embedding": list(values)})
+    cosine = values @ values.T
+    i, j = np.nonzero(np.triu(cosine >= 1 - max(EPS), 1))
+    truth = pd.DataFrame({"a": frame["key"].to_numpy()[i], "b": frame["key"].to_numpy()[j], "cosine": cosine[i, j]})
+    result: dict[str, Any] = {"rows": len(values)}
+    for cells, probe in ((1, 1), (35, 1), (35, 2), (35, 3)):
+        found = find_duplicates(frame, ["semantic"], eps=EPS, n_cells=cells, probe=probe)
+        lines = {}
+        for eps in EPS:
+            pairs = truth[truth["cosine"] >= 1 - eps]
+            lines[eps] = {"pairs": len(pairs), "recall": share(together(found.groups(eps), pairs["a"], pairs["b"]))}
+        result[f"cells_{cells}_probe_{probe}"] = lines
+        say("real", cells, probe, lines)
+    return result
+
+
+def planted_in_shards(scores: str, manifest: Path) -> dict[str, Any]:
+    """Which of the duplicates that make_shards.py --defects planted go, by tier and eps."""
+    kinds = {key: about for key, about in json.loads(manifest.read_text()).items() if about["of"]}
+    df = dic.read_scores(scores)
+    found = find_duplicates(df, eps=EPS)
+    result: dict[str, Any] = {"tiers": json.loads(found.counts().to_json(orient="records"))}
+    for eps in EPS if "semantic" in set(found.counts()["tier"]) else [None]:
+        groups = found.groups(eps)
+        tier = groups.set_index("key")["tier"]
+        for kind in ("duplicate", "near_duplicate"):
+            keys = [key for key, about in kinds.items() if about["kind"] == kind]
+            hit = together(groups, keys, [kinds[key]["of"] for key in keys])
+            by = tier.reindex(np.array(keys)[hit]).fillna("stays").value_counts().to_dict()
+            result[f"{kind}_eps_{eps}"] = {"planted": len(keys), "found": int(hit.sum()), "tier": by}
+    return result
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", metavar="N", nargs="*", type=lambda text: int(float(text)), help="rows, e.g. 1e4 1e5")
+    parser.add_argument("--n-workers", type=int, metavar="N")
+    parser.add_argument("--probe", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="cells a row")
+    parser.add_argument("--queries", type=int, default=2000, metavar="N", help="rows compared with all others")
+    parser.add_argument("--brute-limit", type=float, default=1e5, metavar="N", help="largest size for n_cells=1")
+    parser.add_argument("--naive-limit", type=float, default=1e5, metavar="N", help="largest size for scikit-learn")
+    parser.add_argument("--pairs", type=Path, metavar="FILE", help="shared/starter/pairs.npz")
+    parser.add_argument("--scores", metavar="DIR", help="score table of shards that make_shards.py --defects made")
+    parser.add_argument("--manifest", type=Path, metavar="FILE", help="their manifest.json")
+    args = parser.parse_args()
+    if bool(args.scores) != bool(args.manifest):
+        parser.error("--scores and --manifest go together")
+    result: dict[str, Any] = {"machine": common.machine(), "versions": common.versions(), "eps": EPS, "sizes": []}
+    with dask.config.set({"dataframe.convert-string": False}):
+        if args.pairs:
+            result["real"] = real(args.pairs)
+        if args.scores:
+            result["planted"] = planted_in_shards(args.scores, args.manifest)
+            say("planted", result["planted"])
+    result["sizes"] = [measure(n, args) for n in args.sizes]
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
