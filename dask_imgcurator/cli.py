@@ -153,6 +153,12 @@ _encoder_options = _options(
         "preferred one first.",
     ),
     click.option(
+        "--measures/--no-measures",
+        default=True,
+        show_default=True,
+        help="Columns of technical quality (brightness, contrast, blur, entropy, colourfulness) and a perceptual hash.",
+    ),
+    click.option(
         "--batch-size",
         metavar="N",
         type=click.IntRange(1),

@@ -123,6 +123,7 @@ def embed_spec(
     dtype: str | None,
     storage_options: Mapping[str, Any] | None,
     column: str = "embedding",
+    measures: bool = False,
 ) -> score.EmbedSpec:
     """Settle, on the client, how rows get their embedding."""
     batch_size = config.get("batch-size", batch_size)
@@ -136,6 +137,7 @@ def embed_spec(
         bool(config.get("adjust-orientation")),
         column,
         dict(storage_options or {}),
+        measures=measures,
     )
 
 
@@ -185,6 +187,7 @@ def embed(
     batch_size: int | None = None,
     dtype: str | None = None,
     column: str = "embedding",
+    measures: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Decode and embed the images of a DataFrame.
@@ -206,6 +209,9 @@ def embed(
         Of the encoder; ``auto`` is settled on the worker, by its processor.
     column : str
         Name of the new column.
+    measures : bool
+        Also measure each image, in the same decode: ``brightness``, ``contrast``, ``blur``, ``entropy``,
+        ``colourfulness`` and ``phash``; see `dask_imgcurator.quality`.
     storage_options : mapping, optional
         For the fsspec file system of the shards.
 
@@ -229,7 +235,7 @@ def embed(
         "embed",
         "read the shards with read_webdataset",
     )
-    spec = embed_spec(model, pretrained, batch_size, dtype, storage_options, column)
+    spec = embed_spec(model, pretrained, batch_size, dtype, storage_options, column, measures)
     return apply_step(df, score.embed_partition, spec, spec.schema)
 
 
@@ -370,7 +376,7 @@ def scores_from_files(
     meta = get_backend(name).from_arrow(schema.empty_table())
     spec = score.ScoreFiles(name, tuple(schema.names), dict(storage_options or {}))
     return dd.from_map(
-        score.read_score_columns, list(urls), spec=spec, meta=meta, label="read-scores", enforce_metadata=False
+        score.read_score_file, list(urls), spec=spec, meta=meta, label="read-scores", enforce_metadata=False
     )
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from .device import is_out_of_memory, to_device
+from .quality import HASH_SIDE, SIDE, View, view
 
 if TYPE_CHECKING:
     import torch
@@ -545,6 +546,13 @@ def pil_pixels(data: bytes, preprocess: Preprocess, adjust_orientation: bool = F
     BadImage
         If it cannot be decoded to its last row.
     """
+    return _pil_decode(data, preprocess, adjust_orientation, views=False)[0]
+
+
+def _pil_decode(
+    data: bytes, preprocess: Preprocess, adjust_orientation: bool, views: bool
+) -> tuple[torch.Tensor, View | None]:
+    """Pixels for the model, and the small views of the whole image if they are wanted."""
     from PIL import ImageOps
     from torchvision.transforms import functional as tv
 
@@ -554,7 +562,8 @@ def pil_pixels(data: bytes, preprocess: Preprocess, adjust_orientation: bool = F
             image.load()
             upright = ImageOps.exif_transpose(image) if adjust_orientation else image
             cut = _resize_and_cut(upright, preprocess)
-            return tv.normalize(tv.to_tensor(cut.convert("RGB")), preprocess.mean, preprocess.std)
+            pixels = tv.normalize(tv.to_tensor(cut.convert("RGB")), preprocess.mean, preprocess.std)
+            return pixels, view(upright) if views else None
     except Exception as err:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error …
         raise BadImage("decode_error", _reason(err)) from None
 
@@ -643,7 +652,13 @@ HW_DECODER_LOAD = 0.9
 
 
 def _build_pipeline(
-    preprocess: Preprocess, device: str, device_id: int | None, batch_size: int, threads: int, upright: bool
+    preprocess: Preprocess,
+    device: str,
+    device_id: int | None,
+    batch_size: int,
+    threads: int,
+    upright: bool,
+    views: bool,
 ) -> Any:
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
@@ -661,6 +676,7 @@ def _build_pipeline(
         extra: dict[str, Any] = {"hw_decoder_load": HW_DECODER_LOAD, "jpeg_fancy_upsampling": True}
         extra = extra if device == "mixed" else {}
         image = fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=upright, **extra)
+        small = _dali_views(image) if views else ()
         # One side after the other, each rounded to 8 bits, as Pillow does it: where the first pass overshoots (the
         # edges of text), what is clipped there would come back to bite in the second.
         for target in (between, size):
@@ -682,9 +698,19 @@ def _build_pipeline(
             mean=[255 * m for m in preprocess.mean],
             std=[255 * s for s in preprocess.std],
         )
-        pipe.set_outputs(image)
+        pipe.set_outputs(image, *small)
     pipe.build()
     return pipe
+
+
+def _dali_views(image: Any) -> tuple[Any, Any]:
+    """Small views as `quality.view` makes them; bits of the hash near their threshold may fall to the other side."""
+    from nvidia.dali import fn, types
+
+    small = fn.resize(image, size=[SIDE, SIDE], interp_type=types.INTERP_LINEAR, antialias=True)
+    gray = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
+    gray = fn.resize(gray, size=[HASH_SIDE, HASH_SIDE], interp_type=types.INTERP_LANCZOS3, antialias=True)
+    return fn.transpose(small, perm=[2, 0, 1]), fn.squeeze(gray, axes=[2])
 
 
 def _between(width: int, height: int, g: Geometry) -> tuple[int, int]:
@@ -714,10 +740,15 @@ class Batch:
         float32 (n, 3, height, width) on the backend's device, normalised; zero where an image failed.
     infos : list of ImageInfo or BadImage
         One for each image.
+    small, gray : torch.Tensor or None
+        Small views of the whole images (see `dask_imgcurator.quality`): uint8 (n, 3, SIDE, SIDE) and
+        (n, HASH_SIDE, HASH_SIDE) on the same device, where the decoder was asked for them.
     """
 
     pixels: torch.Tensor
     infos: list[ImageInfo | BadImage]
+    small: torch.Tensor | None = None
+    gray: torch.Tensor | None = None
 
     @property
     def good(self) -> list[int]:
@@ -744,6 +775,8 @@ class Decoder:
         See `inspect`.
     adjust_orientation : bool
         Whether EXIF orientation is applied.
+    views : bool
+        Whether batches have small views of the whole images, for `dask_imgcurator.quality`.
 
     Notes
     -----
@@ -764,7 +797,9 @@ class Decoder:
         threads: int = 1,
         max_pixels: int | None = None,
         adjust_orientation: bool = False,
+        views: bool = False,
     ) -> None:
+        self.views = views
         self.preprocess, self.batch_size, self.device = preprocess, batch_size, device
         self.dali_device, self.threads = dali_device, threads
         self.max_pixels, self.adjust_orientation = max_pixels, adjust_orientation
@@ -783,34 +818,38 @@ class Decoder:
         """
         import torch
 
-        infos = [self._inspect(blob) for blob in blobs]
-        height, width = self.preprocess.size
-        pixels = torch.zeros((len(blobs), 3, height, width), dtype=torch.float32, device=self.device)
+        batch = Batch(self._zeros(len(blobs), 3, *self.preprocess.size), [self._inspect(blob) for blob in blobs])
+        if self.views:
+            batch.small = self._zeros(len(blobs), 3, SIDE, SIDE, dtype=torch.uint8)
+            batch.gray = self._zeros(len(blobs), HASH_SIDE, HASH_SIDE, dtype=torch.uint8)
         by_dali: list[int] = []
         by_pillow: list[int] = []
-        for i, info in enumerate(infos):
+        for i, info in enumerate(batch.infos):
             if isinstance(info, ImageInfo):
                 (by_dali if info.decoder == "dali" else by_pillow).append(i)
-        self._run_pillow(blobs, infos, by_pillow, pixels)
+        self._run_pillow(blobs, by_pillow, batch)
         if by_dali:
-            self._halve(blobs, infos, by_dali, pixels)
-        return Batch(pixels, infos)
+            self._halve(blobs, by_dali, batch)
+        return batch
 
-    def _halve(
-        self, blobs: Sequence[Any], infos: list[ImageInfo | BadImage], rows: list[int], pixels: torch.Tensor
-    ) -> None:
+    def _zeros(self, *shape: int, dtype: Any = None) -> torch.Tensor:
+        import torch
+
+        return torch.zeros(shape, dtype=dtype or torch.float32, device=self.device)
+
+    def _halve(self, blobs: Sequence[Any], rows: list[int], batch: Batch) -> None:
         """Decode by DALI, and by Pillow the images that DALI refuses one by one."""
-        if len(rows) <= self._largest and self._run_dali(blobs, infos, rows, pixels):
+        if len(rows) <= self._largest and self._run_dali(blobs, rows, batch):
             return
         if len(rows) > 1:
             middle = len(rows) // 2
-            self._halve(blobs, infos, rows[:middle], pixels)
-            self._halve(blobs, infos, rows[middle:], pixels)
+            self._halve(blobs, rows[:middle], batch)
+            self._halve(blobs, rows[middle:], batch)
             return
-        info = infos[rows[0]]
+        info = batch.infos[rows[0]]
         assert isinstance(info, ImageInfo)
-        infos[rows[0]] = replace(info, decoder="pillow")
-        self._run_pillow(blobs, infos, rows, pixels)
+        batch.infos[rows[0]] = replace(info, decoder="pillow")
+        self._run_pillow(blobs, rows, batch)
 
     def _inspect(self, blob: bytes | BadImage) -> ImageInfo | BadImage:
         if isinstance(blob, BadImage):
@@ -830,18 +869,18 @@ class Decoder:
     def _geometry(self, info: ImageInfo) -> Geometry:
         return self.preprocess.geometry(*self._upright(info))
 
-    def _run_pillow(
-        self, blobs: Sequence[Any], infos: list[ImageInfo | BadImage], rows: list[int], pixels: torch.Tensor
-    ) -> None:
+    def _run_pillow(self, blobs: Sequence[Any], rows: list[int], batch: Batch) -> None:
         import torch
 
-        def decode(i: int) -> torch.Tensor | BadImage:
+        infos = batch.infos
+
+        def decode(i: int) -> tuple[torch.Tensor, View | None] | BadImage:
             try:
-                return pil_pixels(blobs[i], self.preprocess, self.adjust_orientation)
+                return _pil_decode(blobs[i], self.preprocess, self.adjust_orientation, self.views)
             except BadImage as bad:
                 return bad
 
-        decoded: dict[int, torch.Tensor] = {}
+        decoded: dict[int, tuple[torch.Tensor, View | None]] = {}
         for i, result in zip(rows, self._side_by_side(decode, rows), strict=True):
             if isinstance(result, BadImage):
                 info = infos[i]
@@ -850,8 +889,14 @@ class Decoder:
                 infos[i] = result
             else:
                 decoded[i] = result
-        if decoded:
-            pixels[self._places(list(decoded))] = to_device(torch.stack(list(decoded.values())), self.device)
+        if not decoded:
+            return
+        places = self._places(list(decoded))
+        batch.pixels[places] = to_device(torch.stack([pixels for pixels, _ in decoded.values()]), self.device)
+        views = [view for _, view in decoded.values() if view is not None]
+        if batch.small is not None and batch.gray is not None:
+            batch.small[places] = to_device(torch.from_numpy(np.stack([v.small for v in views])), self.device)
+            batch.gray[places] = to_device(torch.from_numpy(np.stack([v.gray for v in views])), self.device)
 
     def _side_by_side(self, function: Callable[[int], T], rows: list[int]) -> Iterator[T]:
         """Apply a function in threads: Pillow and torchvision let go of the interpreter while they compute."""
@@ -869,9 +914,7 @@ class Decoder:
             return slice(rows[0], rows[-1] + 1)
         return to_device(torch.tensor(rows), self.device)
 
-    def _run_dali(
-        self, blobs: Sequence[Any], infos: list[ImageInfo | BadImage], rows: list[int], pixels: torch.Tensor
-    ) -> bool:
+    def _run_dali(self, blobs: Sequence[Any], rows: list[int], batch: Batch) -> bool:
         """Decode some images of a batch by DALI; False if it refused one of them."""
         import torch
 
@@ -884,10 +927,11 @@ class Decoder:
                 self.batch_size,
                 self.threads,
                 self.adjust_orientation,
+                self.views,
             )
         between, sizes, anchors = [], [], []
         for i in rows:
-            info = infos[i]
+            info = batch.infos[i]
             assert isinstance(info, ImageInfo)
             g = self._geometry(info)
             between.append(np.array(_between(*self._upright(info), g), np.float32))
@@ -902,13 +946,16 @@ class Decoder:
             if self._held is not None:
                 self._held[0].synchronize()
             # Returns when the images are there.
-            (output,) = self._pipe.run()
-            # A view of DALI's memory. The copy is the batch's own, and brings images that Pillow decoded beside it.
-            pixels[self._places(rows)] = torch.utils.dlpack.from_dlpack(output.as_tensor())
+            outputs = self._pipe.run()
+            places = self._places(rows)
+            for target, output in zip((batch.pixels, batch.small, batch.gray), outputs, strict=False):
+                assert target is not None
+                # A view of DALI's memory. The copy is the batch's own, and brings images that Pillow decoded beside it.
+                target[places] = torch.utils.dlpack.from_dlpack(output.as_tensor())
             if self.dali_device != "cpu":
                 copied = torch.cuda.Event()
                 copied.record()
-                self._held = copied, output
+                self._held = copied, outputs
         except RuntimeError as err:
             # The pipeline cannot be used again after an error.
             self._pipe = self._held = None

@@ -68,7 +68,11 @@ TIERS = ("exact", "perceptual", "semantic")
 RULES = ("components", "semdedup", "nemo")
 
 #: Column that each tier compares, and the step that adds it.
-_NEEDS = {"exact": ("sha256", "embed"), "perceptual": ("phash", "the hashing step"), "semantic": ("embedding", "embed")}
+_NEEDS = {
+    "exact": ("sha256", "embed"),
+    "perceptual": ("phash", "embed(measures=True)"),
+    "semantic": ("embedding", "embed"),
+}
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and _SAY_SO.search(str(error)) is not None
+    if not isinstance(error, RuntimeError):
+        return False
+    # The recording of a CUDA graph that is broken off by it raises another error on top.
+    under = error.__cause__ or error.__context__
+    return _SAY_SO.search(str(error)) is not None or (under is not None and is_out_of_memory(under))
 
 
 def release(device: str) -> None:

@@ -15,9 +15,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from .decode import BadImage, Batch, Decoder, Preprocess
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["IsolatedDecoder"]
 
@@ -46,10 +49,15 @@ class IsolatedDecoder:
             return self._ask(blobs)
         except _Crash as crash:
             if len(blobs) == 1:
-                pixels = torch.zeros((1, 3, *self.preprocess.size), device=self.device)
-                return Batch(pixels, [BadImage("decode_error", f"the decoder {crash} on this image")])
+                # What takes no image to decode: the zeros of one that failed.
+                return Decoder(**self._arguments)([BadImage("decode_error", f"the decoder {crash} on this image")])
         batches = [self([blob]) for blob in blobs]
-        return Batch(torch.cat([b.pixels for b in batches]), [info for b in batches for info in b.infos])
+        return Batch(
+            torch.cat([b.pixels for b in batches]),
+            [info for b in batches for info in b.infos],
+            _cat([b.small for b in batches]),
+            _cat([b.gray for b in batches]),
+        )
 
     def _ask(self, blobs: Sequence[bytes | BadImage]) -> Batch:
         import torch
@@ -64,13 +72,15 @@ class IsolatedDecoder:
         watch.start()
         try:
             _send(child.stdin, list(blobs))
-            pixels, infos = pickle.load(_pipe(child.stdout))
+            infos, *arrays = pickle.load(_pipe(child.stdout))
         except (OSError, EOFError, pickle.UnpicklingError):
             self.close()
             raise _Crash(child.returncode) from None
         finally:
             watch.cancel()
-        return Batch(torch.from_numpy(pixels).to(self.device), infos)
+        pixels, small, gray = (None if a is None else torch.from_numpy(a).to(self.device) for a in arrays)
+        assert pixels is not None
+        return Batch(pixels, infos, small, gray)
 
     def close(self) -> None:
         """End the child."""
@@ -95,6 +105,13 @@ class _Crash(Exception):
             super().__init__(f"crashed ({signal.Signals(-returncode).name})")
 
 
+def _cat(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+    import torch
+
+    present = [t for t in tensors if t is not None]
+    return torch.cat(present) if present else None
+
+
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
     assert pipe is not None
     return pipe
@@ -116,7 +133,8 @@ def _serve() -> None:
         decoder = Decoder(**pickle.load(sys.stdin.buffer))
         while True:
             batch = decoder(pickle.load(sys.stdin.buffer))
-            _send(answers, (batch.pixels.cpu().numpy(), batch.infos))
+            arrays = (None if t is None else t.cpu().numpy() for t in (batch.pixels, batch.small, batch.gray))
+            _send(answers, (batch.infos, *arrays))
 
 
 if __name__ == "__main__":

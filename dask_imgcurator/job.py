@@ -49,6 +49,7 @@ class ScoreOptions:
     weights_dir: str | os.PathLike[str] | None = None
     batch_size: int | None = None
     dtype: str | None = None
+    measures: bool = True
     backend: str | None = None
     storage_options: Mapping[str, Any] | None = None
     out_options: Mapping[str, Any] | None = None
@@ -59,7 +60,9 @@ def _plan(urls: Sequence[str], options: ScoreOptions, where: str | None, monitor
     read = collection.read_spec(
         urls, options.columns, options.caption, options.storage_options, options.backend, options.image
     )
-    embed = collection.embed_spec(model, pretrained, options.batch_size, options.dtype, options.storage_options)
+    embed = collection.embed_spec(
+        model, pretrained, options.batch_size, options.dtype, options.storage_options, measures=options.measures
+    )
     weights_dir = weights.resolve_dir(options.weights_dir)
     uses = choose_heads(model, pretrained, options.aesthetic_head, options.nsfw_head, weights_dir, monitor)
     plan = ScorePlan(read, embed, uses, where, dict(options.out_options or {}))
@@ -423,7 +426,8 @@ def curate(
     monitor : Monitor, optional
         Is told how the run goes on.
     **options
-        ``model``, ``pretrained``, ``batch_size``, ``dtype``: see `embed`; by default ViT-L-14 of OpenAI, or the
+        ``model``, ``pretrained``, ``batch_size``, ``dtype``, ``measures`` (True here): see
+        `embed`; by default ViT-L-14 of OpenAI, or the
         starter where its weights cannot be had. ``columns``, ``caption``, ``image``, ``backend``,
         ``storage_options``: see `read_webdataset`.
         ``aesthetic_head``, ``nsfw_head``: a head's name, ``auto`` (the one trained on the model) or ``none``.

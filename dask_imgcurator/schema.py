@@ -14,7 +14,7 @@ import pyarrow as pa
 
 __all__ = ["COLUMNS", "STATUSES", "Column", "arrow_schema", "columns_of", "kind_of", "missing_columns"]
 
-Step = Literal["read", "embed", "aesthetic", "nsfw", "text"]
+Step = Literal["read", "embed", "measure", "aesthetic", "nsfw", "text"]
 Kind = Literal["number", "string", "boolean", "list", "other"]
 
 
@@ -88,6 +88,12 @@ COLUMNS: Mapping[str, Column] = {
         Column("aesthetic_score", pa.float32(), "aesthetic", True, "aesthetic score, about 1 (poor) to 10 (good)"),
         Column("nsfw_score", pa.float32(), "nsfw", True, "probability, 0 (safe) to 1 (not safe for work)"),
         Column("clip_score", pa.float32(), "text", True, "cosine of the caption's and the image's embeddings"),
+        Column("brightness", pa.float32(), "measure", True, "mean gray value, 0 (black) to 1 (white)"),
+        Column("contrast", pa.float32(), "measure", True, "percentile 99 less percentile 1 of the gray value, 0 to 1"),
+        Column("blur", pa.float32(), "measure", True, "0 (sharp) to 1 (blurred)"),
+        Column("entropy", pa.float32(), "measure", True, "of the gray values, 0 (flat) to 8 bits"),
+        Column("colourfulness", pa.float32(), "measure", True, "0 (gray), 15 (slight), 59 (quite) to 109 (extreme)"),
+        Column("phash", pa.string(), "measure", True, "perceptual hash, 64 bits, hexadecimal"),
     )
 }
 

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from . import files, heads, shards
+from . import files, heads, quality, shards
 from .backend import backend_of, get_backend
 from .decode import BadImage, Batch, Decoder, Preprocess, dali_problem
 from .device import is_out_of_memory, release
@@ -253,6 +253,8 @@ class EmbedSpec:
         For fsspec.
     isolate : bool
         Whether images are decoded in a process of their own; see `dask_imgcurator.isolate`.
+    measures : bool
+        Whether the columns of `dask_imgcurator.quality` are made.
     """
 
     encoder: EncoderSpec
@@ -263,11 +265,13 @@ class EmbedSpec:
     column: str = "embedding"
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     isolate: bool = False
+    measures: bool = False
 
     @property
     def schema(self) -> pa.Schema:
         """Arrow schema of the columns that are added or replaced."""
-        schema = arrow_schema(["status", "error_message", *(c.name for c in columns_of("embed"))])
+        added = columns_of("embed", "measure") if self.measures else columns_of("embed")
+        schema = arrow_schema(["status", "error_message", *(c.name for c in added)])
         at = schema.get_field_index("embedding")
         return schema.set(at, schema.field(at).with_name(self.column))
 
@@ -312,6 +316,8 @@ def embed_partition(frame: Any, spec: EmbedSpec, progress: Progress | None = Non
         progress(n - len(todo), n - len(todo))
 
     embeddings: list[torch.Tensor] = []
+    measured: list[torch.Tensor] = []
+    grays: list[torch.Tensor] = []
     rows: list[int] = []
     failed: list[int] = []
     if todo:
@@ -332,6 +338,9 @@ def embed_partition(frame: Any, spec: EmbedSpec, progress: Progress | None = Non
                         status[i], message[i] = info.status, str(info)
                 if good:
                     embeddings.append(encoder.encode(batch.pixels, batch_size))
+                    if batch.small is not None and batch.gray is not None:
+                        measured.append(quality.measure(batch.small))
+                        grays.append(batch.gray)
                     failed.extend(len(rows) + j for j in sorted(set(range(len(numbers))) - set(good)))
                     rows.extend(numbers)
                 if progress is not None:
@@ -343,27 +352,36 @@ def embed_partition(frame: Any, spec: EmbedSpec, progress: Progress | None = Non
         "height": height,
         "sha256": sha256,
     }
+    import numpy as np
+
+    # What was computed in the place of a failed image is left out here, once for all batches.
+    kept = np.delete(np.arange(len(rows)), failed)
+    places = np.asarray(rows, np.int64)[kept]
+    if spec.measures:
+        hashes = quality.phash(_of(grays, kept, backend.device).cpu().numpy())
+        by_row = dict(zip(places.tolist(), hashes, strict=True))
+        new["phash"] = [by_row.get(i) for i in range(n)]
     schema = spec.schema
-    flat = pa.Table.from_pydict(new, schema=schema.remove(schema.get_field_index(spec.column)))
+    flat = pa.Table.from_pydict(new, schema=pa.schema([f for f in schema if f.name in new]))
     updates = backend.from_arrow(flat)
     updates.index = frame.index
-    frame = frame.assign(**{name: updates[name] for name in new})
-    return frame.assign(**{spec.column: _embedding_column(backend, embeddings, rows, failed, frame.index)})
+    columns = {name: updates[name] for name in new}
+    if spec.measures:
+        values = _of(measured, kept, backend.device, len(quality.MEASURES))
+        for k, name in enumerate(quality.MEASURES):
+            columns[name] = backend.float_column(values[:, k], places, frame.index)
+    columns[spec.column] = backend.matrix_column(_of(embeddings, kept, backend.device), places, frame.index)
+    return frame.assign(**{name: columns[name] for name in schema.names})
 
 
-def _embedding_column(
-    backend: Any, embeddings: list[torch.Tensor], rows: list[int], failed: list[int], index: Any
-) -> Any:
-    """Make the column; what was encoded in the place of a failed image is left out here, once for all batches."""
-    import numpy as np
+def _of(batches: list[torch.Tensor], kept: Any, device: str, width: int = 0) -> torch.Tensor:
+    """Rows of all batches that are kept."""
     import torch
 
-    matrix = torch.cat(embeddings) if embeddings else torch.empty((0, 0), device=backend.device)
-    numbers = np.asarray(rows, np.int64)
-    if failed:
-        kept = np.delete(np.arange(len(rows)), failed)
-        matrix, numbers = matrix[torch.from_numpy(kept).to(matrix.device)], numbers[kept]
-    return backend.matrix_column(matrix, numbers, index)
+    if not batches:
+        return torch.empty((0, width), device=device)
+    values = torch.cat(batches)
+    return values if len(kept) == len(values) else values[torch.from_numpy(kept).to(values.device)]
 
 
 #: Row numbers, bytes (or why there are none) and hashes of a batch.
@@ -485,6 +503,7 @@ def _borrow_decoder(
         "threads": torch.get_num_threads(),
         "max_pixels": spec.max_pixels,
         "adjust_orientation": spec.adjust_orientation,
+        "views": spec.measures,
     }
     if spec.isolate:
         isolated = IsolatedDecoder(preprocess, batch_size, **options)
@@ -614,23 +633,15 @@ class ScoreFiles:
     storage_options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_score_file(url: str, spec: ScoreFiles) -> Any:
-    """Read one score file as a partition."""
-    return get_backend(spec.backend).read_parquet(url, list(spec.columns), spec.storage_options)
-
-
-def read_score_columns(url: str, columns: Sequence[str], spec: ScoreFiles) -> Any:
-    """Read some columns of a score file.
-
-    Dask's optimizer looks for the parameter `columns`, and passes those that are used later. It has no default, because
-    then Dask would read everything where it needs no column at all, as for the number of rows that a filter leaves.
-    """
-    wanted = list(columns) or [spec.columns[0]]
-    return read_score_file(url, replace(spec, columns=tuple(wanted)))[list(columns)]
+def read_score_file(url: str, spec: ScoreFiles, columns: Sequence[str] | None = None) -> Any:
+    """Read one score file as a partition; Dask's optimizer sets `columns` to those that are used later."""
+    wanted = spec.columns if columns is None else columns
+    return get_backend(spec.backend).read_parquet(url, list(wanted), spec.storage_options)
 
 
 def file_schema(url: str, storage_options: Mapping[str, Any] | None = None) -> pa.Schema:
     """Arrow schema of a score file, from its footer."""
+
     def read() -> pa.Schema:
         with files.opened(url, storage_options) as file:
             return pq.read_schema(file)

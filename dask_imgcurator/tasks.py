@@ -12,7 +12,7 @@ from typing import Any
 
 from distributed import get_worker, secede
 
-from . import collection, files, filters, heads, score, shards, write
+from . import collection, files, filters, heads, quality, score, shards, write
 from .backend import get_backend
 from .models import load_encoder
 from .schema import COLUMNS, kind_of
@@ -66,6 +66,7 @@ def describe(plan: ScorePlan) -> dict[str, Any]:
             "device": backend.decoder_device,
             "max_pixels": plan.embed.max_pixels,
             "adjust_orientation": plan.embed.adjust_orientation,
+            "measures": quality.provenance() if plan.embed.measures else None,
         },
         "read": {"caption": plan.read.caption, "fields": dict(plan.read.fields), "image": list(plan.read.image)},
         "versions": versions,

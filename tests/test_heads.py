@@ -65,7 +65,7 @@ def test_nsfw_rounds_to_float16_first(shared: Path, name: str) -> None:
 
 def test_v2_is_one_affine_map(shared: Path) -> None:
     path = shared / "weights" / "aesthetic" / "sac+logos+ava1-l14-linearMSE.pth"
-    weight, bias = heads._collapse(heads._read_pth(path.read_bytes(), path.name))
+    weight, bias = heads._collapse(heads.read_pth(path.read_bytes(), path.name))
     assert bias == pytest.approx(5.236646, abs=1e-6)
     assert np.linalg.norm(weight) == pytest.approx(17.99562, abs=1e-5)
 
@@ -267,7 +267,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, how: str) -> None:
     else:
         pickle.dump(Malicious(trap), out)
     with pytest.raises(WeightsError, match=r"evil\.pth is not a file of plain tensors"):
-        heads._read_pth(out.getvalue(), "evil.pth")
+        heads.read_pth(out.getvalue(), "evil.pth")
     assert not trap.exists()
 
     # Under the name of a published file it does not even get that far.
@@ -285,7 +285,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, how: str) -> None:
 @pytest.mark.parametrize("data", [b"", b"garbage", b"PK\x03\x04" + bytes(50)])
 def test_damaged_tensor_file(data: bytes) -> None:
     with pytest.raises(WeightsError, match="plain tensors"):
-        heads._read_pth(data, "x.pth")
+        heads.read_pth(data, "x.pth")
 
 
 def test_loaded_once_for_each_set_of_arguments(shared: Path, tmp_path: Path) -> None:

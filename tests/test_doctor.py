@@ -1,0 +1,130 @@
+"""The doctor: made-up machines are judged as a person would, and this one is looked at without a fault."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dask_imgcurator.doctor import Card, Finding, GpuFacts, examine, gpu_facts, gpu_findings
+
+GIB = 2**30
+H100 = Card("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 79 * GIB, True)
+T4 = Card("Tesla T4", (7, 5), 15 * GIB, 15 * GIB, False)
+P100 = Card("Tesla P100", (6, 0), 16 * GIB, 16 * GIB, False)
+CU13 = {
+    "cudf-cu13": "26.10.2",
+    "dask-cudf-cu13": "26.10.2",
+    "rmm-cu13": "26.10.0",
+    "cupy-cuda13x": "14.2.0",
+    "nvidia-dali-cuda130": "2.4.0",
+    "dask-cuda": "26.10.0",
+}
+WHOLE = GpuFacts("580.95.05", (13, 0), (H100,), "13.0", 1, CU13)
+
+
+def judge(facts: GpuFacts, pool: object = 0.5) -> dict[str, Finding]:
+    findings = list(gpu_findings(facts, pool))
+    assert len({f.topic for f in findings}) == len(findings)
+    assert all(f.remedy for f in findings if f.state != "ok"), findings
+    return {f.topic: f for f in findings}
+
+
+def test_a_machine_that_has_everything() -> None:
+    found = judge(WHOLE)
+    assert {f.state for f in found.values()} == {"ok"}
+    assert found["driver"].value == "580.95.05, runs CUDA up to 13.0"
+    assert found["GPU 0"].value == ("NVIDIA H100 80GB HBM3, compute 9.0, 79.0 of 80.0 GiB free, bfloat16, JPEG engine")
+    assert found["cudf"].value == "cudf-cu13 26.10.2"
+    assert found["memory pool"].value == "40.0 GiB (0.5 of a card), 79.0 GiB free"
+
+
+def test_no_card() -> None:
+    (found,) = gpu_findings(GpuFacts(torch_cuda="13.0", packages=CU13), 0.5)
+    assert found.state == "ok"
+    assert "CPU" in found.value
+
+
+def test_a_card_without_rapids_says_what_to_install_and_what_happens_meanwhile() -> None:
+    found = judge(replace(WHOLE, packages={"nvidia-dali-cuda130": "2.4.0"}))
+    for library in ("cudf", "dask-cudf", "rmm", "cupy", "dask-cuda"):
+        assert found[library].state == "note"
+        assert found[library].remedy == 'without it the CPU is used: pip install "dask-imgcurator[cu13]"'
+    assert found["DALI"].state == "ok"
+
+
+def test_a_driver_that_is_too_old_names_both_ways_out() -> None:
+    old = replace(WHOLE, driver="550.54", driver_cuda=(12, 4), torch_sees=0)
+    found = judge(old)
+    assert found["driver"].state == "problem"
+    assert "update the driver to one for CUDA 13" in found["driver"].remedy
+    assert "dask-imgcurator[cu12]" in found["driver"].remedy
+    assert "torch sees no card" in found["torch's CUDA"].value
+
+
+def test_libraries_for_two_cudas() -> None:
+    packages = {**CU13, "cupy-cuda12x": "14.2.0"}
+    del packages["cupy-cuda13x"]
+    found = judge(replace(WHOLE, packages=packages))
+    assert found["CUDA builds"].state == "problem"
+    assert "cupy for CUDA 12" in found["CUDA builds"].value
+    assert "torch for CUDA 13" in found["CUDA builds"].value
+
+
+def test_two_builds_of_one_library() -> None:
+    found = judge(replace(WHOLE, packages={**CU13, "cudf-cu12": "26.10.2"}))
+    assert found["cudf"].state == "problem"
+    assert "cudf-cu12 26.10.2 and cudf-cu13 26.10.2" in found["cudf"].value
+
+
+def test_two_releases_of_rapids() -> None:
+    found = judge(replace(WHOLE, packages={**CU13, "dask-cuda": "26.8.0"}))
+    assert found["RAPIDS"].state == "problem"
+    assert found["RAPIDS"].value == "releases 26.10 and 26.8"
+
+
+@pytest.mark.parametrize(("torch_cuda", "visible", "text"), [(None, None, "built for the CPU"), ("13.0", "", "hides")])
+def test_why_torch_sees_no_card(torch_cuda: str | None, visible: str | None, text: str) -> None:
+    found = judge(replace(WHOLE, torch_cuda=torch_cuda, torch_sees=0, visible=visible))
+    assert found["torch's CUDA"].state == "note"
+    assert text in found["torch's CUDA"].value
+
+
+def test_the_pool_must_fit_the_fullest_card() -> None:
+    full = replace(H100, free=30 * GIB)
+    two = replace(WHOLE, cards=(H100, full), torch_sees=2)
+    found = judge(two)
+    assert found["memory pool"].state == "problem"
+    # 30 of 80 GiB are 37 %, less a little for the context.
+    assert "DASK_IMGCURATOR__RMM_POOL=0.32" in found["memory pool"].remedy
+    assert judge(two, 0.3)["memory pool"].state == "ok"
+    assert judge(two, 0)["memory pool"].state == "ok"
+    assert judge(two, "20GB")["memory pool"].value == "20GB"
+
+
+def test_older_cards() -> None:
+    found = judge(replace(WHOLE, cards=(T4, P100), torch_sees=1))
+    assert "float16, no JPEG engine" in found["GPU 0"].value
+    assert found["GPU 0"].state == "ok"
+    assert found["GPU 1"].state == "note"
+    assert found["torch's CUDA"].value == "13.0; 1 of 2 cards"
+
+
+def test_without_nvml_the_driver_is_not_judged() -> None:
+    found = judge(replace(WHOLE, driver=None, driver_cuda=None, cards=(replace(H100, jpeg_engine=None),)))
+    assert found["driver"].state == "note"
+    assert "nvidia-ml-py" in found["driver"].remedy
+    assert "memory pool" not in found
+
+
+def test_this_machine() -> None:
+    import torch
+
+    facts = gpu_facts()
+    assert facts.torch_cuda == torch.version.cuda
+    assert facts.torch_sees == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    findings = list(examine())
+    assert {f.state for f in findings} <= {"ok", "note", "problem"}
+    topics = [f.topic for f in findings]
+    assert topics.count("backend") == 1
+    assert ("GPU" in topics) != ("GPU 0" in topics)
