@@ -1,4 +1,4 @@
-"""Memory for one very large shard: is it bounded by the batch, or does it grow with the shard?
+"""Memory for one very large shard: whether it is bounded by the batch, or grows with the shard.
 
     python benchmarks/large_shard.py --count 50000 --nbytes 5e9
 
@@ -119,7 +119,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         watch = Watch(pid)
         remote = {"storage_options": options, "out_options": options}
         make_shard(folder / "small.tar", 64, 64 * 10_000)
-        dic.score_shards(folder / "small.tar", folder / "warm", model=args.model, pretrained=args.pretrained, client=client)
+        dic.score_shards(
+            folder / "small.tar", folder / "warm", model=args.model, pretrained=args.pretrained, client=client
+        )
         out["peak_small_shard"] = watch.take()
         begin = time.perf_counter()
         result = dic.score_shards(

@@ -262,6 +262,7 @@ _resume_option = click.option(
 )
 _quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
 _shards_argument = click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
+_scores_argument = click.argument("scores", nargs=-1, required=True, metavar="SCORES...")
 
 
 @click.group(
@@ -335,9 +336,18 @@ def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> Non
 
 
 @cli.command()
-@click.argument("scores", nargs=-1, required=True, metavar="SCORES...")
+@_scores_argument
 @click.option("--out", required=True, metavar="DIR", help="Folder for the selected rows, itself a score table.")
 @_where_options
+@click.option(
+    "--top",
+    metavar="STEP",
+    multiple=True,
+    help="Of these, the best: '30% by clip_score', '10000 by aesthetic_score'; may be repeated, one after another.",
+)
+@click.option(
+    "--sample", metavar="STEP", help="Of what is left, a random part: '10000', '10% seed 1', '20 by cluster'."
+)
 @_cluster_options
 @_storage_option
 @_quiet_option
@@ -354,12 +364,13 @@ def select(
 
     \b
     dask-imgcurator select run/scores --where 'aesthetic_score >= 5.5 and width >= 512' --out run/selected
+    dask-imgcurator select run/scores --min-aesthetic 5 --top '30% by clip_score' --out run/selected
 
     The expression knows the table's columns, numbers, 'text', + - * / %, comparisons, and, or, not, in (…), is null.
     A row for which it is unknown (a missing score) is not kept.
     """
+    from .deciding import select_rows as run
     from .filters import combine
-    from .job import select_rows as run
 
     where = combine(where, min_aesthetic, max_nsfw)
     with _display(quiet) as monitor:
@@ -369,7 +380,7 @@ def select(
 
 
 @cli.command()
-@click.argument("scores", nargs=-1, required=True, metavar="SCORES...")
+@_scores_argument
 @click.option("--out", required=True, metavar="DIR", help="Folder for the curated shards.")
 @_where_options
 @_pack_options
@@ -404,6 +415,148 @@ def write(
     if not quiet:
         summary.print_selection(selection, out)
         summary.stdout().print(summary.written_line(written, out))
+
+
+@cli.command()
+@_scores_argument
+@click.option("--out", metavar="DIR", help="Folder for the rows that are left; without it they are only counted.")
+@click.option(
+    "--tier",
+    "tiers",
+    multiple=True,
+    type=click.Choice(["exact", "perceptual", "semantic"]),
+    help="Which; may be repeated. [default: all whose column the table has]",
+)
+@click.option(
+    "--eps",
+    metavar="X",
+    type=float,
+    multiple=True,
+    default=[0.05],
+    show_default=True,
+    help="Semantic duplicates have a cosine of at least 1 - X; may be repeated to count.",
+)
+@click.option(
+    "--max-distance", metavar="N", type=int, default=4, show_default=True, help="Bits in which hashes may differ."
+)
+@click.option(
+    "--keep", metavar="COLUMN", help="Of each group, the row with the highest value stays. [default: the first]"
+)
+@click.option("--lowest", is_flag=True, help="The row with the lowest value stays.")
+@click.option(
+    "--rule",
+    type=click.Choice(["components", "semdedup", "nemo"]),
+    default="components",
+    show_default=True,
+    help="Who goes in the semantic tier.",
+)
+@click.option(
+    "--against", metavar="INDEX", help="Also drop what an index holds: a set that exists, or a benchmark's images."
+)
+@click.option("--index", metavar="DIR", help="Save an index of what is left, for --against.")
+@click.option("--groups", metavar="FILE", help="Write the groups to a Parquet file: who, kept by whom, how similar.")
+@_cluster_options
+@_storage_option
+@_quiet_option
+def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[float, ...], **options: Any) -> None:
+    """Drop the duplicates of a score table: same bytes, same look, same content.
+
+    \b
+    dask-imgcurator dedup run/scores --eps 0.02 --eps 0.05 --eps 0.1            how many would go
+    dask-imgcurator dedup run/scores --keep aesthetic_score --out run/unique    drop them, the best stays
+    dask-imgcurator dedup run/scores --against eval.index --out run/clean       decontaminate
+    """
+    from .deciding import drop_duplicates as run
+
+    with _display(quiet) as monitor:
+        given, place = _placed(options, monitor)
+        found = run(list(scores), out, place=place, eps=eps[0] if len(eps) == 1 else list(eps), **given)
+    if not quiet:
+        summary.print_duplicates(found, out)
+
+
+@cli.command()
+@_scores_argument
+@click.option("--out", required=True, metavar="DIR", help="Folder for the larger table.")
+@click.option("--head", "heads", metavar="FILE|NAME", multiple=True, help="Head of your own; may be repeated.")
+@click.option("--clip-score", is_flag=True, help="Cosine of caption and image.")
+@click.option(
+    "--prompt",
+    "prompts",
+    metavar="NAME=TEXT",
+    multiple=True,
+    help="Probability of a text against neutral ones, as NAME_score; the same NAME may be repeated.",
+)
+@click.option("--caption-stats", is_flag=True, help="Words and characters of the caption.")
+@click.option("--language", is_flag=True, help="Language of the caption (needs the extra 'text').")
+@click.option("--aesthetic-head", metavar="NAME", help="A published head, where there is no aesthetic_score yet.")
+@click.option("--nsfw-head", metavar="NAME", help="A published head, where there is no nsfw_score yet.")
+@click.option("--weights-dir", metavar="DIR", help="Folder with the published heads.")
+@_cluster_options
+@_storage_option
+@_quiet_option
+def add(scores: tuple[str, ...], out: str, quiet: bool, prompts: tuple[str, ...], **options: Any) -> None:
+    """Add columns to a score table from its embeddings and captions; no image is decoded.
+
+    \b
+    dask-imgcurator add run/scores --clip-score --out run/more
+    dask-imgcurator add run/scores --prompt 'watermark=a photo with a watermark' --head my.safetensors --out run/more
+    """
+    from .deciding import add_columns as run
+
+    asked: dict[str, list[str]] = {}
+    for prompt in prompts:
+        name, equals, text = prompt.partition("=")
+        if not equals or not text.strip() or not name.strip():
+            raise click.UsageError(
+                f"--prompt {prompt!r}: write NAME=TEXT, such as 'watermark=a photo with a watermark'"
+            )
+        asked.setdefault(name.strip(), []).append(text.strip())
+    with _display(quiet) as monitor:
+        given, place = _placed(options, monitor)
+        added = run(list(scores), out, prompts=asked or None, place=place, **given)
+    if not quiet:
+        summary.stdout().print(f"added {', '.join(added)}: {out}", highlight=False, soft_wrap=True)
+
+
+@cli.command("export")
+@_scores_argument
+@click.option("--out", required=True, metavar="PATH", help="Folder; a file for datacomp-subset and list.")
+@click.option(
+    "--format",
+    "format_",
+    required=True,
+    type=click.Choice(["clip-retrieval", "datacomp", "datacomp-subset", "laion", "list"]),
+    help="Whose layout.",
+)
+@click.option("--where", metavar="EXPR", help="Only the rows that the expression takes.")
+@_cluster_options
+@_storage_option
+@_quiet_option
+def export_(scores: tuple[str, ...], out: str, format_: str, where: str | None, quiet: bool, **options: Any) -> None:
+    """Write a score table in the layout of another project.
+
+    \b
+    dask-imgcurator export run/scores --format clip-retrieval --out index
+    dask-imgcurator export run/selected --format list --out keys.txt
+    """
+    from .deciding import export_scores as run
+
+    with _display(quiet) as monitor:
+        given, place = _placed(options, monitor)
+        written = run(list(scores), out, format_, where, place=place, **given)
+    if not quiet:
+        console = summary.stdout()
+        console.print(f"{written.rows:,} rows in {len(written.files):,} files: {out}", highlight=False, soft_wrap=True)
+
+
+def _placed(options: dict[str, Any], monitor: Monitor) -> tuple[dict[str, Any], Any]:
+    """Part the options into those of the command and where it runs."""
+    from .deciding import Place
+
+    names = ("storage_options", "backend", "scheduler", "n_workers")
+    place = Place(monitor=monitor, **{name: options.pop(name) for name in names})
+    return {k: v for k, v in _given(options).items() if v is not False}, place
 
 
 @cli.command()

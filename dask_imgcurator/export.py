@@ -81,12 +81,14 @@ class Exported:
 
 # --- which columns go where -----------------------------------------------------------------------
 
+#: The function that adds the columns of a step.
 _FROM = {
-    "read": "read_webdataset adds it",
-    "embed": "embed adds it",
-    "aesthetic": "score_aesthetic adds it",
-    "nsfw": "score_nsfw adds it",
-    "text": "the CLIP score step adds it",
+    "read": "read_webdataset",
+    "embed": "embed",
+    "measure": "embed",
+    "aesthetic": "score_aesthetic",
+    "nsfw": "score_nsfw",
+    "text": "score_clip",
 }
 
 #: LAION's columns as `laion/aesthetics_v2` spells and types them, and which of ours they are made of, the first that
@@ -144,12 +146,15 @@ class Content:
         return list(dict.fromkeys(names))
 
 
-def _require(df: Any, column: str, format_: str) -> None:
+def _require(df: Any, column: str, format_: str, vector: bool = False) -> None:
     backend_of(df)  # raises for what is no frame
     if column in df.columns:
         return
-    known = COLUMNS.get(column)
-    remedy = _FROM[known.step] if known else f"read the shards with read_webdataset(columns=[{column!r}, …])"
+    remedy = f"read the shards with read_webdataset(columns=[{column!r}, …])"
+    if column in COLUMNS:
+        remedy = f"{_FROM[COLUMNS[column].step]} adds it"
+    elif vector:
+        remedy = "embed or embed_text adds it, under the name that they are given"
     raise ExportError(f"{format_} needs the column {column!r}: {remedy} (there are: {', '.join(map(str, df.columns))})")
 
 
@@ -396,7 +401,7 @@ def to_clip_retrieval(
     """
     vectors = [("img_emb", embedding)] + ([("text_emb", text_embedding)] if text_embedding else [])
     for _, column in vectors:
-        _require(df, column, "clip-retrieval")
+        _require(df, column, "clip-retrieval", vector=True)
     path = "image_path" if "image_path" in df.columns else "key"
     _require(df, path, "clip-retrieval")
     skipped = {path, "caption", *(column for _, column in vectors)}
@@ -472,7 +477,7 @@ def to_datacomp(
         df, columns, {"text": "caption", "original_width": "width", "original_height": "height"}, "datacomp"
     )
     for _, column in vectors:
-        _require(df, column, "datacomp")
+        _require(df, column, "datacomp", vector=True)
     content = _with_uid(df, Content(tuple(columns), tuple((f"{arch}_{kind}", column) for kind, column in vectors)))
     names = {"parquet": "{}.parquet"} | ({"npz": "{}.npz"} if vectors else {})
     return _write_folder(df, out, content, Layout(names, 8), storage_options, overwrite)

@@ -25,10 +25,10 @@ from .planning import choose_heads, choose_model, score_files
 from .results import RunResult, Selection
 from .runner import JobError, lend_client, run_tasks
 from .schema import kind_of
-from .tasks import ScorePlan, describe, locate_kept, score_shard, select_file, write_kept
+from .tasks import ScorePlan, describe, locate_kept, score_shard, write_kept
 from .weights import WeightsError
 
-__all__ = ["curate", "score_shards", "select_rows", "write_selection"]
+__all__ = ["curate", "score_shards", "write_selection"]
 
 
 #: Shards whose version is asked for side by side.
@@ -111,8 +111,9 @@ def _score(
 
     def look(url: str) -> tuple[dict[str, Any], bool]:
         full = {**provenance, "shard": url, "fingerprint": shards.fingerprint(url, plan.read.storage_options)}
-        done = resume and score.file_provenance(targets[url], options) == json.loads(json.dumps(full))
-        return full, done
+        before = score.file_provenance(targets[url], options) or {}
+        before.pop("added", None)  # columns that came later belong to none of its making
+        return full, resume and before == json.loads(json.dumps(full))
 
     # Side by side, because each look at an object store takes a while.
     with ThreadPoolExecutor(_LOOKS) as pool:
@@ -258,65 +259,6 @@ def score_shards(
     result.samples, result.by_status = selection.rows, selection.by_status
     result.seconds = time.perf_counter() - begin
     return result
-
-
-def select_rows(
-    scores: collection.URLPath,
-    out: str | os.PathLike[str],
-    where: str | None,
-    *,
-    storage_options: Mapping[str, Any] | None = None,
-    backend: str | None = None,
-    client: Client | None = None,
-    scheduler: str | None = None,
-    n_workers: int | None = None,
-    monitor: Monitor | None = None,
-) -> Selection:
-    """Copy the kept rows of a score table to another.
-
-    Parameters
-    ----------
-    scores : str, path, or sequence of them
-        Score table, as for `read_scores`.
-    out : str or path
-        Folder for the selected rows; files have the names of their sources.
-    where : str or None
-        Expression on the columns; rows whose ``status`` is not ``ok`` are never kept.
-    storage_options : mapping, optional
-        For the fsspec file system of both tables.
-    backend : {"auto", "cudf", "pandas"}, optional
-        Of the frames; by default `imgcurator.backend`.
-    client, scheduler, n_workers
-        Where to run, as for `score_shards`.
-    monitor : Monitor, optional
-        Is told how the run goes on.
-
-    Returns
-    -------
-    Selection
-        With the counts of each condition.
-
-    Raises
-    ------
-    WhereError
-        For a mistake in the expression, before anything is done.
-    FileNotFoundError
-        If there is no such score table.
-    ValueError
-        If `out` is the score table itself.
-    """
-    monitor = monitor or Monitor()
-    urls, read = _open_scores(scores, where, storage_options, backend)
-    folder = os.fspath(out)
-    if any(files.join(folder, url.rpartition("/")[2]) == url for url in urls):
-        raise ValueError(f"{folder} is the score table itself: choose another folder for the selected rows")
-    files.make_folder(folder)
-    with lend_client(client, scheduler, n_workers, read.backend, [folder], monitor) as client:
-        selection = _located(client, urls, where, read)
-        jobs = ((url, (url, files.join(folder, url.rpartition("/")[2]), where, read)) for url in urls)
-        for _ in run_tasks(client, jobs, select_file, "selecting from"):
-            pass
-    return selection
 
 
 def write_selection(

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["RunResult", "Selection"]
+__all__ = ["Counts", "RunResult", "Selection"]
 
 
 @dataclass
@@ -55,6 +55,26 @@ class RunResult:
     written: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Counts:
+    """How many rows a selection keeps.
+
+    Attributes
+    ----------
+    rows, kept : int
+        Of the table, and of these kept.
+    by_status : dict
+        Rows by ``status``.
+    funnel : list of dict
+        As in `RunResult`.
+    """
+
+    rows: int
+    by_status: dict[str, int]
+    kept: int
+    funnel: list[dict[str, Any]]
 
 
 @dataclass

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import dask
-from distributed import Client, as_completed
+from dask.system import CPU_COUNT
+from distributed import Client, LocalCluster, as_completed
 from distributed.scheduler import KilledWorker
 
 from . import files
@@ -103,8 +104,12 @@ def lend_client(
     backend: str,
     folders: Sequence[str],
     monitor: Monitor,
+    light: bool = False,
 ) -> Iterator[Client]:
-    """Lend a client: the caller's, the scheduler's, or that of a new cluster, which is ended afterwards."""
+    """Lend a client: the caller's, the scheduler's, or that of a new cluster, which is ended afterwards.
+
+    A new one for work that is `light` has threads of this process, unless worker processes are asked for.
+    """
     if client is not None:
         monitor.started(client)
         yield client
@@ -116,6 +121,20 @@ def lend_client(
             files.remove_partial(folder)
     # Dask would print the traceback of every failed task; what went wrong is told by `JobError`.
     options: dict[str, Any] = {"backend": backend, "silence_logs": logging.CRITICAL} if own else {}
+    if own and light and n_workers is None:
+        threads = 1 if backend == "cudf" else CPU_COUNT
+        with (
+            LocalCluster(
+                n_workers=1,
+                threads_per_worker=threads,
+                processes=False,
+                dashboard_address=None,
+                silence_logs=logging.CRITICAL,
+            ) as cluster,
+            Client(cluster) as inside,
+        ):
+            yield inside
+        return
     # A task whose workers died twice is done in another way; Dask would try four times.
     with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
         started = start_client(n_workers, scheduler=scheduler, **options)

@@ -12,12 +12,22 @@ from rich.console import Console
 from rich.table import Table
 
 from . import collection
+from .deciding import Deduplicated
 from .filters import parse_where
 from .parity import ALL, Parity
-from .results import RunResult, Selection
+from .results import Counts, RunResult, Selection
 from .schema import STATUSES
 
-__all__ = ["make_table", "print_kinds", "print_parity", "print_run", "print_selection", "stdout", "written_line"]
+__all__ = [
+    "make_table",
+    "print_duplicates",
+    "print_kinds",
+    "print_parity",
+    "print_run",
+    "print_selection",
+    "stdout",
+    "written_line",
+]
 
 
 def stdout() -> Console:
@@ -83,7 +93,7 @@ def written_line(written: list[dict[str, Any]], folder: str) -> str:
     return f"curated shards: {len(written):,} with {count:,} samples, {nbytes / 1e6:,.1f} MB: {folder}"
 
 
-def print_selection(selection: Selection, out: str) -> None:
+def print_selection(selection: Selection | Counts, out: str) -> None:
     console = stdout()
     table = _numbers("", "rows", "alone")
     table.add_row("in the score table", f"{selection.rows:,}", "")
@@ -217,3 +227,15 @@ def _pair(ours: float | None, theirs: float | None) -> str:
         return f"{ours} here, {theirs} by open_clip"
     digits = next((n for n in range(5, 10) if f"{ours:.{n}g}" != f"{theirs:.{n}g}"), 5)
     return f"{ours:.{digits}g} here, {theirs:.{digits}g} by open_clip"
+
+
+def print_duplicates(found: Deduplicated, out: str | None) -> None:
+    """Show what each tier finds."""
+    console = stdout()
+    table = _numbers("tier", "groups", "dropped", "left")
+    for step in found.counts:
+        eps = "" if step["eps"] is None else f", cosine >= {1 - step['eps']:g}"
+        table.add_row(f"{step['tier']}{eps}", *(f"{step[name]:,}" for name in ("groups", "dropped", "remaining")))
+    console.print(table)
+    where = f": {out}" if out is not None else " would be left (name a folder with --out to write them)"
+    console.print(f"{found.kept:,} of {found.rows:,} rows{where}", highlight=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from .backend import get_backend
 from .models import load_encoder
 from .schema import COLUMNS, kind_of
 
-__all__ = ["ScorePlan", "describe", "locate_kept", "score_shard", "select", "select_file", "write_kept"]
+__all__ = ["ScorePlan", "describe", "locate_kept", "score_shard", "select", "write_kept"]
 
 
 @dataclass(frozen=True)
@@ -173,14 +173,3 @@ def write_kept(
     """Write one curated shard from rows of score files; a task."""
     frames = [select(score.read_score_file(url, read), where).iloc[start:stop] for url, start, stop in pieces]
     return write.write_shard(number, frames, spec, resume)
-
-
-def select_file(url: str, target: str, where: str | None, read: score.ScoreFiles) -> dict[str, Any]:
-    """Copy the kept rows of a score file to another; a task."""
-    frame = score.read_score_file(url, read)
-    kept = select(frame, where)
-    provenance = score.file_provenance(url, read.storage_options) or {}
-    provenance["where"] = where
-    metadata = {score.METADATA_KEY: json.dumps(provenance, sort_keys=True)}
-    get_backend(read.backend).write_parquet(kept, target, metadata, read.storage_options)
-    return {"rows": len(frame), "kept": len(kept)}

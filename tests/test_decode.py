@@ -626,8 +626,8 @@ def test_an_image_that_only_dali_refuses_goes_to_pillow_alone() -> None:
     blobs = jpegs(9, seed=700)
 
     class Refusing(Decoder):
-        def _run_dali(self, given: Any, infos: Any, rows: list[int], pixels: torch.Tensor) -> bool:
-            return not any(given[i] == odd for i in rows) and super()._run_dali(given, infos, rows, pixels)
+        def _run_dali(self, given: Any, rows: list[int], batch: Batch) -> bool:
+            return not any(given[i] == odd for i in rows) and super()._run_dali(given, rows, batch)
 
     expected = Decoder(ours(SMALL), 9)(blobs).pixels
     for at, odd in enumerate(blobs):

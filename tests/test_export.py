@@ -424,6 +424,8 @@ def test_other_mistakes(tmp_path: Path) -> None:
         export(frame, tmp_path, "csv")
     with pytest.raises(ExportError, match=r"arch=None: say of which CLIP model.*'b32' or 'l14'"):
         to_datacomp(frame, tmp_path)
+    with pytest.raises(ExportError, match="needs the column 'vector': embed or embed_text adds it"):
+        to_clip_retrieval(frame, tmp_path, embedding="vector")
     with pytest.raises(ExportError, match="arch='h14'"):
         to_datacomp(frame, tmp_path, arch="h14")
     with pytest.raises(ExportError, match=r"nothing to write to .*: no row is left, or none is ok"):

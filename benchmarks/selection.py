@@ -1,0 +1,210 @@
+"""How long it takes to decide anew on a score table, and how much memory, against DuckDB on the same files.
+
+    python benchmarks/selection.py 1e6 1e7
+    python benchmarks/selection.py 1e5 --embeddings
+
+Synthetic score files of n rows, 10,000 a file, with every column that `score` writes except, without --embeddings, the
+embedding (which is not read either way: with it, each file is twenty times as large). Each question is asked in a
+process of its own, by Dask's threads and by DuckDB's, as many; reported are the seconds from the open table to the
+answer, the peak memory of the process and what it takes when idle, and whether both answers are the same. The files are
+in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import dask
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+__all__: list[str] = []
+
+ROWS = 10_000  # a file
+WIDTH = 512
+WHERE = "aesthetic_score >= 5 and nsfw_score < 0.5 and width >= 512"
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, part: int, rows: int, embeddings: bool) -> None:
+    """Write the score file of one shard."""
+    from dask_imgcurator.schema import COLUMNS, arrow_schema
+
+    rng = np.random.default_rng([7, part])
+    failed = rng.random(rows) < 0.02
+    offsets = np.arange(rows) * 65536
+
+    def number(values: Any, type_: pa.DataType) -> pa.Array:
+        return pa.array(values, mask=failed).cast(type_)
+
+    names = [name for name in COLUMNS if embeddings or name != "embedding"]
+    digits = rng.bytes(32 * rows).hex()
+    columns = {
+        "key": [f"{part:05d}{i:05d}" for i in range(rows)],
+        "shard": [f"s3://bucket/set/{part:05d}.tar"] * rows,
+        "offset": offsets + 512,
+        "nbytes": rng.integers(10_000, 60_000, rows),
+        "sample_offset": offsets,
+        "sample_nbytes": np.full(rows, 65536),
+        "ext": ["jpg"] * rows,
+        "caption": [f"picture {i} of shard {part} shows something that takes sixty characters" for i in range(rows)],
+        "status": np.where(failed, "decode_error", "ok"),
+        "error_message": pa.array(np.where(failed, "the data end early", ""), mask=~failed),
+        "width": number(rng.choice([256, 384, 512, 640, 1024], rows), pa.int32()),
+        "height": number(rng.choice([256, 384, 512, 640, 1024], rows), pa.int32()),
+        "sha256": [digits[i : i + 64] for i in range(0, 64 * rows, 64)],
+        "aesthetic_score": number(rng.normal(5, 0.8, rows), pa.float32()),
+        "nsfw_score": number(rng.beta(0.3, 4, rows), pa.float32()),
+        "clip_score": number(rng.normal(0.28, 0.05, rows), pa.float32()),
+    }
+    if embeddings:
+        flat = pa.array(rng.standard_normal(rows * WIDTH, np.float32))
+        columns["embedding"] = pa.ListArray.from_arrays(pa.array(np.arange(rows + 1) * WIDTH, pa.int32()), flat)
+    arrays = [
+        pa.array(columns[name], COLUMNS[name].type) if not isinstance(columns[name], pa.Array) else columns[name]
+        for name in names
+    ]
+    pq.write_table(
+        pa.Table.from_arrays(arrays, schema=arrow_schema(names)), path / f"{part:05d}.parquet", compression="zstd"
+    )
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+def ours(folder: str, question: str) -> Any:
+    """Ask this library."""
+    from dask_imgcurator.collection import read_scores
+    from dask_imgcurator.export import to_list
+    from dask_imgcurator.selection import funnel, quantile, sample, top_fraction
+
+    df = read_scores(folder, backend="pandas")
+    if question == "where":
+        return int(funnel(df, WHERE, ok_only=False)["left"].iloc[-1])
+    if question == "quantile":
+        return quantile(df, "clip_score", 0.7)
+    if question == "top":
+        kept = top_fraction(df, "clip_score", 0.3, where="aesthetic_score >= 5")["clip_score"]
+        return [int(x) for x in dask.compute(kept.count(), (kept.astype("float64") * 1e6).astype("int64").sum())]
+    if question == "sample":
+        return len(sample(df, 10_000, where="status == 'ok'")["key"].compute())
+    with tempfile.TemporaryDirectory() as out:
+        return to_list(df[df["clip_score"] >= 0.3], Path(out) / "keys.txt").rows
+
+
+def theirs(folder: str, question: str, threads: int) -> Any:
+    """Ask DuckDB."""
+    import duckdb
+
+    db = duckdb.connect()
+    db.sql(f"set threads = {threads}")
+    table = f"read_parquet('{folder}/*.parquet')"
+    if question == "where":
+        return db.sql(f"select count(*) from {table} where {WHERE}").fetchall()[0][0]
+    if question == "quantile":
+        return db.sql(f"select quantile_disc(clip_score, 0.7) from {table}").fetchall()[0][0]
+    if question == "top":
+        best = (
+            f"select clip_score s from {table} where aesthetic_score >= 5 and s is not null order by s desc limit 30%"
+        )
+        return list(db.sql(f"select count(*), sum(trunc(s::double * 1e6)::bigint) from ({best})").fetchall()[0])
+    if question == "sample":
+        ok = f"(select key from {table} where status = 'ok')"
+        return len(db.sql(f"select key from {ok} using sample reservoir(10000 rows) repeatable (0)").fetchall())
+    with tempfile.TemporaryDirectory() as out:
+        kept = f"select key from {table} where status = 'ok' and clip_score >= 0.3::float"
+        db.sql(f"copy ({kept}) to '{out}/keys.csv' (header false)")
+        return sum(1 for _ in (Path(out) / "keys.csv").open())
+
+
+QUESTIONS = {
+    "where": WHERE,
+    "quantile": "the 0.7 quantile of clip_score",
+    "top": "top 30% by clip_score among aesthetic_score >= 5",
+    "sample": "10,000 rows at random",
+    "list": "the keys of clip_score >= 0.3, in a file",
+}
+
+
+def peak() -> float:
+    """Peak memory of this process so far, MB (not that of its parent, which `getrusage` may tell)."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    return round(int(line.split()[1]) / 1024, 1)
+
+
+def ask(who: str, question: str, folder: str, threads: int) -> dict[str, Any]:
+    """Ask one question in this process."""
+    import duckdb  # noqa: F401
+
+    import dask_imgcurator.export
+    import dask_imgcurator.selection  # noqa: F401
+
+    idle = peak()
+    asked: Callable[[], Any] = (
+        (lambda: ours(folder, question)) if who == "ours" else (lambda: theirs(folder, question, threads))
+    )
+    with dask.config.set(scheduler="threads", num_workers=threads):
+        begin = time.perf_counter()
+        answer = asked()
+    return {"seconds": round(time.perf_counter() - begin, 3), "peak_mb": peak(), "idle_mb": idle, "answer": answer}
+
+
+def measure(rows: int, embeddings: bool, threads: int, scratch: str | None) -> dict[str, Any]:
+    """Ask everything about a table of so many rows."""
+    found: dict[str, Any] = {"rows": rows, "embeddings": embeddings}
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        for part in range(-(-rows // ROWS)):
+            write_file(Path(folder), part, min(ROWS, rows - part * ROWS), embeddings)
+        found["bytes"] = sum(file.stat().st_size for file in Path(folder).iterdir())
+        for question in QUESTIONS:
+            for who in ("ours", "duckdb"):
+                command = [sys.executable, __file__, "--ask", who, question, folder, "--threads", str(threads)]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                found.setdefault(question, {})[who] = json.loads(done.stdout)
+            answers = [found[question][who]["answer"] for who in ("ours", "duckdb")]
+            found[question]["same"] = answers[0] == answers[1]
+    return found
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", metavar="N", nargs="*", type=float, default=[1e6], help="rows (default: 1e6)")
+    parser.add_argument("--embeddings", action="store_true", help=f"with a column of {WIDTH} float32")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: %(default)s)")
+    parser.add_argument("--scratch", metavar="DIR", help="where the files go (default: the system's)")
+    parser.add_argument("--ask", nargs=3, metavar=("WHO", "QUESTION", "DIR"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.ask:
+        print(json.dumps(ask(*args.ask, args.threads)))
+        return
+    tables = [measure(int(n), args.embeddings, args.threads, args.scratch) for n in args.rows]
+    lines = [("", f"{'ours':>18}{'duckdb':>22}   same answer")]
+    for table in tables:
+        lines.append((f"{table['rows']:,} rows", f"{table['bytes'] / 1e6:,.0f} MB in files"))
+        for question, about in QUESTIONS.items():
+            sides = [table[question][who] for who in ("ours", "duckdb")]
+            cells = "".join(f"{s['seconds']:>10.2f} s {s['peak_mb']:>7,.0f} MB" for s in sides)
+            lines.append((f"  {about}", f"{cells}   {'yes' if table[question]['same'] else 'no'}"))
+    common.show({"machine": common.machine(), "versions": common.versions(), "tables": tables}, lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Whole jobs on a score table: choosing, duplicates, adding, other layouts; in Python and by the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from distributed import Client, LocalCluster
+
+import dask_imgcurator as dic
+from dask_imgcurator import score
+from dask_imgcurator.deciding import Place
+from dask_imgcurator.filters import WhereError
+from dask_imgcurator.samples import SampleShards, make_sample_shards
+from dask_imgcurator.selection import SelectionError
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> SampleShards:
+    return make_sample_shards(tmp_path_factory.mktemp("samples"), count=96, per_shard=24)
+
+
+@pytest.fixture(scope="module")
+def table(made: SampleShards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A score table without a cluster: the job's own steps, file by file, with its metadata."""
+    out = tmp_path_factory.mktemp("run") / "scores"
+    dic.score_shards([str(p) for p in made.shards], out, model="starter", n_workers=1, backend="pandas")
+    return out
+
+
+def read(folder: Path) -> pd.DataFrame:
+    return pd.concat([pq.read_table(p).to_pandas() for p in sorted(folder.glob("*.parquet"))], ignore_index=True)
+
+
+def test_the_best_and_a_sample_of_them(table: Path, client: Client, tmp_path: Path) -> None:
+    counts = dic.select_rows(
+        table, tmp_path / "out", "width >= 160", top=["50% by aesthetic_score"], sample="10 seed 3", client=client
+    )
+    everything = read(table)
+    ok = everything[everything["status"] == "ok"]
+    wide = ok[ok["width"] >= 160]
+    best = wide.nlargest(len(wide) // 2, "aesthetic_score")
+    got = read(tmp_path / "out")
+    assert len(got) == counts.kept == 10
+    assert set(got["key"]) <= set(best["key"])
+    assert counts.rows == len(everything)
+    assert counts.by_status == everything["status"].value_counts().to_dict()
+    assert [(s["condition"], s["left"]) for s in counts.funnel] == [
+        ("width >= 160", len(wide)),
+        ("top 50% by aesthetic_score", len(best)),
+        ("sample 10 seed 3", 10),
+    ]
+    assert counts.funnel[1]["alone"] == len(ok) // 2
+    for path in sorted((tmp_path / "out").glob("*.parquet")):
+        before, after = score.file_provenance(str(table / path.name)), score.file_provenance(str(path))
+        assert after is not None
+        assert after.pop("selected") == {"steps": [s["condition"] for s in counts.funnel]}
+        assert after == before
+
+
+def test_mistakes_are_told_before_anything_is_written(table: Path, client: Client, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(WhereError, match="aesthetic_scor"):
+        dic.select_rows(table, out, "aesthetic_scor > 5", client=client)
+    with pytest.raises((WhereError, SelectionError)):
+        dic.select_rows(table, out, top="140% by aesthetic_score", client=client)
+    with pytest.raises((WhereError, SelectionError), match="beauty"):
+        dic.select_rows(table, out, top="10% by beauty", client=client)
+    with pytest.raises(ValueError, match="is the score table itself"):
+        dic.select_rows(table, table, "width > 1", client=client)
+    with pytest.raises(ValueError, match="name one"):
+        dic.drop_duplicates(table, out, eps=[0.1, 0.2], place=Place(client=client))
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_duplicates_that_were_planted_go(table: Path, made: SampleShards, client: Client, tmp_path: Path) -> None:
+    found = dic.drop_duplicates(
+        table,
+        tmp_path / "unique",
+        tiers=["exact", "perceptual"],
+        keep="aesthetic_score",
+        groups=tmp_path / "groups.parquet",
+        index=tmp_path / "index",
+        place=Place(client=client),
+    )
+    left = read(tmp_path / "unique")
+    ok = read(table).query("status == 'ok'")
+    assert found.rows == len(read(table))
+    assert len(left) == found.kept
+    # Of each image's bytes one stays, as pandas tells.
+    assert left["sha256"].is_unique
+    planted = {k: v["of"] for k, v in made.manifest.items() if v["kind"] == "duplicate"}
+    assert planted
+    for copy, original in planted.items():
+        assert len({copy, original} & set(left["key"])) <= 1
+    groups = pq.read_table(tmp_path / "groups.parquet").to_pandas()
+    dropped = set(ok["key"]) - set(left["key"])
+    assert dropped == set(groups.loc[groups["key"] != groups["kept_key"], "key"])
+    scores = ok.set_index("key")["aesthetic_score"]
+    for _, group in groups.groupby("group"):
+        assert scores[group["kept_key"].iloc[0]] == scores[group["key"]].max()
+    # What is in the index already is no news.
+    again = dic.drop_duplicates(
+        tmp_path / "unique", tiers=["exact"], against=str(tmp_path / "index"), place=Place(client=client)
+    )
+    assert again.kept == 0
+
+
+def test_columns_are_added_without_images(table: Path, made: SampleShards, client: Client, tmp_path: Path) -> None:
+    embeddings = read(table).query("status == 'ok'")["embedding"]
+    width = len(embeddings.iloc[0])
+    weights = np.random.default_rng(0).normal(size=(1, width)).astype(np.float32)
+    dic.save_head(tmp_path / "mine.safetensors", [(weights, np.zeros(1, np.float32))], column="mine_score", name="mine")
+    added = dic.add_columns(
+        table, tmp_path / "more", heads=[tmp_path / "mine.safetensors"], caption_stats=True, place=Place(client=client)
+    )
+    assert set(added) == {"mine_score", "caption_words", "caption_chars"}
+    before, after = read(table), read(tmp_path / "more")
+    pd.testing.assert_frame_equal(after[before.columns.drop("embedding")], before.drop(columns="embedding"))
+    for row in after.itertuples():
+        if row.status == "ok":
+            assert row.mine_score == pytest.approx(float(weights[0] @ row.embedding), abs=1e-4)
+        else:
+            assert np.isnan(row.mine_score)
+        if isinstance(row.caption, str):
+            assert row.caption_words == len(row.caption.split())
+    with pytest.raises(ValueError, match="nothing to add"):
+        dic.add_columns(tmp_path / "more", tmp_path / "x", caption_stats=True, place=Place(client=client))
+    with pytest.raises(ValueError, match="starter"):
+        dic.add_columns(table, tmp_path / "x", clip_score=True, place=Place(client=client))
+
+
+def test_other_layouts(table: Path, client: Client, tmp_path: Path) -> None:
+    place = Place(client=client)
+    written = dic.export_scores(table, tmp_path / "keys.txt", "list", "aesthetic_score >= 5", place=place)
+    good = read(table).query("status == 'ok' and aesthetic_score >= 5")
+    assert (tmp_path / "keys.txt").read_text().splitlines() == good["key"].tolist()
+    assert written.rows == len(good)
+
+
+def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    code = "from dask_imgcurator.cli import main; main()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_by_the_command_line(table: Path, tmp_path: Path) -> None:
+    done = run("select", table, "--min-aesthetic", "4", "--top", "10 by blur", "--out", tmp_path / "selected")
+    assert done.returncode == 0, done.stderr
+    assert "top 10 by blur" in done.stdout
+    assert len(read(tmp_path / "selected")) == 10
+    done = run("dedup", table, "--tier", "exact", "--out", tmp_path / "unique")
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "unique")["sha256"].is_unique
+    assert f"of {len(read(table))} rows" in done.stdout
+    done = run("add", table, "--prompt", "no-equals-sign", "--out", tmp_path / "more")
+    assert (done.returncode, "NAME=TEXT" in done.stderr) == (2, True)
+    done = run("select", table, "--top", "most by blur", "--out", tmp_path / "x")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    provenance = score.file_provenance(str(next((tmp_path / "unique").glob("*.parquet"))))
+    assert provenance is not None and json.dumps(provenance["deduplicated"]["tiers"]) == '["exact"]'
