@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 import dask_imgcurator as dic
-from dask_imgcurator.dedup import find_duplicates
+from dask_imgcurator.deduplication import find_duplicates
 
 __all__: list[str] = []
 

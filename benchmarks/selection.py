@@ -89,7 +89,7 @@ def write_file(path: Path, part: int, rows: int, embeddings: bool) -> None:
 def ours(folder: str, question: str) -> Any:
     """Ask this library."""
     from dask_imgcurator.collection import read_scores
-    from dask_imgcurator.export import to_list
+    from dask_imgcurator.exports import to_list
     from dask_imgcurator.selection import funnel, quantile, sample, top_fraction
 
     df = read_scores(folder, backend="pandas")
@@ -153,7 +153,7 @@ def ask(who: str, question: str, folder: str, threads: int) -> dict[str, Any]:
     """Ask one question in this process."""
     import duckdb  # noqa: F401
 
-    import dask_imgcurator.export
+    import dask_imgcurator.exports
     import dask_imgcurator.selection  # noqa: F401
 
     idle = peak()

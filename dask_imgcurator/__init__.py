@@ -9,9 +9,9 @@ from . import config as _config  # noqa: F401  (registers the defaults)
 from .cluster import start_client
 from .collection import embed, read_scores, read_webdataset, score_aesthetic, score_nsfw, to_webdataset
 from .deciding import add_columns, drop_duplicates, export_scores, select_rows
-from .dedup import dedup, duplicate_groups, find_duplicates
 from .dedup_index import build_index
-from .export import export
+from .deduplication import dedup, duplicate_groups, find_duplicates
+from .exports import export
 from .filters import filter_frame
 from .head_files import save_head
 from .job import curate, score_shards, write_selection

@@ -16,7 +16,7 @@ from typing import Any
 import dask
 from distributed import Client, as_completed, get_client
 
-from . import collection, dedup, dedup_index, export, files, filters, head_files, score, selection, text_steps
+from . import collection, dedup_index, deduplication, exports, files, filters, head_files, score, selection, text_steps
 from .backend import get_backend, resolve_name
 from .monitor import Monitor
 from .results import Counts
@@ -242,7 +242,7 @@ def drop_duplicates(
     place : Place, optional
         Where it runs.
     **options
-        As for `dedup.find_duplicates`: ``tiers``, ``eps``, ``max_distance``, ``keep``, ``rule``, ``against`` …
+        As for `deduplication.find_duplicates`: ``tiers``, ``eps``, ``max_distance``, ``keep``, ``rule``, ``against`` …
 
     Returns
     -------
@@ -251,7 +251,7 @@ def drop_duplicates(
     Raises
     ------
     ValueError
-        If several `eps` are given with `out` or `index`; and as `dedup.find_duplicates` does.
+        If several `eps` are given with `out` or `index`; and as `deduplication.find_duplicates` does.
     """
     place = place or Place()
     eps = options.get("eps", 0.05)
@@ -260,12 +260,12 @@ def drop_duplicates(
     with _opened(scores, place) as table:
         df = table.df[table.df["status"] == "ok"] if "status" in table.df.columns else table.df
         targets = _targets(table, out) if out is not None else []
-        if table.encoder.get("model") == "starter" and "semantic" in (options.get("tiers") or dedup.TIERS):
+        if table.encoder.get("model") == "starter" and "semantic" in (options.get("tiers") or deduplication.TIERS):
             place.monitor.note(
                 "The starter's embeddings lie close together: its semantic duplicates at the usual eps are mostly "
                 "other pictures. Look at the groups, or use the tiers exact and perceptual."
             )
-        found = dedup.find_duplicates(df, provenance=table.encoder or None, **options)
+        found = deduplication.find_duplicates(df, provenance=table.encoder or None, **options)
         counts = json.loads(found.counts().to_json(orient="records"))
         rows = len(table.df[["key"]])  # not of the frame: Dask would read its embeddings
         kept = int(counts[-1]["remaining"]) if counts else rows
@@ -385,7 +385,7 @@ def export_scores(
     *,
     place: Place | None = None,
     **options: Any,
-) -> export.Exported:
+) -> exports.Exported:
     """Write a score table in the layout of another project.
 
     Parameters
@@ -393,9 +393,9 @@ def export_scores(
     scores : str, path, or sequence of them
         Score table, as for `read_scores`.
     out : str or path
-        Folder or file, see `export.export`.
+        Folder or file, see `exports.export`.
     format : str
-        See `export.FORMATS`.
+        See `exports.FORMATS`.
     where : str, optional
         Expression on the columns: only these rows.
     place : Place, optional
@@ -405,7 +405,7 @@ def export_scores(
 
     Returns
     -------
-    export.Exported
+    exports.Exported
 
     Raises
     ------
@@ -417,4 +417,4 @@ def export_scores(
         df = table.df
         if where is not None:
             df = filters.filter_frame(df, filters.parse_where(where, _kinds(table)).text)
-        return export.export(df, out, format, storage_options=place.storage_options, **options)
+        return exports.export(df, out, format, storage_options=place.storage_options, **options)

@@ -495,9 +495,9 @@ PACKAGE = Path(dask_imgcurator.__file__).parent
 ORDER = """
 schema config device files remote shards _cpu _gpu backend quality decode isolate weights savedmodel starter plugins
 models text_models text captions heads head_files own_heads score where_syntax filters ranks selection_steps cuts
-selection export write collection text_steps components neighbours dedup_rows dedup_steps dedup_index duplicates
-dedup cluster monitor results runner planning tasks deciding parity report verify job samples display summary doctor
-cli
+selection exports write collection text_steps components neighbours dedup_rows dedup_steps dedup_index duplicates
+deduplication cluster monitor results runner planning tasks deciding parity report verify job samples display
+summary doctor cli
 """.split()
 
 RAPIDS = {"cudf", "cupy", "rmm", "dask_cuda", "dask_cudf", "pylibcudf", "cuml", "raft", "kvikio", "numba_cuda"}

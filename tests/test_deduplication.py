@@ -22,8 +22,8 @@ from scipy.sparse.csgraph import connected_components
 from dask_imgcurator import neighbours
 from dask_imgcurator.backend import get_backend
 from dask_imgcurator.components import Forest
-from dask_imgcurator.dedup import DedupError, dedup, duplicate_groups, find_duplicates
 from dask_imgcurator.dedup_index import build_index, open_index
+from dask_imgcurator.deduplication import DedupError, dedup, duplicate_groups, find_duplicates
 
 WIDTH = 24
 

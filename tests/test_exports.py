@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dask_imgcurator import export as module
+from dask_imgcurator import exports as module
 from dask_imgcurator.backend import get_backend
-from dask_imgcurator.export import (
+from dask_imgcurator.exports import (
     FORMATS,
     ExportError,
     export,
