@@ -117,7 +117,7 @@ def find_duplicates(
 ) -> Duplicates:
     """Find the duplicates in a frame, and those of a reference.
 
-    This computes: it reads the frame several times, see the notes of `dask_imgcurator.deduplication`, which also say how the
+    This computes: it reads the frame several times, see the notes of this module, which also say how the
     tiers and rules work.
 
     Parameters

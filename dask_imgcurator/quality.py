@@ -154,28 +154,33 @@ def _colourfulness(rgb: torch.Tensor) -> torch.Tensor:
     return spread + 0.3 * (rg.mean((1, 2)) ** 2 + yb.mean((1, 2)) ** 2).sqrt()
 
 
-def phash(gray: np.ndarray) -> list[str]:
+def phash(gray: torch.Tensor) -> list[str]:
     """Hash small gray images: 64 bits that change little with the image.
 
     Parameters
     ----------
-    gray : numpy.ndarray
+    gray : torch.Tensor
         uint8 (n, HASH_SIDE, HASH_SIDE).
 
     Returns
     -------
     list of str
         16 hexadecimal digits each: algorithm, order of the bits and notation of ``imagehash.phash`` (the signs of the
-        64 lowest coefficients of the cosine transform, against their median).
+        64 lowest coefficients of the cosine transform, against their median). Computed on the tensor's device; the
+        host sees the 8 bytes of each.
     """
-    from scipy.fft import dct
+    import torch
 
     if not len(gray):
         return []
-    # Along the height first, as imagehash: in flat images the last bits of the sums decide.
-    low = dct(dct(gray.astype(np.float64), axis=1), axis=2)[:, :8, :8].reshape(len(gray), 64)
-    bits = low > np.median(low, axis=1, keepdims=True)
-    return [row.tobytes().hex() for row in np.packbits(bits, axis=1)]
+    n = torch.arange(HASH_SIDE, dtype=torch.float64, device=gray.device)
+    wave = torch.cos(torch.pi * n[:8, None] * (2 * n + 1) / (2 * HASH_SIDE))
+    # Rounded, since in flat images coefficients are equal but for the last bits of their sums.
+    low = (4 * wave @ gray.double() @ wave.T).reshape(-1, 64).round(decimals=6)
+    median = low.sort(1).values[:, 31:33].mean(1, keepdim=True)
+    places = 2 ** torch.arange(7, -1, -1, device=gray.device)
+    packed = ((low > median).reshape(-1, 8, 8) * places).sum(2).to(torch.uint8)
+    return [row.tobytes().hex() for row in packed.cpu().numpy()]
 
 
 @cache

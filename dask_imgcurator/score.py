@@ -358,7 +358,7 @@ def embed_partition(frame: Any, spec: EmbedSpec, progress: Progress | None = Non
     kept = np.delete(np.arange(len(rows)), failed)
     places = np.asarray(rows, np.int64)[kept]
     if spec.measures:
-        hashes = quality.phash(_of(grays, kept, backend.device).cpu().numpy())
+        hashes = quality.phash(_of(grays, kept, backend.device))
         by_row = dict(zip(places.tolist(), hashes, strict=True))
         new["phash"] = [by_row.get(i) for i in range(n)]
     schema = spec.schema
