@@ -219,7 +219,10 @@ class PandasBackend:
         # batch, which takes as long as the arithmetic; so they keep it, for about 0.3 GB more.
         keep = {"MALLOC_TRIM_THRESHOLD_": 1 << 30, "MALLOC_MMAP_THRESHOLD_": 32 << 20}
         name = "distributed.nanny.pre-spawn-environ"
-        with dask.config.set({name: {**dask.config.get(name, {}), **keep}}):
+        # Python 3.11 can deadlock in Dask's profiler (python/cpython#106883), which nobody asked for.
+        with dask.config.set(
+            {name: {**dask.config.get(name, {}), **keep}, "distributed.worker.profile.enabled": False}
+        ):
             return LocalCluster(n_workers=n_workers, **{**options, **kwargs})
 
 

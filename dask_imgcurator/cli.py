@@ -153,12 +153,6 @@ _encoder_options = _options(
         "preferred one first.",
     ),
     click.option(
-        "--measures/--no-measures",
-        default=True,
-        show_default=True,
-        help="Columns of technical quality (brightness, contrast, blur, entropy, colourfulness) and a perceptual hash.",
-    ),
-    click.option(
         "--batch-size",
         metavar="N",
         type=click.IntRange(1),
@@ -166,7 +160,16 @@ _encoder_options = _options(
     ),
 )
 
-_model_options = _options(_encoder_options, _dtype_option("the fastest that the processor has"))
+_model_options = _options(
+    _encoder_options,
+    _dtype_option("the fastest that the processor has"),
+    click.option(
+        "--measures/--no-measures",
+        default=True,
+        show_default=True,
+        help="Columns of technical quality (brightness, contrast, blur, entropy, colourfulness) and a perceptual hash.",
+    ),
+)
 
 
 class _Json(click.ParamType):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
-import tenacity
 
 __all__ = [
     "ATTEMPTS",
@@ -132,21 +133,21 @@ def persist(url: str, action: Callable[[], T]) -> T:
     RemoteError
         Where every attempt failed. File systems raise errors of many kinds; here all are `OSError`.
     """
-    attempts = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(ATTEMPTS),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
-        retry=tenacity.retry_if_exception(_is_transient),
-        reraise=True,
-    )
-    try:
-        return attempts(action)
-    except Exception as err:
-        again = _is_transient(err)
-        if not again and (isinstance(err, _PERMANENT) or (isinstance(err, OSError) and err.errno in _FULL)):
-            raise
-        cause = err.__cause__ if again and isinstance(err, FileNotFoundError) else err
-        times = f" ({ATTEMPTS} attempts)" if again else ""
-        raise RemoteError(f"{url}: {type(cause).__name__}: {cause or 'no answer'}{times}") from err
+    # A library's retry objects hold a `threading.local` each. Python 3.11 deadlocks when one is collected as garbage
+    # while a Dask worker's profiler asks for the frames of all threads (python/cpython#106883).
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except Exception as err:
+            again = _is_transient(err)
+            if not again and (isinstance(err, _PERMANENT) or (isinstance(err, OSError) and err.errno in _FULL)):
+                raise
+            if not again or attempt == ATTEMPTS:
+                cause = err.__cause__ if again and isinstance(err, FileNotFoundError) else err
+                times = f" ({ATTEMPTS} attempts)" if again else ""
+                raise RemoteError(f"{url}: {type(cause).__name__}: {cause or 'no answer'}{times}") from err
+        time.sleep(random.uniform(0, min(20, 0.5 * 2**attempt)))
+    raise AssertionError("the last attempt returns or raises")
 
 
 def scratch_folder() -> str:

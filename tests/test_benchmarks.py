@@ -31,6 +31,7 @@ def run(out: Path, *arguments: str) -> dict[str, Any]:
     return dict(json.loads((out / "gpu.json").read_text()))
 
 
+@pytest.mark.slow
 def test_sections_on_a_cpu(tmp_path: Path) -> None:
     result = run(tmp_path, "--sections", "matmul,encoder,end_to_end")
     assert [name for name, found in result.items() if isinstance(found, dict) and "error" in found] == []

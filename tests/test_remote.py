@@ -391,6 +391,7 @@ def test_a_protocol_that_is_not_there_and_options_that_do_not_fit() -> None:
         dic.read_webdataset("github://y.tar", storage_options={"colour": 1}, backend="pandas")
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_storage_options(s3: S3, local: Path) -> None:
     command = [sys.executable, "-m", "dask_imgcurator.cli"]
     code = "from dask_imgcurator.cli import main; main()"
