@@ -80,14 +80,13 @@ class PandasBackend:
 
     def to_arrow(self, frame: pd.DataFrame) -> pa.Table:
         """See `Backend.to_arrow`; types and nullability come from the column table where a column is in it."""
-        from .schema import COLUMNS
+        from .schema import COLUMNS, is_ours
 
         arrays, fields = [], []
         for name in frame.columns:
-            series = frame[name]
-            known = COLUMNS.get(name)
-            array = _arrow(series)
-            if known is not None:
+            array = _arrow(frame[name])
+            if is_ours(name, array.type):
+                known = COLUMNS[name]
                 array = array.cast(known.type)
                 fields.append(pa.field(name, known.type, nullable=known.nullable))
             else:

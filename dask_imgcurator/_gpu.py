@@ -22,7 +22,7 @@ import pylibcudf as plc
 from . import device
 from ._cpu import importable
 from .files import opened, persist, write_whole
-from .schema import COLUMNS
+from .schema import COLUMNS, is_ours
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ class CudfBackend:
     def to_arrow(self, frame: Any) -> pa.Table:
         """See `Backend.to_arrow`."""
         table = frame.to_arrow(preserve_index=False).replace_schema_metadata(None)
-        known = [COLUMNS.get(f.name) for f in table.schema]
+        known = [COLUMNS[f.name] if is_ours(f.name, f.type) else None for f in table.schema]
         fields = [
             pa.field(c.name, c.type, nullable=c.nullable) if c is not None else f
             for c, f in zip(known, table.schema, strict=True)

@@ -247,6 +247,7 @@ def drop_duplicates(
     Returns
     -------
     Deduplicated
+        How many rows each tier finds, and how many are left.
 
     Raises
     ------
@@ -406,6 +407,7 @@ def export_scores(
     Returns
     -------
     exports.Exported
+        The files, and their rows.
 
     Raises
     ------

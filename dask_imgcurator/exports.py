@@ -711,6 +711,7 @@ def export(df: Any, out: URL, format: str, **options: Any) -> Exported:
     Returns
     -------
     Exported
+        The files, and their rows.
 
     Raises
     ------

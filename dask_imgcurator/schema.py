@@ -12,7 +12,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-__all__ = ["COLUMNS", "STATUSES", "Column", "arrow_schema", "columns_of", "kind_of", "missing_columns"]
+__all__ = ["COLUMNS", "STATUSES", "Column", "arrow_schema", "columns_of", "is_ours", "kind_of", "missing_columns"]
 
 Step = Literal["read", "embed", "measure", "aesthetic", "nsfw", "text"]
 Kind = Literal["number", "string", "boolean", "list", "other"]
@@ -123,6 +123,13 @@ def kind_of(type_: pa.DataType) -> Kind:
     if pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_):
         return "list"
     return "other"
+
+
+def is_ours(name: str, type_: pa.DataType) -> bool:
+    """Whether a column is one of the table: a user's own of the same name may be of another kind."""
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    return name in COLUMNS and (pa.types.is_null(type_) or kind_of(type_) == kind_of(COLUMNS[name].type))
 
 
 def arrow_schema(names: Iterable[str], extra: Mapping[str, pa.DataType] | None = None) -> pa.Schema:

@@ -166,10 +166,12 @@ def top_count(
 
     Parameters
     ----------
-    df, column, largest, where, ties
+    df, column
         As for `top_fraction`.
     n : int
         How many rows.
+    largest, where, ties
+        As for `top_fraction`.
 
     Returns
     -------
