@@ -74,6 +74,7 @@ def write_file(path: Path, part: int, rows: int, embeddings: bool) -> None:
     if embeddings:
         flat = pa.array(rng.standard_normal(rows * WIDTH, np.float32))
         columns["embedding"] = pa.ListArray.from_arrays(pa.array(np.arange(rows + 1) * WIDTH, pa.int32()), flat)
+    names = [name for name in names if name in columns]
     arrays = [
         pa.array(columns[name], COLUMNS[name].type) if not isinstance(columns[name], pa.Array) else columns[name]
         for name in names
