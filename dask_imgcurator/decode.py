@@ -529,6 +529,10 @@ def _jpeg_kind(data: bytes, width: int, height: int) -> str:
 WHOLE_PIXELS = 1 << 24
 
 
+#: Images with a shorter side go to Pillow: where DALI has few pixels to resize from, it differs by more than a level.
+DALI_SIDE = 8
+
+
 def _grows_too_far(width: int, height: int, g: Geometry) -> bool:
     return g.width * g.height > max(WHOLE_PIXELS, width * height)
 
@@ -860,7 +864,8 @@ class Decoder:
             return bad
         # 1 x 65,500 pixels are few, but not when the shorter side is brought to 224.
         too_far = _grows_too_far(info.width, info.height, self._geometry(info))
-        return replace(info, decoder="pillow") if too_far or self.dali_device is None else info
+        too_small = min(info.width, info.height) < DALI_SIDE
+        return replace(info, decoder="pillow") if too_far or too_small or self.dali_device is None else info
 
     def _upright(self, info: ImageInfo) -> tuple[int, int]:
         turned = self.adjust_orientation and info.orientation in (5, 6, 7, 8)
