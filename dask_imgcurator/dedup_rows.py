@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "LEAST_BITS",
     "RECORD",
     "Comparison",
     "DedupError",
@@ -46,6 +47,9 @@ __all__ = [
 
 #: What is known of a row wherever it goes.
 RECORD = ["id", "ref", "shard", "key", "sample_offset", "rank", "phash", "hashed"]
+#: Bits that a perceptual hash must have set, and not set, to be compared.
+LEAST_BITS = 8
+
 _VECTOR = pd.ArrowDtype(pa.large_binary())
 _STRING = pd.StringDtype("pyarrow")
 _OF_REFERENCE = 0x9E3779B97F4A7C15
@@ -150,7 +154,7 @@ def _rank(values: pa.ChunkedArray, name: str) -> np.ndarray:
 
 
 def _hashes(values: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Perceptual hashes as (n,) uint64, and where there is one."""
+    """Perceptual hashes as (n,) uint64, and where there is one that tells something."""
     there = values.is_valid().to_numpy()
     out = np.zeros(len(values), np.uint64)
     if not there.any():
@@ -168,7 +172,9 @@ def _hashes(values: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]
         raise TypeError(
             f"column {name!r} holds {values.type}: perceptual hashes are 64-bit integers or hexadecimal text"
         )
-    return out, there
+    # A hash of a plain area is nearly all zeros (or ones), whatever its colour: it is no sign of likeness.
+    bits = np.bitwise_count(out)
+    return out, there & (np.minimum(bits, 64 - bits) >= LEAST_BITS)
 
 
 def signatures(frame: Any, spec: RowSpec) -> pd.DataFrame:

@@ -8,7 +8,8 @@
 or, where the values are known, ``df = dedup(df, eps=0.05, keep="aesthetic_score")``.
 
 **Tiers.** Each works on what the one before left. *exact*: the same ``sha256``. *perceptual*: ``phash`` within
-``max_distance`` bits; identical hashes are one, then no pair is missed (`neighbours.hamming_masks`). *semantic*: cosine
+``max_distance`` bits; identical hashes are one, then no pair is missed (`neighbours.hamming_masks`). Hashes with fewer
+than 8 bits set, or not set, are not compared: plain areas of any colour have the same. *semantic*: cosine
 of at least 1 - eps. Up to 20,000 rows every pair is compared. Above, rows are compared within k-means cells, and each
 row also with those of the ``probe - 1`` next cells in which a neighbour may lie; what may be missed are pairs on the
 border of cells, and the fewer the smaller eps is. ``n_cells=1`` compares all pairs, however many.

@@ -26,6 +26,7 @@ from dask_imgcurator.dedup_index import build_index, open_index
 from dask_imgcurator.deduplication import DedupError, dedup, duplicate_groups, find_duplicates
 
 WIDTH = 24
+MIXED = 0x5555_5555_5555_5555  # a hash that tells something; others as far from it as a number has bits
 
 
 @pytest.fixture(autouse=True)
@@ -305,7 +306,7 @@ def test_ties_go_by_shard_then_key_then_offset() -> None:
 def test_each_tier_works_on_what_the_one_before_left() -> None:
     """1 is 0's bytes, 2 is nearly 0's hash, 3 is nearly 0's embedding, 4 only near 2's, which has gone by then."""
     vectors = unit([[1, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0.1, 0], [0, 1, 0.1]])
-    frame = frame_of(vectors, sha256=["a", "a", "b", "c", "d"], phash=[0, 0, 7, 2**20 - 1, 2**41 - 1])
+    frame = frame_of(vectors, sha256=["a", "a", "b", "c", "d"], phash=[MIXED ^ bits for bits in (0, 0, 7, 2**20 - 1, 2**41 - 1)])
     found = find_duplicates(frame, eps=0.05, max_distance=3)
     assert found.counts()["dropped"].tolist() == [1, 2, 3]
     table = found.groups()
@@ -346,7 +347,8 @@ def test_rows_that_failed_stay_and_take_no_part() -> None:
 
 
 def test_nothing_to_find() -> None:
-    frame = frame_of(np.eye(5), sha256=[*"abcde"], phash=[0, 2**20 - 1, 2**40 - 1, 2**60 - 1, 2**63 - 2**30])
+    hashes = [MIXED ^ bits for bits in (0, 2**20 - 1, 2**40 - 1, 2**60 - 1, 2**63 - 2**30)]
+    frame = frame_of(np.eye(5), sha256=[*"abcde"], phash=hashes)
     for df in (frame, dd.from_pandas(frame, npartitions=2), frame.iloc[:1], frame.iloc[:0]):
         found = find_duplicates(df, eps=[0.01, 0.1])
         assert found.counts()["dropped"].tolist() == [0, 0, 0, 0]
@@ -363,7 +365,7 @@ def planted_hashes(n: int, seed: int) -> np.ndarray:
     hashes = rng.integers(0, 2**64, n, np.uint64)
     for i in range(n // 2, n):
         flips = rng.choice(64, rng.integers(0, 10), replace=False)
-        of = hashes[rng.integers(0, n // 2)] if i % 3 else np.uint64(0)
+        of = hashes[rng.integers(0, n // 2)] if i % 3 else np.uint64(MIXED)
         hashes[i] = of ^ np.uint64(sum(1 << int(b) for b in flips))
     return hashes
 
@@ -416,9 +418,22 @@ def test_pairs_of_hashes_are_found_once() -> None:
     ids=["uint64", "int64", "hexadecimal", "capitals"],
 )
 def test_kinds_of_hashes(make: Any) -> None:
-    values = [2**64 - 1, None, 2**64 - 2, 2**53 + 1, 2**53, None, 5 << 40]
+    high = MIXED << 1
+    values = [high, None, high ^ 1, MIXED ^ (2**53 + 1), MIXED ^ 2**53, None, MIXED ^ (5 << 40)]
     frame = frame_of([None] * 7, phash=make(values))
     assert groups_by_key(duplicate_groups(frame, max_distance=1)) == {frozenset({0, 2}), frozenset({3, 4})}
+
+
+def test_plain_pictures_of_any_colour_are_no_duplicates() -> None:
+    imagehash = pytest.importorskip("imagehash")
+    from PIL import Image
+
+    colours = ["white", "black", "red", "#123456", "white"]
+    hashes = [str(imagehash.phash(Image.new("RGB", (90, 60), colour))) for colour in colours]
+    assert len(set(hashes)) <= 2  # so the hash does not tell them apart
+    frame = frame_of([None] * 5, phash=hashes, sha256=[*colours[:4], "white"])
+    assert staying(dedup(frame, ["perceptual"])) == staying(frame)
+    assert staying(dedup(frame)) == ["00000", "00001", "00002", "00003"]  # the same bytes are duplicates still
 
 
 # --- a reference ----------------------------------------------------------------------------------
@@ -560,7 +575,7 @@ def test_other_errors() -> None:
 
 @pytest.mark.parametrize("tier", ["exact", "perceptual", "semantic"])
 def test_rows_that_cannot_be_told_apart(tier: str) -> None:
-    frame = frame_of([[1, 0]] * 2, sha256=["a"] * 2, phash=[7, 7], key=["k", "k"], sample_offset=[0, 512])
+    frame = frame_of([[1, 0]] * 2, sha256=["a"] * 2, phash=[MIXED, MIXED], key=["k", "k"], sample_offset=[0, 512])
     assert len(dedup(frame, [tier])) == 1
     with pytest.raises(DedupError, match=r"two rows have shard 'a\.tar', key 'k' and sample_offset 0"):
         dedup(frame.drop(columns="sample_offset"), [tier])
