@@ -23,7 +23,16 @@ from .device import Graphed, full_float32, graphs_problem, is_out_of_memory, rel
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "Encoder", "EncoderSpec", "ModelError", "best_dtype", "load_encoder", "resolve_encoder"]
+__all__ = [
+    "DTYPES",
+    "Encoder",
+    "EncoderSpec",
+    "ModelError",
+    "best_dtype",
+    "load_encoder",
+    "needs_quick_gelu",
+    "resolve_encoder",
+]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -400,7 +409,11 @@ def _load_open_clip(spec: EncoderSpec, device: str) -> Encoder:
                 weights["torch"] = torch.__version__
             with _quiet_open_clip(bool(random)):
                 model = open_clip.create_model(
-                    spec.model, pretrained=pretrained, precision=_precision(spec.dtype), device=device
+                    spec.model,
+                    pretrained=pretrained,
+                    precision=_precision(spec.dtype),
+                    device=device,
+                    force_quick_gelu=needs_quick_gelu(spec.model, spec.pretrained),
                 )
     except Exception as err:
         remedy = (
@@ -430,8 +443,21 @@ def _load_open_clip(spec: EncoderSpec, device: str) -> Encoder:
         "dtype": spec.dtype,
         "preprocess": asdict(preprocess),
         "open_clip": open_clip.__version__,
+        "quick_gelu": bool((open_clip.get_model_config(spec.model) or {}).get("quick_gelu"))
+        or needs_quick_gelu(spec.model, spec.pretrained),
     }
     return Encoder(spec, forward, preprocess, width, device, provenance, model)
+
+
+def needs_quick_gelu(model: str, pretrained: str) -> bool:
+    """Whether published weights were trained with QuickGELU, whatever the model's name says.
+
+    OpenAI's were, and so were those that LAION's heads came from. open_clip 3 builds ``ViT-L-14`` with GELU for all
+    weights, and says of a mismatch only in a warning; embeddings are then not those of the published model.
+    """
+    import open_clip
+
+    return bool((open_clip.get_pretrained_cfg(model, pretrained) or {}).get("quick_gelu"))
 
 
 def _precision(dtype: str) -> str:

@@ -24,7 +24,7 @@ from . import collection, heads, score, shards, starter, weights
 from .backend import get_backend
 from .decode import BadImage, Batch, Decoder, Preprocess, dali_problem
 from .filters import combine, parse_where
-from .models import EncoderSpec, _quiet_open_clip, load_encoder
+from .models import EncoderSpec, _quiet_open_clip, load_encoder, needs_quick_gelu
 from .monitor import Monitor, Progress
 from .planning import choose_heads, choose_model
 from .schema import arrow_schema
@@ -257,6 +257,7 @@ def open_clip_path(spec: EncoderSpec, device: str) -> tuple[Transform, Encode]:
             pretrained=None if random else spec.pretrained or None,
             precision="fp32",
             device=device,
+            force_quick_gelu=needs_quick_gelu(spec.model, spec.pretrained),
         )
     model.eval()
 

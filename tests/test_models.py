@@ -337,6 +337,35 @@ def test_embeddings_of_a_listed_model_are_open_clips(
     assert (cosine > others.max(1).values).all()
 
 
+def test_published_weights_get_the_activation_that_they_were_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenAI's weights by their usual name: open_clip alone would run them with another activation, and only warn.
+
+    The download is replaced by weights that were made here; open_clip itself names them with `-quickgelu`.
+    """
+    torch.manual_seed(0)
+    theirs = open_clip.create_model("ViT-B-32-quickgelu", load_weights=False).eval()
+    torch.save({k: v.half() for k, v in theirs.state_dict().items()}, tmp_path / "openai.pt")
+    theirs.load_state_dict(torch.load(tmp_path / "openai.pt"))
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: str(tmp_path / "openai.pt"))
+    encoder = load_encoder(EncoderSpec("ViT-B-32", "openai", dtype="float32"))
+    assert encoder.provenance["quick_gelu"] is True
+    pixels = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        expected = theirs.encode_image(pixels, normalize=True)
+        other = open_clip.create_model("ViT-B-32", load_weights=False).eval()
+        other.load_state_dict(theirs.state_dict())
+        assert (other.encode_image(pixels, normalize=True) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(encoder(pixels), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("tag", "expected"), [("openai", True), ("laion2b_s34b_b79k", False), ("random:0", False)])
+def test_quick_gelu_goes_by_the_weights(tag: str, expected: bool) -> None:
+    assert models.needs_quick_gelu("ViT-B-32", tag) is expected
+    assert models.needs_quick_gelu("no-such-model", tag) is False
+
+
 def test_an_embedding_does_not_depend_on_the_rest_of_its_batch() -> None:
     """Batch normalisation in training mode would mix them."""
     generator = torch.Generator().manual_seed(0)
