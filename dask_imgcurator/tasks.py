@@ -117,10 +117,20 @@ def _score_shard(url: str, target: str, plan: ScorePlan, provenance: Mapping[str
     for use in plan.heads:
         frame = score.score_partition(frame, use)
     backend = get_backend(plan.read.backend)
-    metadata = {score.METADATA_KEY: json.dumps(provenance, sort_keys=True)}
+    # What a store failed to give may come the next time: such a file is not taken over by a later run.
+    lost = {"unreached": n} if (n := _unreached(frame, url)) else {}
+    metadata = {score.METADATA_KEY: json.dumps({**provenance, **lost}, sort_keys=True)}
     backend.write_parquet(frame, target, metadata, plan.storage_options)
     kept = select(frame, plan.where)
     return {**counts, "errors": len(frame) - _ok(frame), "kept": len(kept)}
+
+
+def _unreached(frame: Any, url: str) -> int:
+    """Rows that a remote file system's errors cost, as `files.RemoteError` words them; damage to the tar is no such."""
+    if files.is_local(url):
+        return 0
+    messages = collection.host_column(frame[frame["status"] == "read_error"], "error_message")
+    return sum(str(message).startswith(f"{url}: ") for message in messages)
 
 
 def _ok(frame: Any) -> int:

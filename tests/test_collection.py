@@ -505,7 +505,7 @@ def test_embed_settles_on_the_client_what_it_can(shards: list[str]) -> None:
 
 def test_the_design_s_example_on_a_cluster(shards: list[str], tmp_path: Path) -> None:
     """Section 2.1 of the design, with the model and the heads that need no download; workers are threads here."""
-    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None):
+    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=":0"):
         df = dic.read_webdataset(shards, backend="pandas")
         df = dic.embed(df, model="starter")
         df = dic.score_aesthetic(df, "aesthetic-starter")

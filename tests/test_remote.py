@@ -245,6 +245,20 @@ def test_a_shard_that_never_comes_is_a_row(s3: S3, client: Any, made: SampleShar
     assert f"({files.ATTEMPTS} attempts)" in row["error_message"]
     assert set(table["shard"]) == {lost, *(p.name for p in made.shards)}
 
+    # The next run takes over the others, and tries this one again.
+    s3.fault = lambda _request: None
+    result = dic.score_shards(
+        "s3://source/*.tar",
+        "s3://target/scores",
+        model="starter",
+        client=client,
+        storage_options=s3.options,
+        out_options=s3.options,
+    )
+    assert (result.shards_taken_over, result.shards_scored) == (len(made.shards), 1)
+    table = scores("s3://target/scores", s3.options)
+    assert "read_error" not in set(table["status"])
+
 
 def test_a_table_that_cannot_be_written_stops_the_run_and_the_next_goes_on(
     s3: S3, client: Any, local: Path, made: SampleShards

@@ -547,7 +547,7 @@ def test_threads_and_a_cluster_come_to_the_same(folder: Path) -> None:
     with dask.config.set(scheduler="threads"):
         assert keys(apply_steps(df, steps)[["shard", "key"]]) == expected
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster),
         dask.config.set(scheduler="distributed"),
     ):
