@@ -11,24 +11,32 @@ from .collection import embed, read_scores, read_webdataset, score_aesthetic, sc
 from .deciding import add_columns, drop_duplicates, export_scores, select_rows
 from .dedup_index import build_index
 from .deduplication import dedup, duplicate_groups, find_duplicates
+from .explorer import explore
 from .exports import export
 from .filters import filter_frame
+from .gallery import show
 from .head_files import save_head
 from .job import curate, score_shards, write_selection
+from .search_index import build_search_index
+from .searching import search
 from .selection import apply_steps, funnel, quantile, sample, top_count, top_fraction
+from .showing import compare_selections, write_report
 from .text_steps import caption_stats, embed_text, score_clip, score_head, score_prompts
 
 __all__ = [
     "add_columns",
     "apply_steps",
     "build_index",
+    "build_search_index",
     "caption_stats",
+    "compare_selections",
     "curate",
     "dedup",
     "drop_duplicates",
     "duplicate_groups",
     "embed",
     "embed_text",
+    "explore",
     "export",
     "export_scores",
     "filter_frame",
@@ -45,11 +53,14 @@ __all__ = [
     "score_nsfw",
     "score_prompts",
     "score_shards",
+    "search",
     "select_rows",
+    "show",
     "start_client",
     "to_webdataset",
     "top_count",
     "top_fraction",
+    "write_report",
     "write_selection",
 ]
 

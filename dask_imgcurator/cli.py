@@ -222,6 +222,18 @@ _where_options = _options(
     click.option("--max-nsfw", metavar="X", type=float, help="Short for --where 'nsfw_score < X'."),
 )
 
+_ranking_options = _options(
+    click.option(
+        "--top",
+        metavar="STEP",
+        multiple=True,
+        help="Of these, the best: '30% by clip_score', '10000 by aesthetic_score'; may be repeated, one after another.",
+    ),
+    click.option(
+        "--sample", metavar="STEP", help="Of what is left, a random part: '10000', '10% seed 1', '20 by cluster'."
+    ),
+)
+
 _pack_options = _options(
     click.option(
         "--max-count",
@@ -342,15 +354,7 @@ def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> Non
 @_scores_argument
 @click.option("--out", required=True, metavar="DIR", help="Folder for the selected rows, itself a score table.")
 @_where_options
-@click.option(
-    "--top",
-    metavar="STEP",
-    multiple=True,
-    help="Of these, the best: '30% by clip_score', '10000 by aesthetic_score'; may be repeated, one after another.",
-)
-@click.option(
-    "--sample", metavar="STEP", help="Of what is left, a random part: '10000', '10% seed 1', '20 by cluster'."
-)
+@_ranking_options
 @_cluster_options
 @_storage_option
 @_quiet_option
@@ -551,6 +555,146 @@ def export_(scores: tuple[str, ...], out: str, format_: str, where: str | None, 
     if not quiet:
         console = summary.stdout()
         console.print(f"{written.rows:,} rows in {len(written.files):,} files: {out}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@_scores_argument
+@click.option("--text", metavar="TEXT", multiple=True, help="What the images show: 'a red car'; may be repeated.")
+@click.option("--image", metavar="FILE", multiple=True, help="Image to find similar ones of; may be repeated.")
+@click.option(
+    "--like",
+    metavar="KEY",
+    multiple=True,
+    help="Row to find others like; SHARD:KEY where several have the key; may be repeated.",
+)
+@click.option("-k", "k", metavar="N", type=click.IntRange(1), default=20, show_default=True, help="Rows for each.")
+@_where_options
+@click.option("--html", metavar="FILE", help="Write a page with the pictures.")
+@click.option("--out", metavar="FILE", help="Write the rows, as its name says: .parquet, .csv or .json.")
+@click.option("--index", metavar="DIR", help="Search by an index of this table: faster for millions of rows.")
+@click.option("--build-index", metavar="DIR", help="Build such an index first, and search by it (needs FAISS).")
+@click.option("--model", metavar="NAME", help="Model of the queries. [default: the one that the table names]")
+@click.option("--pretrained", metavar="TAG|PATH", help="Its weights; a path where they are a checkpoint of your own.")
+@_cluster_options
+@_storage_option
+@_quiet_option
+def search(
+    scores: tuple[str, ...],
+    out: str | None,
+    build_index: str | None,
+    quiet: bool,
+    where: str | None,
+    min_aesthetic: float | None,
+    max_nsfw: float | None,
+    **options: Any,
+) -> None:
+    """Find the images of a score table that are most like a text, an image, or one of its rows.
+
+    \b
+    dask-imgcurator search run/scores --text 'a red car' --html cars.html
+    dask-imgcurator search run/scores --image photo.jpg --where 'width >= 512' -k 50 --out found.parquet
+    dask-imgcurator search run/scores --like 000123456
+    dask-imgcurator search run/scores --build-index run/index
+
+    Several queries are answered one after another. A text needs a model with a text tower: not the starter model.
+    """
+    from .filters import combine
+    from .search_index import build_search_index
+    from .searching import search as run
+
+    asked = any(options[name] for name in ("text", "image", "like"))
+    if not asked and build_index is None:
+        raise click.UsageError("there is nothing to search for: give --text, --image or --like")
+    if out is not None and Path(out).suffix not in (".parquet", ".csv", ".json"):
+        raise click.BadParameter(f"{out!r} must end in .parquet, .csv or .json", param_hint="--out")
+    if build_index is not None:
+        if options["index"] is not None:
+            raise click.UsageError("--index and --build-index: give the one for an index that is there, or the other")
+        built = build_search_index(list(scores), build_index, storage_options=options["storage_options"])
+        options["index"] = build_index
+        if not quiet:
+            summary.print_search_index(built)
+    if not asked:
+        return
+    where = combine(where, min_aesthetic, max_nsfw)
+    with _display(quiet) as monitor:
+        found = run(list(scores), where=where, monitor=monitor, **_given(options))
+    if out is not None:
+        _write_rows(found, out, options["storage_options"])
+    if not quiet:
+        summary.print_search(found, options["html"], out)
+
+
+def _write_rows(found: Any, out: str, storage_options: dict[str, Any] | None) -> None:
+    from .files import write_whole
+
+    with write_whole(out, storage_options) as file:
+        if out.endswith(".parquet"):
+            found.to_parquet(file, index=False)
+        elif out.endswith(".csv"):
+            found.to_csv(file, index=False)
+        else:
+            found.to_json(file, orient="records", force_ascii=False)
+
+
+@cli.command("report")
+@click.argument("scores", nargs=-1, metavar="[SCORES...]")
+@click.option("--out", default="report.html", show_default=True, metavar="FILE", help="The page.")
+@_where_options
+@_ranking_options
+@click.option("--groups", metavar="FILE", help="Duplicates to show side by side: the file that dedup --groups wrote.")
+@click.option(
+    "--compare",
+    nargs=2,
+    metavar="A B",
+    help="Instead, show what only one of two selections keeps: folders that select or dedup wrote, or expressions "
+    "on SCORES.",
+)
+@_cluster_options
+@_storage_option
+@click.option(
+    "--source-options",
+    metavar="JSON",
+    type=_Json(),
+    help="The same for the source shards, from which pictures are made. [default: as --storage-options]",
+)
+@_quiet_option
+def report_(
+    scores: tuple[str, ...],
+    out: str,
+    compare: tuple[str, str] | None,
+    quiet: bool,
+    min_aesthetic: float | None,
+    max_nsfw: float | None,
+    **options: Any,
+) -> None:
+    """Show what a selection keeps and throws away, or two selections side by side: a page that needs nothing else.
+
+    \b
+    dask-imgcurator report run/scores --min-aesthetic 5 --top '30% by clip_score' --out look.html
+    dask-imgcurator report run/scores --groups groups.parquet
+    dask-imgcurator report --compare run/selected run/stricter
+    dask-imgcurator report run/scores --compare 'aesthetic_score >= 5' 'aesthetic_score >= 5.5'
+    """
+    from .filters import combine
+    from .showing import compare_selections, write_report
+
+    where = combine(options.pop("where"), min_aesthetic, max_nsfw)
+    groups, top, sample = (options.pop(name) for name in ("groups", "top", "sample"))
+    if compare and (where or groups or top or sample):
+        raise click.UsageError("--compare takes two selections and nothing else: write conditions into A and B")
+    if not compare and not scores:
+        raise click.UsageError("name a score table, or two selections with --compare A B")
+    with _display(quiet) as monitor:
+        given, place = _placed(options, monitor)
+        if compare:
+            found = compare_selections(*compare, out, list(scores) or None, place=place, **given)
+            words = f"{found.both:,} in both, {found.only_a:,} only in A, {found.only_b:,} only in B: {out}"
+        else:
+            write_report(list(scores), out, where, top=top, sample=sample, groups=groups, place=place, **given)
+            words = f"report: {out}"
+    if not quiet:
+        summary.stdout().print(words, highlight=False, soft_wrap=True)
 
 
 def _placed(options: dict[str, Any], monitor: Monitor) -> tuple[dict[str, Any], Any]:

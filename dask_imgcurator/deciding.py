@@ -16,14 +16,36 @@ from typing import Any
 import dask
 from distributed import Client, as_completed, get_client
 
-from . import collection, dedup_index, deduplication, exports, files, filters, head_files, score, selection, text_steps
+from . import (
+    collection,
+    dedup_index,
+    deduplication,
+    exports,
+    files,
+    filters,
+    head_files,
+    own_heads,
+    score,
+    selection,
+    text_steps,
+)
 from .backend import get_backend, resolve_name
 from .monitor import Monitor
 from .results import Counts
 from .runner import JobError, lend_client
 from .schema import kind_of
 
-__all__ = ["Place", "add_columns", "drop_duplicates", "export_scores", "select_rows"]
+__all__ = [
+    "Place",
+    "Table",
+    "add_columns",
+    "drop_duplicates",
+    "export_scores",
+    "kinds_of_table",
+    "opened",
+    "select_rows",
+    "steps_of",
+]
 
 
 @dataclass(frozen=True)
@@ -52,8 +74,18 @@ class Place:
 
 
 @dataclass(frozen=True)
-class _Table:
-    """An open score table."""
+class Table:
+    """An open score table.
+
+    Attributes
+    ----------
+    urls : list of str
+        Its files.
+    read : ScoreFiles
+        How they are read.
+    df : dask DataFrame
+        A partition a file.
+    """
 
     urls: list[str]
     read: score.ScoreFiles
@@ -67,17 +99,18 @@ class _Table:
 
 
 @contextmanager
-def _opened(scores: collection.URLPath, place: Place, light: bool = True) -> Iterator[_Table]:
+def opened(scores: collection.URLPath, place: Place, light: bool = True) -> Iterator[Table]:
+    """Open a score table, with a Dask client to compute on; `light`: no model will be loaded there."""
     backend = resolve_name(place.backend)
     options = dict(place.storage_options or {})
     urls = collection.score_urls(scores, options)
     schema = score.file_schema(urls[0], options)
     read = score.ScoreFiles(backend, tuple(schema.names), options)
     with lend_client(place.client, place.scheduler, place.n_workers, backend, [], place.monitor, light=light):
-        yield _Table(urls, read, collection.scores_from_files(urls, options, backend))
+        yield Table(urls, read, collection.scores_from_files(urls, options, backend))
 
 
-def _targets(table: _Table, out: str | os.PathLike[str]) -> list[str]:
+def _targets(table: Table, out: str | os.PathLike[str]) -> list[str]:
     """Files of a result, named as those of the table."""
     folder = os.fspath(out)
     targets = [files.join(folder, url.rpartition("/")[2]) for url in table.urls]
@@ -89,7 +122,7 @@ def _targets(table: _Table, out: str | os.PathLike[str]) -> list[str]:
     return targets
 
 
-def _write(df: Any, table: _Table, targets: Sequence[str], note: Mapping[str, Any]) -> list[int]:
+def _write(df: Any, table: Table, targets: Sequence[str], note: Mapping[str, Any]) -> list[int]:
     """Write each partition as a file; returns their rows."""
     parts = df.to_delayed()
     write = dask.delayed(_write_part, pure=False)
@@ -161,15 +194,9 @@ def select_rows(
     ValueError
         If `out` is the score table itself.
     """
-    # Mistakes in what is written are told before anything starts.
-    ranked: list[selection.Step] = [selection.parse_top(t) for t in ([top] if isinstance(top, str) else top)]
-    if sample is not None:
-        ranked.append(selection.parse_sample(sample))
-    with _opened(scores, Place(**place)) as table:
-        steps: list[selection.Step] = []
-        if where is not None:
-            steps.append(filters.parse_where(where, _kinds(table)))
-        steps += ranked
+    ranked = steps_of(top, sample)
+    with opened(scores, Place(**place)) as table:
+        steps = ranked if where is None else [filters.parse_where(where, kinds_of_table(table)), *ranked]
         targets = _targets(table, out)
         settled = selection.settle_steps(table.df, steps)
         counts = _counts(table, steps)
@@ -177,12 +204,19 @@ def select_rows(
     return counts
 
 
-def _kinds(table: _Table) -> dict[str, str]:
+def steps_of(top: str | Sequence[str], sample: str | None) -> list[selection.Step]:
+    """Read the steps of a selection that rank or draw; mistakes in what is written are told before anything starts."""
+    steps: list[selection.Step] = [selection.parse_top(t) for t in ([top] if isinstance(top, str) else top)]
+    return steps if sample is None else [*steps, selection.parse_sample(sample)]
+
+
+def kinds_of_table(table: Table) -> dict[str, str]:
+    """Kind of each column, as `filters.parse_where` wants it."""
     schema = score.file_schema(table.urls[0], table.read.storage_options)
     return {f.name: kind_of(f.type) for f in schema}
 
 
-def _counts(table: _Table, steps: Sequence[selection.Step]) -> Counts:
+def _counts(table: Table, steps: Sequence[selection.Step]) -> Counts:
     by_status: dict[str, int] = {}
     if "status" in table.df.columns:
         found = table.df["status"].value_counts().compute()
@@ -258,7 +292,7 @@ def drop_duplicates(
     eps = options.get("eps", 0.05)
     if not isinstance(eps, int | float) and len(set(eps)) > 1 and (out is not None or index is not None):
         raise ValueError(f"eps={list(eps)}: to drop rows, name one; without a folder to write to, all are counted")
-    with _opened(scores, place) as table:
+    with opened(scores, place) as table:
         df = table.df[table.df["status"] == "ok"] if "status" in table.df.columns else table.df
         targets = _targets(table, out) if out is not None else []
         if table.encoder.get("model") == "starter" and "semantic" in (options.get("tiers") or deduplication.TIERS):
@@ -335,13 +369,15 @@ def add_columns(
         If nothing is asked for, or a text is compared with embeddings of an unknown model.
     """
     place = place or Place()
-    with _opened(scores, place, light=not (clip_score or prompts)) as table:
+    with opened(scores, place, light=not (clip_score or prompts)) as table:
         df, there, added = table.df, set(table.df.columns), {}
         encoder = table.encoder
-        for head in heads:
-            df = text_steps.score_head(df, os.fspath(head))
-            spec = head_files.read_head(head) if isinstance(head, str | os.PathLike) else head
-            added[spec.column] = head_files.provenance(spec)
+        for head in map(own_heads.resolve_head, heads):
+            if head.column in added:
+                raise ValueError(f"two heads give the column {head.column!r}: save one with another column name")
+            if head.column not in there:
+                df = text_steps.score_head(df, head)
+                added[head.column] = head_files.provenance(head)
         if aesthetic_head and "aesthetic_score" not in there:
             df = collection.score_aesthetic(df, aesthetic_head, weights_dir=weights_dir)
             added["aesthetic_score"] = {"head": aesthetic_head}
@@ -415,8 +451,8 @@ def export_scores(
         For an unknown format, rows that it cannot hold, or a mistake in the expression.
     """
     place = place or Place()
-    with _opened(scores, place) as table:
+    with opened(scores, place) as table:
         df = table.df
         if where is not None:
-            df = filters.filter_frame(df, filters.parse_where(where, _kinds(table)).text)
+            df = filters.filter_frame(df, filters.parse_where(where, kinds_of_table(table)).text)
         return exports.export(df, out, format, storage_options=place.storage_options, **options)

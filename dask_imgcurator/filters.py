@@ -522,7 +522,7 @@ def parse_where(text: str, kinds: Mapping[str, str] | None = None) -> Where:
         The expression; it may go over several lines.
     kinds : mapping of str to str, optional
         The columns there are, each as ``"number"``, ``"string"``, ``"boolean"``, ``"list"``, ``"other"`` or
-        ``"unknown"`` (see :func:`kinds_of`). Without it, columns are checked only when a frame is filtered.
+        ``"unknown"`` (see `kinds_of`). Without it, columns are checked only when a frame is filtered.
 
     Returns
     -------

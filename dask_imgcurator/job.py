@@ -17,11 +17,11 @@ from typing import Any
 from distributed import Client, as_completed
 from distributed.scheduler import KilledWorker
 
-from . import collection, files, filters, score, shards, starter, weights, write
+from . import collection, files, filters, score, shards, weights, write
 from .backend import resolve_name
 from .models import ModelError
 from .monitor import Monitor, Progress
-from .planning import choose_heads, choose_model, score_files
+from .planning import choose_heads, choose_model, model_notes, score_files
 from .results import RunResult, Selection
 from .runner import JobError, lend_client, run_tasks
 from .schema import kind_of
@@ -73,12 +73,8 @@ def _plan(urls: Sequence[str], options: ScoreOptions, where: str | None, monitor
             monitor.note(
                 "The starter's nsfw_score stays near 0 for every picture: a condition on it removes next to nothing."
             )
-    if model == "starter":
-        monitor.note(starter.NOTICE)
-    elif str(pretrained).startswith("random"):
-        monitor.note(
-            f"{model} has random weights ({pretrained}): scores mean nothing; this is for benchmarks and tests."
-        )
+    for note in model_notes(model, pretrained):
+        monitor.note(note)
     return plan
 
 
@@ -413,7 +409,7 @@ def curate(
     # Storage options may hold credentials.
     arguments = {k: v for k, v in arguments.items() if not k.endswith("_options")}
     _record(folder, arguments, result, plan.storage_options)
-    report.write_report(folder, tables, where, result, plan.storage_options, plan.read.storage_options)
+    report.write_run_report(folder, tables, where, result, plan.storage_options, plan.read.storage_options)
     return result
 
 

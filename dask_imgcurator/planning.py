@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import socket
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from . import files, heads, score
+from . import files, heads, score, starter
 from .monitor import Monitor
 
-__all__ = ["choose_heads", "choose_model", "score_files"]
+__all__ = ["choose_heads", "choose_model", "model_notes", "score_files"]
 
 
 #: Default model where its weights can be had; elsewhere the starter.
@@ -34,6 +36,29 @@ def choose_model(model: str | None, pretrained: str | None, monitor: Monitor) ->
         f"The weights of {name} ({tag}) are not on this machine and cannot be downloaded: using the model 'starter'."
     )
     return "starter", None
+
+
+def model_notes(model: str | None, pretrained: str | None) -> list[str]:
+    """What a user must know of scores that a model made."""
+    if model == "starter":
+        return [starter.NOTICE]
+    if str(pretrained).startswith("random"):
+        return [f"{model} has random weights ({pretrained}): scores mean nothing; this is for benchmarks and tests."]
+    if model and pretrained and Path(pretrained).is_file() and _has_quick_twin(model):
+        return [
+            f"The checkpoint {Path(pretrained).name} is run with GELU, as {model} is: if it descends from "
+            f"OpenAI's weights, the model is {model}-quickgelu."
+        ]
+    return []
+
+
+def _has_quick_twin(model: str) -> bool:
+    """Whether open_clip lists the architecture with QuickGELU too; without importing it, which takes seconds."""
+    spec = importlib.util.find_spec("open_clip")
+    name = f"{model.replace('/', '-')}-quickgelu.json"
+    return (
+        spec is not None and spec.origin is not None and (Path(spec.origin).parent / "model_configs" / name).is_file()
+    )
 
 
 def _can_have(model: str, tag: str) -> bool:

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -40,12 +40,13 @@ import pandas as pd
 import pyarrow as pa
 
 from .backend import backend_of
-from .cuts import Among, Settled, kept, settle_step, start_of
+from .cuts import Among, Cut, GroupCut, Settled, kept, settle_step, start_of
 from .filters import Where, parse_where
 from .ranks import SelectionError, arrow_type, find_ranks, partitions, tree, value_order
 from .selection_steps import Sample, Step, Ties, Top, expand_steps, parse_sample, parse_step, parse_top, share
 
 __all__ = [
+    "Condition",
     "Sample",
     "SelectionError",
     "Settled",
@@ -58,6 +59,7 @@ __all__ = [
     "parse_top",
     "quantile",
     "sample",
+    "settle_conditions",
     "settle_steps",
     "top_count",
     "top_fraction",
@@ -93,6 +95,51 @@ def settle_steps(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: 
         cut = settle_step(df, settled, step)
         settled = replace(settled, cuts=(*settled.cuts, cut))
     return settled
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition of a selection.
+
+    Attributes
+    ----------
+    cut : Where, Cut or GroupCut
+        Settled in its turn: on what the conditions before it left.
+    alone : Where, Cut or GroupCut
+        Settled by itself.
+    """
+
+    cut: Where | Cut | GroupCut
+    alone: Where | Cut | GroupCut
+
+
+def settle_conditions(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool = True) -> list[Condition]:
+    """Find the bounds that the conditions of a selection come to, each in its turn and by itself.
+
+    Parameters
+    ----------
+    df, steps, ok_only
+        As for `settle_steps`. An expression is split at its top-level ``and``.
+
+    Returns
+    -------
+    list of Condition
+        Without the one on ``status``.
+
+    Raises
+    ------
+    WhereError, SelectionError
+        As `settle_steps` does.
+    """
+    start = sequence = start_of(df, ok_only)
+    found = []
+    for step in expand_steps(steps):
+        for part in step.conjuncts() if isinstance(step, Where) else [step]:
+            cut = settle_step(df, sequence, part)
+            alone = cut if isinstance(part, Where) or sequence == start else settle_step(df, start, part)
+            found.append(Condition(cut, alone))
+            sequence = replace(sequence, cuts=(*sequence.cuts, cut))
+    return found
 
 
 def apply_steps(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool = True) -> Any:
@@ -302,13 +349,10 @@ def funnel(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool =
     Conditions are counted in one pass over the columns that they use; each step that ranks reads its column before,
     once for `alone` and once for `left`.
     """
-    start = sequence = start_of(df, ok_only)
-    alone: list[Any] = []
-    for step in expand_steps(steps):
-        for part in step.conjuncts() if isinstance(step, Where) else [step]:
-            cut = settle_step(df, sequence, part)
-            alone.append(cut if isinstance(part, Where) or sequence == start else settle_step(df, start, part))
-            sequence = replace(sequence, cuts=(*sequence.cuts, cut))
+    start = start_of(df, ok_only)
+    conditions = settle_conditions(df, steps, ok_only=ok_only)
+    alone = [condition.alone for condition in conditions]
+    sequence = replace(start, cuts=(*start.cuts, *(condition.cut for condition in conditions)))
     columns = [name for cut in [*sequence.cuts, *alone] for name in cut.columns] or df.columns[:1]
     rows, left, own = tree(partitions(df, columns), _survivors, _sum, start, sequence.cuts, alone)
     left = [rows, *left]

@@ -7,16 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import collection
+from .backend import get_backend
 from .deciding import Deduplicated
 from .filters import parse_where
 from .parity import ALL, Parity
 from .results import Counts, RunResult, Selection
 from .schema import STATUSES
+from .search_index import SearchIndex
 
 __all__ = [
     "make_table",
@@ -24,6 +28,8 @@ __all__ = [
     "print_kinds",
     "print_parity",
     "print_run",
+    "print_search",
+    "print_search_index",
     "print_selection",
     "stdout",
     "written_line",
@@ -239,3 +245,39 @@ def print_duplicates(found: Deduplicated, out: str | None) -> None:
     console.print(table)
     where = f": {out}" if out is not None else " would be left (name a folder with --out to write them)"
     console.print(f"{found.kept:,} of {found.rows:,} rows{where}", highlight=False, soft_wrap=True)
+
+
+def print_search(found: pd.DataFrame, page: str | None, out: str | None) -> None:
+    """Show what each query found."""
+    console = stdout()
+    rows = get_backend("pandas").to_arrow(found).to_pylist()
+    for number in dict.fromkeys(row["query_number"] for row in rows):
+        own = [row for row in rows if row["query_number"] == number]
+        table = make_table("", "similarity", "key", "shard", "caption")
+        table.title, table.title_justify = Text(_plain(own[0]["query"], 200), style="bold"), "left"
+        for row in own:
+            cells = (_plain(row.get("key"), 60), _plain(row.get("shard"), 300).rpartition("/")[2])
+            caption = _plain(row.get("caption"), 100)
+            table.add_row(str(row["rank"]), f"{row['similarity']:.4f}", *map(Text, (*cells, caption)))
+        console.print(table)
+    if not rows:
+        console.print("nothing was found: no row that may be compared is left", highlight=False)
+    for path in filter(None, (page, out)):
+        console.print(f"written: {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _plain(value: Any, most: int) -> str:
+    """Text of a stranger as it can be shown on a terminal: without control characters."""
+    shown = "".join(c if c.isprintable() else " " for c in str(value or ""))
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
+def print_search_index(index: SearchIndex) -> None:
+    """Show how good an index is."""
+    about = index.about
+    words = (
+        f"index of {about['rows']:,} rows: {index.path}\n"
+        f"it finds {about['recall']:.1%} of the 20 rows most similar to a row, looking into {about['nprobe']:,} of "
+        f"{about['cells']:,} cells"
+    )
+    stdout().print(words, highlight=False, soft_wrap=True, markup=False)

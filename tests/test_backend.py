@@ -493,10 +493,11 @@ PACKAGE = Path(dask_imgcurator.__file__).parent
 
 #: DESIGN.md, section 3: each module may import those that stand before it.
 ORDER = """
-schema config device files remote shards _cpu _gpu backend quality decode isolate weights savedmodel starter plugins
-models text_models text captions heads head_files own_heads score where_syntax filters ranks selection_steps cuts
-selection exports write collection text_steps components neighbours dedup_rows dedup_steps dedup_index duplicates
-deduplication cluster monitor results runner planning tasks deciding parity report verify job samples display
+schema config device files remote shards _cpu _gpu backend quality decode isolate thumbnails page histograms weights
+savedmodel starter plugins models text_models text captions heads head_files own_heads score where_syntax filters
+ranks selection_steps cuts selection exports write collection text_steps components neighbours dedup_rows dedup_steps
+dedup_index duplicates deduplication cluster monitor results runner planning tasks deciding search_rows search_queries
+search_index search_page searching parity survey report comparison showing gallery explorer verify job samples display
 summary doctor cli
 """.split()
 

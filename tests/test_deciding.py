@@ -26,7 +26,7 @@ from dask_imgcurator.selection import SelectionError
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     with (
-        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         yield client
@@ -145,6 +145,34 @@ def test_columns_are_added_without_images(table: Path, made: SampleShards, clien
         dic.add_columns(tmp_path / "more", tmp_path / "x", caption_stats=True, place=Place(client=client))
     with pytest.raises(ValueError, match="starter"):
         dic.add_columns(table, tmp_path / "x", clip_score=True, place=Place(client=client))
+
+
+def test_a_registered_head_is_added_and_its_column_then_left_alone(
+    table: Path, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width = len(read(table).query("status == 'ok'")["embedding"].iloc[0])
+    about = tmp_path / "dic_heads-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: dic-heads\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[dask_imgcurator.heads]\nones = dic_heads:ONES\n")
+    (tmp_path / "dic_heads.py").write_text(f"ONES = {str(tmp_path / 'ones.safetensors')!r}\n")
+    ones = [(np.ones((1, width), np.float32), np.zeros(1, np.float32))]
+    dic.save_head(tmp_path / "ones.safetensors", ones, column="ones_score", name="ones")
+    dic.save_head(tmp_path / "other.safetensors", ones, column="ones_score", name="other")
+    monkeypatch.syspath_prepend(tmp_path)
+    place = Place(client=client)
+    assert dic.add_columns(table, tmp_path / "more", heads=["ones"], place=place) == ["ones_score"]
+    row = next(read(tmp_path / "more").query("status == 'ok'").itertuples())
+    assert row.ones_score == pytest.approx(float(np.sum(row.embedding, dtype=np.float64)), abs=1e-4)
+    for url in (tmp_path / "more").glob("*.parquet"):  # values that no head gives
+        whole = pq.read_table(url)
+        at = whole.schema.get_field_index("ones_score")
+        pq.write_table(whole.set_column(at, whole.schema.field(at), [np.full(len(whole), 7, np.float32)]), url)
+    added = dic.add_columns(tmp_path / "more", tmp_path / "again", heads=["ones"], caption_stats=True, place=place)
+    assert added == ["caption_words", "caption_chars"]
+    assert (read(tmp_path / "again")["ones_score"] == 7).all()
+    with pytest.raises(ValueError, match="two heads give the column 'ones_score'"):
+        dic.add_columns(table, tmp_path / "x", heads=["ones", tmp_path / "other.safetensors"], place=place)
 
 
 def test_other_layouts(table: Path, client: Client, tmp_path: Path) -> None:

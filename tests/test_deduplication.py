@@ -216,7 +216,7 @@ def test_processes_find_what_one_thread_finds() -> None:
     options: dict[str, Any] = {"eps": [0.02, 0.06], "keep": "aesthetic_score", "n_cells": 6}
     alone = find_duplicates(df, **options)
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster,
         Client(cluster),
         dask.config.set(scheduler="distributed"),
     ):
@@ -306,7 +306,8 @@ def test_ties_go_by_shard_then_key_then_offset() -> None:
 def test_each_tier_works_on_what_the_one_before_left() -> None:
     """1 is 0's bytes, 2 is nearly 0's hash, 3 is nearly 0's embedding, 4 only near 2's, which has gone by then."""
     vectors = unit([[1, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0.1, 0], [0, 1, 0.1]])
-    frame = frame_of(vectors, sha256=["a", "a", "b", "c", "d"], phash=[MIXED ^ bits for bits in (0, 0, 7, 2**20 - 1, 2**41 - 1)])
+    hashes = [MIXED ^ bits for bits in (0, 0, 7, 2**20 - 1, 2**41 - 1)]
+    frame = frame_of(vectors, sha256=["a", "a", "b", "c", "d"], phash=hashes)
     found = find_duplicates(frame, eps=0.05, max_distance=3)
     assert found.counts()["dropped"].tolist() == [1, 2, 3]
     table = found.groups()

@@ -6,7 +6,12 @@ import json
 import tarfile
 from pathlib import Path
 
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+
+from dask_imgcurator.head_files import read_head
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 COUNT = 96
@@ -24,23 +29,70 @@ def members(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def ok_rows(scores: Path) -> pd.DataFrame:
+    """Rows of a score table that could be scored, without embeddings, read by pyarrow."""
+    parts = [pq.read_table(path).drop_columns("embedding") for path in sorted(scores.glob("*.parquet"))]
+    table = pa.concat_tables(parts).to_pandas()
+    return table[table["status"] == "ok"].reset_index(drop=True)
+
+
+def keys_of(files: dict[str, bytes]) -> set[str]:
+    return {name.removesuffix(".txt") for name in files if name.endswith(".txt")}
+
+
 def check_quickstart(data: Path) -> None:
-    """Both ways keep the same samples, unchanged; the stricter cut keeps fewer."""
-    source, by_hand, in_one_call, stricter = (
-        members(data / folder) for folder in ("samples", "by_hand", "run/shards", "stricter")
-    )
-    captions = [name for name in by_hand if name.endswith(".txt")]
-    assert COUNT / 4 < len(captions) < COUNT / 1.5
-    assert by_hand == in_one_call
-    assert by_hand.items() < source.items()
-    assert 0 < len(stricter) < len(by_hand)
+    """What is written are the samples above the cut, one of each set of equal bytes, unchanged; a stricter cut keeps
+    fewer."""
+    source, curated, stricter = (members(data / folder) for folder in ("samples", "curated", "stricter"))
+    table = ok_rows(data / "scores")
+    kept = table[
+        (table["aesthetic_score"] >= 5) & (table["blur"] < 0.7) & (table[["width", "height"]].min(axis=1) >= 160)
+    ]
+    keys = keys_of(curated)
+    assert keys <= set(kept["key"])
+    chosen = table[table["key"].isin(keys)]
+    assert chosen["sha256"].is_unique
+    assert not kept["sha256"].is_unique  # there were copies to drop
+    assert COUNT / 8 < len(keys) < COUNT / 1.5
+    assert curated.items() < source.items()
     assert stricter.items() < source.items()
-    assert len(list((data / "run" / "scores").glob("*.parquet"))) == len(list((data / "samples").glob("*.tar")))
-    assert json.loads((data / "run" / "run.json").read_text())["kept"] == len(captions)
-    assert (data / "run" / "report.html").is_file()
+    strict = kept[(kept["aesthetic_score"] >= 5.5) & (kept["ext"] != "webp")]
+    assert keys_of(stricter) == set(strict["key"])
+    assert 0 < len(strict) < len(kept)
+    assert len(list((data / "scores").glob("*.parquet"))) == len(list((data / "samples").glob("*.tar")))
+    page = (data / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    assert "data:image/webp" in page
 
 
-CHECKS = {"quickstart.ipynb": check_quickstart}
+def check_gpu_cluster(data: Path) -> None:
+    """On this machine it ran on what there is; persisted frame and score files agree on what is kept."""
+    table = ok_rows(data / "scores")
+    kept = table[(table["aesthetic_score"] >= 5) & (table["width"] >= 160)]
+    curated = members(data / "curated")
+    assert keys_of(curated) == set(kept["key"])
+    assert 0 < len(kept) < COUNT
+    assert curated.items() < members(data / "samples").items()
+
+
+def check_custom_head(data: Path) -> None:
+    """What the head puts first was spoilt far more often than chance has it, and its file says whose it is."""
+    table = ok_rows(data / "scores_spoilt")
+    spoilt = table["kind"].isin(["blurred", "dark", "noise", "flat"])
+    first = table.sort_values("spoilt_score", ascending=False).index[: int(spoilt.sum())]
+    assert table["spoilt_score"].between(0, 1).all()
+    assert spoilt[first].mean() > 0.8  # of those it was fitted to
+    assert spoilt.mean() < 0.2
+    assert read_head(data / "spoilt.safetensors").embedder == "starter"
+
+
+CHECKS = {
+    "quickstart.ipynb": check_quickstart,
+    "gpu_cluster.ipynb": check_gpu_cluster,
+    "custom_head.ipynb": check_custom_head,
+}
+#: Samples, where a notebook needs more than `COUNT` of them.
+COUNTS = {"custom_head.ipynb": 240}
 
 
 def test_every_notebook_has_its_check() -> None:
@@ -61,13 +113,13 @@ def test_committed_without_outputs(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("nbformat", "nbclient", "ipykernel", "matplotlib", "webdataset", "skimage", "sklearn"):
+    for module in ("nbformat", "nbclient", "ipykernel", "ipywidgets", "webdataset", "skimage", "sklearn"):
         pytest.importorskip(module, reason=f"{module} is not installed (the extras notebook and demo, webdataset)")
     import nbclient
     import nbformat
 
     data = tmp_path / "data"
-    monkeypatch.setenv("IMGCURATOR_COUNT", str(COUNT))
+    monkeypatch.setenv("IMGCURATOR_COUNT", str(COUNTS.get(path.name, COUNT)))
     monkeypatch.setenv("IMGCURATOR_FOLDER", str(data))
     notebook = nbformat.read(path, as_version=4)
     # A cell that raises ends the run with nbclient's CellExecutionError, which shows the cell and its traceback.

@@ -3,226 +3,40 @@
 from __future__ import annotations
 
 import base64
-import io
-import tarfile
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
+import hashlib
+import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pages import HOSTILE, WHERE, Node, Run, colour, encode, make_run, make_tar, picture, read
 from PIL import Image
 
-from dask_imgcurator.report import _LINEAR, _LOG, _PROBABILITY, _Histogram, write_report
+from dask_imgcurator.histograms import KEPT, LINEAR, LOG, OTHER, OWN, PROBABILITY, Histogram
+from dask_imgcurator.report import write_run_report
 from dask_imgcurator.results import RunResult
-
-HOSTILE = '"><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>\u202egnp.exe'
-WHERE = "aesthetic_score >= 5 and width >= 100"
-VOID = {"meta", "img", "input", "link", "br", "hr", "path", "rect"}
-
-
-# --- a small page model ---------------------------------------------------------------------------
-
-
-@dataclass
-class Node:
-    tag: str
-    attrs: dict[str, str | None] = field(default_factory=dict)
-    children: list[Node | str] = field(default_factory=list)
-
-    def all(self, tag: str, **attrs: str) -> list[Node]:
-        out = []
-        for child in self.children:
-            if isinstance(child, Node):
-                if child.tag == tag and all(child.attrs.get(k.strip("_")) == v for k, v in attrs.items()):
-                    out.append(child)
-                out += child.all(tag, **attrs)
-        return out
-
-    @property
-    def text(self) -> str:
-        return "".join(c if isinstance(c, str) else c.text for c in self.children)
-
-    def section(self, name: str) -> Node:
-        (found,) = self.all("section", aria_labelledby=name) or [Node("missing")]
-        return found
-
-    def table(self, caption: str) -> list[list[str]]:
-        (found,) = (t for t in self.all("table") if t.all("caption")[0].text == caption)
-        return [[c.text for c in row.children if isinstance(c, Node)] for row in found.all("tbody")[0].all("tr")]
-
-    def wall(self, title: str) -> list[Node]:
-        """Cards below the heading."""
-        children = [c for c in self.section("pictures").children if isinstance(c, Node)]
-        (at,) = (i for i, c in enumerate(children) if c.tag == "h3" and c.text == title)
-        return children[at + 2].all("li")
-
-    def figure(self, name: str) -> Node:
-        (found,) = (f for f in self.section("scores").all("figure") if f.all("h3")[0].text == name)
-        return found
-
-
-class Reader(HTMLParser):
-    """Builds the tree and refuses an end tag that does not close the tag opened last."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.root = Node("root")
-        self.open = [self.root]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs), f"attribute twice in <{tag}>"
-        node = Node(tag, {k.replace("-", "_"): v for k, v in attrs})
-        self.open[-1].children.append(node)
-        if tag not in VOID:
-            self.open.append(node)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag in VOID
-        self.handle_starttag(tag, attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop().tag == tag, f"</{tag}> closes nothing, line {self.getpos()}"
-
-    def handle_data(self, data: str) -> None:
-        self.open[-1].children.append(data)
-
-
-def read(path: str) -> Node:
-    text = Path(path).read_text(encoding="utf-8")
-    assert text.startswith("<!DOCTYPE html>")
-    reader = Reader()
-    reader.feed(text)
-    reader.close()
-    assert len(reader.open) == 1, f"<{reader.open[-1].tag}> is never closed"
-    return reader.root
-
-
-def picture(image: Node) -> Image.Image:
-    kind, _, data = str(image.attrs["src"]).partition(";base64,")
-    assert kind == "data:image/webp"
-    with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as out:
-        out.load()
-    assert out.format == "WEBP" and max(out.size) <= 160
-    return out
-
-
-# --- a small run ----------------------------------------------------------------------------------
-
-SCHEMA = pa.schema(
-    {"key": pa.string(), "shard": pa.string(), "offset": pa.int64(), "nbytes": pa.int64(), "caption": pa.string()}
-    | {"license": pa.string(), "status": pa.string(), "error_message": pa.string()}
-    | {"width": pa.int32(), "height": pa.int32(), "embedding": pa.list_(pa.float32())}
-    | {"aesthetic_score": pa.float32(), "nsfw_score": pa.float32()}
-)
-
-
-def colour(i: int) -> tuple[int, int, int]:
-    return (i % 4 * 85, i // 4 % 4 * 85, i // 16 % 4 * 85)
-
-
-def make_tar(path: Path, images: list[bytes]) -> list[int]:
-    """Write a tar and return where each member's data begin, as tarfile finds them."""
-    with tarfile.open(path, "w") as tar:
-        for i, data in enumerate(images):
-            info = tarfile.TarInfo(f"{i:03d}.img")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    with tarfile.open(path) as tar:
-        return [member.offset_data for member in tar]
-
-
-def encode(image: Image.Image, kind: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
-
-
-@dataclass
-class Run:
-    """Two shards of 32 pictures of one colour each, the colour telling which."""
-
-    folder: Path
-    tables: list[str]
-    rows: list[dict]
-
-    def result(self, **changes: object) -> RunResult:
-        """Counts by plain Python, in which a missing score fails every condition."""
-        ok = [r for r in self.rows if r["status"] == "ok"]
-        first = [r for r in ok if (r["aesthetic_score"] or 0) >= 5]
-        second = [r for r in ok if r["width"] >= 100]
-        both = [r for r in first if r in second]
-        status = [r["status"] for r in self.rows]
-        values = {
-            "samples": len(self.rows),
-            "by_status": {s: status.count(s) for s in dict.fromkeys(status)},
-            "kept": len(both),
-            "funnel": [
-                {"condition": "aesthetic_score >= 5", "alone": len(first), "left": len(first)},
-                {"condition": "width >= 100", "alone": len(second), "left": len(both)},
-            ],
-            "provenance": {"encoder": {"model": "starter"}, "versions": {"torch": "2"}},
-        }
-        return RunResult(str(self.folder), **(values | changes))
-
-    def page(self, where: str | None = WHERE, **changes: object) -> Node:
-        return read(write_report(str(self.folder), self.tables, where, self.result(**changes), {}))
-
-    @property
-    def kept(self) -> list[dict]:
-        return [r for r in self.rows if r["status"] == "ok" and (r["aesthetic_score"] or 0) >= 5 and r["width"] >= 100]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    rng = np.random.default_rng(7)
-    rows: list[dict] = []
-    tables = []
-    for shard in range(2):
-        kinds = ["JPEG", "PNG", "WEBP", "BMP"]
-        images = [encode(Image.new("RGB", (200 + i, 100), colour(32 * shard + i)), kinds[i % 4]) for i in range(32)]
-        tar = tmp_path / f"{shard}.tar"
-        offsets = make_tar(tar, images)
-        mine = [
-            {
-                "key": f"{shard}/{i:03d}",
-                "shard": str(tar),
-                "offset": offsets[i],
-                "nbytes": len(images[i]),
-                "caption": None if i % 5 == 0 else f"caption {shard} {i}",
-                "license": "CC BY 4.0",
-                "status": "ok",
-                "error_message": None,
-                "width": 50 if i % 9 == 0 else 200 + i,
-                "height": 100,
-                "embedding": [1.0, 0.0],
-                "aesthetic_score": float(np.float32(rng.uniform(3, 7))),
-                "nsfw_score": [0.01, 0.49, 0.5, 0.99, 1e-9, 1.0, 0.0, None][i % 8],
-            }
-            for i in range(32)
-        ]
-        mine[1] |= {"caption": HOSTILE, "key": HOSTILE, "license": HOSTILE, "aesthetic_score": 9.0}
-        mine[2] |= {"aesthetic_score": None}
-        for i in range(3, 10):
-            mine[i] |= {"status": "decode_error", "error_message": HOSTILE, "width": None, "height": None}
-            mine[i] |= {"aesthetic_score": None, "nsfw_score": None, "embedding": None}
-        rows += mine
-        tables.append(str(tmp_path / f"{shard}.parquet"))
-        pq.write_table(pa.Table.from_pylist(mine, schema=SCHEMA), tables[-1])
-    return Run(tmp_path, tables, rows)
+    return make_run(tmp_path)
 
 
 # --- what a stranger may write --------------------------------------------------------------------
 
 
-def test_nothing_from_outside_and_no_script(run: Run):
+def test_nothing_from_outside_and_one_script(run: Run):
     page = run.page(notes=[HOSTILE])
-    every = [n for tag in ("script", "iframe", "object", "link", "base", "form", "a") for n in page.all(tag)]
+    every = [n for tag in ("iframe", "object", "link", "base", "form", "a") for n in page.all(tag)]
     assert every == []
     policies = [m.attrs["content"] for m in page.all("meta", http_equiv="Content-Security-Policy")]
-    assert len(policies) == 1 and "default-src 'none'" in str(policies[0]) and "script-src" not in str(policies[0])
+    (script,) = page.all("script")
+    digest = base64.b64encode(hashlib.sha256(script.text.encode()).digest()).decode()
+    assert script.attrs == {} and len(policies) == 1
+    assert str(policies[0]).startswith(f"default-src 'none'; script-src 'sha256-{digest}'; img-src data:;")
 
     def walk(node: Node) -> None:
         for name, value in node.attrs.items():
@@ -256,7 +70,7 @@ def test_where_and_columns_are_escaped_too(run: Run, tmp_path: Path):
     where = "`<b>&_score` >= 5 and caption != '<script>'"
     page = run.page(where, funnel=[{"condition": where, "alone": 1, "left": 1}], kept=None)
     assert page.figure("<b>&_score").all("text", class_="cut")[0].text == "`<b>&_score` >= 5"
-    assert page.all("script") == page.all("b") == []
+    assert len(page.all("script")) == 1 and page.all("b") == []
 
 
 def test_secrets_of_urls_are_not_shown(run: Run):
@@ -266,7 +80,7 @@ def test_secrets_of_urls_are_not_shown(run: Run):
     table = table.set_column(at, "shard", pa.array([signed] * len(table)))
     failed = table.filter(pa.compute.not_equal(table["status"], "ok"))
     pq.write_table(failed, run.tables[0])
-    text = Path(write_report(str(run.folder), run.tables[:1], None, run.result(), {})).read_text()
+    text = Path(write_run_report(str(run.folder), run.tables[:1], None, run.result(), {})).read_text()
     assert "s3://host/bucket/0.tar" in text
     assert "pa55" not in text and "deadbeef" not in text
 
@@ -291,7 +105,8 @@ def test_funnel_and_counts_are_those_given(run: Run):
         "dropped by the conditions": str(50 - result.kept),
         "failed": "14",
     }
-    widths = [span.attrs["style"] for bar in page.all("span", class_="bar") for span in bar.all("span")]
+    (funnel,) = (t for t in page.all("table") if t.all("caption")[0].text == "What each condition leaves, in order")
+    widths = [span.attrs["style"] for bar in funnel.all("span", class_="bar") for span in bar.all("span")]
     assert widths[-1] == f"width:{100 * result.kept / 64:.2f}%"
 
 
@@ -305,7 +120,7 @@ def test_histogram_counts_every_finite_value(run: Run, name: str):
         return sum(int(str(r.attrs["data_count"])) for r in figure.all("rect", class_=kind))
 
     assert total("in") == len(kept)
-    assert total("out") == len(with_value) - len(kept)
+    assert total("own") + total("out") == len(with_value) - len(kept)
     assert sum(int(row[1]) for row in figure.table(f"Images by {name}")) == len(with_value)
     assert f"{64 - len(with_value)} without a value" in figure.text
 
@@ -315,7 +130,7 @@ def test_values_that_are_no_numbers_are_counted_as_missing(run: Run):
     at = table.schema.get_field_index("nsfw_score")
     odd = pa.array([float("nan"), float("inf"), -float("inf"), *[0.25] * 29], pa.float32())
     pq.write_table(table.set_column(at, "nsfw_score", odd), run.tables[0])
-    figure = read(write_report(str(run.folder), run.tables[:1], None, run.result(), {})).figure("nsfw_score")
+    figure = read(write_run_report(str(run.folder), run.tables[:1], None, run.result(), {})).figure("nsfw_score")
     assert sum(int(row[1]) for row in figure.table("Images by nsfw_score")) == 29
     assert "3 without a value" in figure.text
 
@@ -333,31 +148,86 @@ def test_cut_is_marked_at_its_place(run: Run):
     assert run.page("aesthetic_score >= 5 or width > 3").figure("aesthetic_score").all("path", class_="cut") == []
 
 
-@pytest.mark.parametrize("scale", [_LINEAR, _LOG, _PROBABILITY])
+@pytest.mark.parametrize(("name", "below"), [("aesthetic_score", False), ("nsfw_score", True), ("width", False)])
+def test_slider_and_table_say_what_another_cut_would_keep(run: Run, name: str, below: bool):
+    figure = run.page().figure(name)
+    (box,) = figure.all("div", class_="try")
+    assert "hidden" in box.attrs  # until the script shows it
+    ok = [r for r in run.rows if r[name] is not None]
+    others = [r for r in ok if (name == "width" or r["width"] >= 100)]
+    others = [r for r in others if name == "aesthetic_score" or (r["aesthetic_score"] or 0) >= 5]
+
+    def kept(rows: list[dict], cut: float) -> int:
+        # The axis of probabilities ends at 1e-10 and 1 - 1e-8.
+        values = [min(max(r[name], 1e-10), 1 - 1e-8) if below else r[name] for r in rows]
+        return sum(v < cut if below else v >= cut for v in values)
+
+    tries = json.loads(str(box.attrs["data_tries"]))
+    assert len(tries) > 5
+    low, high = (f(r[name] for r in ok) for f in (min, max))
+    for value, _, alone, both in tries:
+        cut = float(value.replace(",", ""))
+        near = abs(cut) * 2e-3 + 1e-12  # the cut is shown in few digits
+        counts = [int(words.split()[at]) for words, at in ((alone, 0), (both, -1))]
+        for rows, count in zip((ok, others), counts, strict=True):
+            assert min(kept(rows, cut - near), kept(rows, cut + near)) <= count
+            assert count <= max(kept(rows, cut - near), kept(rows, cut + near))
+        assert alone.split()[2] == str(len(ok)) and low * 0.5 - 1 <= cut <= high * 1.1
+    table = figure.table(f"Images by {name}")
+    ends = table[-1] if below else table[0]
+    assert ends[-2:] == [str(len(ok)), str(len(others))]  # the last cut, or the first, keeps all
+
+
+def test_dropped_images_are_counted_once_by_what_they_fail(run: Run):
+    where = "aesthetic_score >= 5 and width >= 100 and nsfw_score < 0.5"
+    ok = [r for r in run.rows if r["status"] == "ok"]
+    failed = Counter(
+        (
+            (r["aesthetic_score"] or 0) < 5,
+            r["width"] < 100,
+            not (r["nsfw_score"] is not None and r["nsfw_score"] < 0.5),
+        )
+        for r in ok
+    )
+    del failed[False, False, False]
+    texts = where.split(" and ")
+    expected = {
+        ("only " if sum(fails) == 1 else "") + " and ".join(t for t, f in zip(texts, fails, strict=True) if f): str(n)
+        for fails, n in failed.items()
+    }
+    rows = run.page(where, kept=None).section("selection")
+    assert rows.tag == "missing"  # nothing was selected, so nothing is said of it
+    kept = len(ok) - sum(failed.values())
+    page = run.page(where, kept=kept)
+    assert {r[0]: r[1] for r in page.table("What the dropped images fail: each is counted once")} == expected
+    assert len(expected) >= 5
+
+
+@pytest.mark.parametrize("scale", [LINEAR, LOG, PROBABILITY])
 @pytest.mark.parametrize("first", [1, 100, 1000])
 def test_histogram_in_batches_equals_numpy(scale, first: int):
     # The first batch is narrow, so that what follows lies outside of the first bins, on both sides.
     rng = np.random.default_rng(first)
     values = np.concatenate([rng.uniform(0.30, 0.31, first), rng.uniform(0.001, 0.999, 3000), [np.nan, np.inf]])
-    values = values * 1000 if scale is _LOG else values
-    kept = rng.random(len(values)) < 0.3
-    histogram = _Histogram(scale)
+    values = values * 1000 if scale is LOG else values
+    fates = rng.integers(0, 3, len(values))
+    histogram = Histogram(scale)
     for part in (slice(0, first), slice(first, 2000), slice(2000, None)):
-        histogram.add(values[part], kept[part])
+        histogram.add(values[part], fates[part])
     edges, bars = histogram.bars([])
     finite = np.isfinite(values)
     x = scale.forward(values[finite])
     assert 20 <= len(edges) - 1 <= 40
-    for side in (0, 1):
-        expected, _ = np.histogram(x[kept[finite] == side], edges)
-        assert bars[side].tolist() == expected.tolist()
+    for fate in (OTHER, OWN, KEPT):
+        expected, _ = np.histogram(x[fates[finite] == fate], edges)
+        assert bars[fate].tolist() == expected.tolist()
     assert bars.sum() == finite.sum() and histogram.missing == 2
     assert abs(scale.forward(histogram.median()) - np.median(x)) < (x.max() - x.min()) / 500
 
 
 def test_one_value_only():
-    histogram = _Histogram(_LINEAR)
-    histogram.add(np.full(10, 5.0), np.ones(10, bool))
+    histogram = Histogram(LINEAR)
+    histogram.add(np.full(10, 5.0), np.full(10, KEPT))
     edges, bars = histogram.bars([4.0])
     assert edges[0] <= 4.0 and edges[-1] > 5.0 and bars.sum() == 10
 
@@ -395,9 +265,9 @@ def test_walls_hold_the_right_rows(run: Run):
 
     by_score = sorted(scored, key=lambda r: r["aesthetic_score"])
     assert shown("Worst") == keys(by_score)
-    assert shown("Just kept") == keys([r for r in by_score if r in run.kept])
+    assert shown("Just kept by aesthetic_score >= 5") == keys([r for r in by_score if r in run.kept])[:6]
     below = [r for r in reversed(by_score) if r["aesthetic_score"] < 5 and r["width"] >= 100]
-    assert shown("Just dropped") == keys(below) and len(below) > 3
+    assert shown("Just dropped by aesthetic_score >= 5") == keys(below)[:6] and len(below) > 3
     best = [r for r in reversed(by_score) if r in run.kept]
     assert shown("Best kept")[2:] == keys(best)[2:]  # the two hostile rows share a score
     assert set(shown("Random dropped")) <= set(keys_of(dropped)) and len(shown("Random dropped")) == 12
@@ -459,7 +329,7 @@ def test_odd_pictures(tmp_path: Path):
     for upright in (False, True):
         made = {"decode": {"adjust_orientation": upright}}
         result = RunResult(str(tmp_path), 5, {"ok": 5}, 5, provenance=made)
-        page = read(write_report(str(tmp_path), [str(tmp_path / "odd.parquet")], None, result, {}))
+        page = read(write_run_report(str(tmp_path), [str(tmp_path / "odd.parquet")], None, result, {}))
         shown = [picture(card.all("img")[0]) for card in page.wall("Best kept")]
         assert len(shown) == 5
         tall = shown[0].height > shown[0].width
@@ -476,22 +346,26 @@ def test_page_is_bounded(tmp_path: Path):
     long = '"' * 5000
     rows = [
         {"key": long, "shard": str(tmp_path / "noise.tar"), "offset": o, "nbytes": len(d), "status": "ok"}
-        | {"aesthetic_score": float(i), "caption": long}
+        | {"aesthetic_score": float(i), "caption": long, **{f"{c}_score": float(i) for c in "abcdefg"}}
         for i, (o, d) in enumerate(zip(offsets, images, strict=True))
     ]
     rows += [{**rows[0], "status": f"strange {i}", "error_message": long} for i in range(20)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "noise.parquet")
     result = RunResult(str(tmp_path), 100, {"ok": 80, "strange 1": 20}, 40)
-    url = write_report(str(tmp_path), [str(tmp_path / "noise.parquet")], "aesthetic_score >= 40", result, {})
-    assert Path(url).stat().st_size < 3_000_000
-    assert len(read(url).section("pictures").all("img")) == 72  # every wall is full
+    where = "aesthetic_score >= 40 and " + " and ".join(f"{c}_score >= 40" for c in "abcdefg")
+    url = write_run_report(str(tmp_path), [str(tmp_path / "noise.parquet")], where, result, {})
+    assert Path(url).stat().st_size < 4_000_000
+    # Best, worst and random walls are full, and those just above each of six cuts; none is dropped by one alone.
+    assert len(read(url).section("pictures").all("img")) == 4 * 12 + 6 * 6
 
 
 # --- the rest -------------------------------------------------------------------------------------
 
 
 def test_notice_stands_before_the_counts(run: Run):
-    text = Path(write_report(str(run.folder), run.tables, WHERE, run.result(notes=["only a preview"]), {})).read_text()
+    text = Path(
+        write_run_report(str(run.folder), run.tables, WHERE, run.result(notes=["only a preview"]), {})
+    ).read_text()
     assert text.index("only a preview") < text.index("<h2")
     assert len(read(str(run.folder / "report.html")).all("p", role="note")) == 1
 
@@ -517,11 +391,13 @@ def test_embeddings_are_not_read(run: Run):
 
 def test_batches_make_no_difference(run: Run, monkeypatch: pytest.MonkeyPatch):
     whole = run.page()
-    monkeypatch.setattr("dask_imgcurator.report._BATCH", 7)
+    monkeypatch.setattr("dask_imgcurator.survey._BATCH", 7)
     parts = run.page()
-    for title in ("Best kept", "Worst", "Just kept", "Just dropped", "Random kept", "Random dropped"):
+    cut = "by aesthetic_score >= 5"
+    for title in ("Best kept", "Worst", f"Just kept {cut}", f"Just dropped {cut}", "Random kept", "Random dropped"):
         assert [c.text for c in parts.wall(title)] == [c.text for c in whole.wall(title)]
-    assert parts.section("errors").text == whole.section("errors").text
+    for name in ("errors", "selection"):
+        assert parts.section(name).text == whole.section(name).text
 
 
 def test_nothing_selected(run: Run):
@@ -533,10 +409,10 @@ def test_nothing_selected(run: Run):
 def test_no_scores_and_no_tables(tmp_path: Path):
     pq.write_table(pa.table({"key": ["a"], "shard": ["x.tar"], "status": ["no_image"]}), tmp_path / "a.parquet")
     result = RunResult(str(tmp_path), 1, {"no_image": 1}, 0)
-    page = read(write_report(str(tmp_path), [str(tmp_path / "a.parquet")], None, result, {}))
+    page = read(write_run_report(str(tmp_path), [str(tmp_path / "a.parquet")], None, result, {}))
     assert page.table("no_image: the first 1 of 1") == [["a", "x.tar", ""]]
     assert "There is no readable image" in page.text
-    page = read(write_report(str(tmp_path), [], None, RunResult(str(tmp_path), kept=0), {}))
+    page = read(write_run_report(str(tmp_path), [], None, RunResult(str(tmp_path), kept=0), {}))
     assert "every sample was readable" in page.text
 
 
@@ -547,6 +423,6 @@ def test_other_file_systems(run: Run):
     for i, url in enumerate(run.tables):
         fs.pipe_file(f"/report/scores/{i}.parquet", Path(url).read_bytes())
     tables = [f"memory://report/scores/{i}.parquet" for i in range(2)]
-    url = write_report("memory://report", tables, WHERE, run.result(), {})
+    url = write_run_report("memory://report", tables, WHERE, run.result(), {})
     assert url == "memory://report/report.html"
     assert fs.cat_file("/report/report.html").startswith(b"<!DOCTYPE html>")
