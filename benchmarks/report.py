@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import selection
+from selection import peak
 
 import dask_imgcurator as dic
 from dask_imgcurator.samples import make_sample_shards
@@ -49,11 +49,6 @@ def write_table(folder: Path, rows: int, pictures: pa.Table) -> None:
             at = table.schema.get_field_index(name)
             table = table.set_column(at, table.schema.field(at), chosen[name].cast(table.schema.field(at).type))
         pq.write_table(table, path, compression="zstd")
-
-
-def peak() -> float:
-    """Peak memory of this process, MB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
 def ask(page: str, scores: str, out: str) -> dict[str, Any]:

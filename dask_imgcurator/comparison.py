@@ -83,6 +83,13 @@ def _ids(table: pa.Table) -> np.ndarray:
     return row_ids(frame)
 
 
+def _found(ids: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Which ids are among others, which are sorted: (n,) bool."""
+    if not len(among):
+        return np.zeros(len(ids), bool)
+    return among[np.minimum(np.searchsorted(among, ids), len(among) - 1)] == ids
+
+
 @dataclass
 class Compared:
     """What two selections have in common, and what not.
@@ -158,11 +165,11 @@ def compare_sides(a: Side, b: Side, storage_options: Mapping[str, Any] | None = 
     random = np.random.default_rng(_SEED)
     wanted = {*page.ROW, *shown}
     for table in a.kept(wanted, options):
-        both = np.isin(_ids(table), ids[1])
+        both = _found(_ids(table), ids[1])
         out.both, out.only_a = out.both + int(both.sum()), out.only_a + int((~both).sum())
         _take(out, table, np.where(both, KEPT, OWN), rank, random)
     for table in b.kept(wanted, options):
-        alone = ~np.isin(_ids(table), ids[0])
+        alone = ~_found(_ids(table), ids[0])
         out.only_b += int(alone.sum())
         _take(out, table.filter(pa.array(alone)), np.full(alone.sum(), OTHER), rank, random)
     return out

@@ -87,7 +87,9 @@ def search_page(
         picture = _query_image(query, upright, storage_options) if query.kind == "image" else ""
         if number in own:
             picture = page.wall([(own[number], "")], images, scores[1:])
-        label = page.url(query.label) if query.kind == "image" else page.text(query.label, 1000)
+        # Of a file its name alone: a page is passed on, and a path may tell who made it.
+        name = query.label.partition("?")[0].rpartition("/")[2] if query.kind == "image" else query.label
+        label = page.text(name, 1000)
         content = f"<p>{_KINDS[query.kind]}: <strong>{label}</strong></p>\n{picture}"
         if best:
             content += page.wall([(row, f"<strong>{row['rank']}.</strong> ") for row in best], images, scores)

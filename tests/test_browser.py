@@ -55,6 +55,7 @@ def report(run: Run) -> Path:
     out = run.folder / "all.html"
     dic.write_report(scores, out, "width >= 100", top="60% by aesthetic_score", groups=groups)
     dic.compare_selections("width >= 100", "aesthetic_score >= 5", run.folder / "compared.html", scores)
+    dic.search(scores, embedding=[1.0, 0.0], k=12, html=run.folder / "found.html")
     return out
 
 
@@ -83,7 +84,7 @@ def visit(browser: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("theme", "width"), THEMES, ids=lambda v: str(v))
-@pytest.mark.parametrize("name", ["all.html", "compared.html"])
+@pytest.mark.parametrize("name", ["all.html", "compared.html", "found.html"])
 def test_axe_finds_no_fault(visit: Any, report: Path, name: str, theme: str, width: int) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     page = visit(report.with_name(name), theme, width)

@@ -389,6 +389,8 @@ def test_the_page_shows_the_query_and_what_it_found(starter_table: Path, client:
     assert "Query 1" in page.text and "Query 2" in page.text
     assert f"{found['similarity'][1]:.5g}" in page.text
     assert "starter model is a preview" in page.text
+    assert "Image: q.img" in page.text
+    assert str(tmp_path) not in page.text
 
 
 def test_hostile_texts_stay_text(clip_table: Path, client: Client, tmp_path: Path) -> None:

@@ -372,6 +372,35 @@ def benchmark_selection() -> str:
     return table(header, rows)
 
 
+def benchmark_report() -> str:
+    """Pages about tables of several sizes."""
+    rows = []
+    for _, record in _records():
+        for found in record.get("sizes", []):
+            for page in ("report", "comparison"):
+                if page in found:
+                    one = found[page]
+                    figures = f"{one['seconds']:.1f} s", f"{one['peak_mb']:,.0f} MB (idle {one['idle_mb']:,.0f})"
+                    rows.append((f"{found['rows']:,}", page, *figures, f"{one['bytes'] / 1e3:,.0f} kB", one["pictures"]))
+    return table(["rows", "page", "time", "memory", "size of the page", "pictures in it"], rows)
+
+
+def benchmark_search() -> str:
+    """Searches of one table, in three ways."""
+    rows = []
+    for _, record in _records():
+        for found in (t for t in record.get("tables", []) if "exact" in t):
+            asked = f"{found['rows']:,} × 512, {found['queries']} × {found['k']} rows"
+            for way in ("exact", "numpy", "index", "build"):
+                one, note = found[way], ""
+                if way == "numpy":
+                    note = f"{one['reading_seconds']:.1f} s of it reading; same rows: {found['same_as_numpy']}"
+                elif way == "index":
+                    note = f"recall {found['recall']:.1%}, {found['index_bytes'] / 1e6:,.0f} MB"
+                rows.append((asked, way, f"{one['seconds']:.1f} s", f"{one['peak_mb']:,.0f} MB", note))
+    return table(["table, queries", "way", "time", "memory", ""], rows)
+
+
 def benchmark_dedup() -> str:
     """Semantic duplicates above 20,000 rows: how many pairs the cells let through."""
     rows = []
@@ -414,6 +443,8 @@ GENERATORS: Mapping[str, Callable[[], str]] = {
     "benchmark-large-shard": benchmark_large_shard,
     "benchmark-selection": benchmark_selection,
     "benchmark-dedup": benchmark_dedup,
+    "benchmark-report": benchmark_report,
+    "benchmark-search": benchmark_search,
 }
 
 
