@@ -21,6 +21,9 @@ __all__ = ["cli", "main"]
 
 USAGE, FAILED = 2, 1
 
+#: Commands that take over what an earlier run finished.
+_RESUMING = ("curate", "score", "write", "demo")
+
 
 # --- errors ---------------------------------------------------------------------------------------
 
@@ -37,12 +40,18 @@ class _Failure(click.ClickException):
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Turn the errors that a user can mend into a line and an exit code."""
+def _plain_errors(resumes: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn the errors that a user can mend into a line and an exit code.
+
+    `resumes` says whether the command that failed goes on from what is finished when it is given again.
+    """
     from .backend import BackendError
     from .runner import JobError
     from .weights import WeightsError
     from .write import WriteError
+
+    def kept() -> str:
+        return "\nWhat is finished is kept: the same command goes on from there." if resumes() else ""
 
     try:
         yield
@@ -50,7 +59,7 @@ def _plain_errors() -> Iterator[None]:
         command = err.ctx.command_path if err.ctx else "dask-imgcurator"
         raise _Failure(f"{err.format_message()} (see {command} --help)", USAGE) from None
     except (JobError, WeightsError, WriteError) as err:
-        raise _Failure(f"{err}\nWhat is finished is kept: the same command goes on from there.", FAILED) from None
+        raise _Failure(f"{err}{kept()}", FAILED) from None
     except (
         BackendError,
         FileNotFoundError,
@@ -63,7 +72,7 @@ def _plain_errors() -> Iterator[None]:
     except OSError as err:
         raise _Failure(_text(err), FAILED) from None
     except KeyboardInterrupt:
-        raise _Failure("stopped. What is finished is kept: the same command goes on from there.", FAILED) from None
+        raise _Failure(f"stopped.{kept().replace(chr(10), ' ')}", FAILED) from None
 
 
 def _text(err: BaseException) -> str:
@@ -83,7 +92,7 @@ class _Group(click.Group):
 
         with contextlib.suppress(ValueError):  # Only the main thread may set it.
             signal.signal(signal.SIGTERM, stop)
-        with _plain_errors():
+        with _plain_errors(lambda: ctx.invoked_subcommand in _RESUMING):
             return super().invoke(ctx)
 
 
@@ -252,22 +261,31 @@ _pack_options = _options(
     ),
 )
 
-_cluster_options = _options(
-    click.option(
-        "--backend",
-        type=click.Choice(["auto", "cudf", "pandas"]),
-        help="Where to compute. [default: auto, a GPU where there is one]",
-    ),
-    click.option(
-        "--scheduler", metavar="ADDRESS", help="Run on a Dask cluster: the address of its scheduler, tcp://host:8786."
-    ),
-    click.option(
-        "--n-workers",
-        metavar="N",
-        type=click.IntRange(1),
-        help="Worker processes on this machine. [default: one a GPU; on a CPU one a core with 4 GB]",
-    ),
-)
+
+def _cluster(workers: str) -> Callable[[Any], Any]:
+    """Options that say where a command runs; `workers` is what --n-workers defaults to."""
+    return _options(
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "cudf", "pandas"]),
+            help="Where to compute. [default: auto, a GPU where there is one]",
+        ),
+        click.option(
+            "--scheduler",
+            metavar="ADDRESS",
+            help="Run on a Dask cluster: the address of its scheduler, tcp://host:8786.",
+        ),
+        click.option(
+            "--n-workers",
+            metavar="N",
+            type=click.IntRange(1),
+            help=f"Worker processes on this machine. [default: {workers}]",
+        ),
+    )
+
+
+_cluster_options = _cluster("one a GPU; on a CPU one a core with 4 GB")
+_light_options = _cluster("none: threads of this process do")
 
 _resume_option = click.option(
     "--resume/--no-resume",
@@ -355,7 +373,7 @@ def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> Non
 @click.option("--out", required=True, metavar="DIR", help="Folder for the selected rows, itself a score table.")
 @_where_options
 @_ranking_options
-@_cluster_options
+@_light_options
 @_storage_option
 @_quiet_option
 def select(
@@ -462,7 +480,7 @@ def write(
 )
 @click.option("--index", metavar="DIR", help="Save an index of what is left, for --against.")
 @click.option("--groups", metavar="FILE", help="Write the groups to a Parquet file: who, kept by whom, how similar.")
-@_cluster_options
+@_light_options
 @_storage_option
 @_quiet_option
 def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[float, ...], **options: Any) -> None:
@@ -499,7 +517,7 @@ def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[floa
 @click.option("--aesthetic-head", metavar="NAME", help="A published head, where there is no aesthetic_score yet.")
 @click.option("--nsfw-head", metavar="NAME", help="A published head, where there is no nsfw_score yet.")
 @click.option("--weights-dir", metavar="DIR", help="Folder with the published heads.")
-@_cluster_options
+@_cluster("none: threads of this process do; for texts as in score")
 @_storage_option
 @_quiet_option
 def add(scores: tuple[str, ...], out: str, quiet: bool, prompts: tuple[str, ...], **options: Any) -> None:
@@ -537,7 +555,7 @@ def add(scores: tuple[str, ...], out: str, quiet: bool, prompts: tuple[str, ...]
     help="Whose layout.",
 )
 @click.option("--where", metavar="EXPR", help="Only the rows that the expression takes.")
-@_cluster_options
+@_light_options
 @_storage_option
 @_quiet_option
 def export_(scores: tuple[str, ...], out: str, format_: str, where: str | None, quiet: bool, **options: Any) -> None:
@@ -575,7 +593,7 @@ def export_(scores: tuple[str, ...], out: str, format_: str, where: str | None, 
 @click.option("--build-index", metavar="DIR", help="Build such an index first, and search by it (needs FAISS).")
 @click.option("--model", metavar="NAME", help="Model of the queries. [default: the one that the table names]")
 @click.option("--pretrained", metavar="TAG|PATH", help="Its weights; a path where they are a checkpoint of your own.")
-@_cluster_options
+@_light_options
 @_storage_option
 @_quiet_option
 def search(
@@ -650,7 +668,7 @@ def _write_rows(found: Any, out: str, storage_options: dict[str, Any] | None) ->
     help="Instead, show what only one of two selections keeps: folders that select or dedup wrote, or expressions "
     "on SCORES.",
 )
-@_cluster_options
+@_light_options
 @_storage_option
 @click.option(
     "--source-options",

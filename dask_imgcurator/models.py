@@ -407,7 +407,7 @@ def _load_open_clip(spec: EncoderSpec, device: str) -> Encoder:
                 torch.manual_seed(int(random[1]))
                 pretrained = None
                 weights["torch"] = torch.__version__
-            with _quiet_open_clip(bool(random)):
+            with _quiet_open_clip():
                 model = open_clip.create_model(
                     spec.model,
                     pretrained=pretrained,
@@ -465,17 +465,16 @@ def _precision(dtype: str) -> str:
 
 
 class _quiet_open_clip:
-    """Keep open_clip from warning of random weights that were asked for; it says so through the root logger."""
+    """Keep open_clip and its downloads from logging: of random weights that were asked for, or each of a dozen tries.
 
-    def __init__(self, active: bool) -> None:
-        self.active = active
+    What fails is told by the error.
+    """
 
     def __enter__(self) -> None:
         import logging
 
         self.disabled = logging.root.manager.disable
-        if self.active:
-            logging.disable(logging.WARNING)
+        logging.disable(logging.ERROR)
 
     def __exit__(self, *_: object) -> None:
         import logging

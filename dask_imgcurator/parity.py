@@ -248,7 +248,7 @@ def open_clip_path(spec: EncoderSpec, device: str) -> tuple[Transform, Encode]:
         return open_clip.transform.image_transform_v2(cfg, is_train=False), ours
 
     random = re.fullmatch(r"random:(\d+)", spec.pretrained)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _quiet_open_clip(bool(random)):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _quiet_open_clip():
         warnings.simplefilter("ignore")
         if random:
             torch.manual_seed(int(random[1]))
