@@ -109,7 +109,8 @@ figcaption, summary { font-size: .85rem } summary { cursor: pointer }
 """
 
 _LISTS_CSS = """
-.groups { list-style: none; margin: .5rem 0; padding: 0; display: grid; gap: .8rem }
+.groups { list-style: none; margin: .5rem 0; padding: 0; display: grid; gap: .8rem 1.2rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)) }
 .groups > li { border-left: .3rem solid var(--line); padding-left: .7rem }
 .try { margin: .5rem 0 0 } .try label { display: block } .try input { width: 100%; accent-color: var(--in) }
 .try output { display: block; font-variant-numeric: tabular-nums } svg .moved { stroke: var(--text); stroke-width: 1.5 }

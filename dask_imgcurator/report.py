@@ -235,13 +235,13 @@ def _members(
 
 def _member_mark(member: Any) -> str:
     if member.kept:
-        return '<span class="yes">stays</span> '
+        return '<span class="yes">stays</span><br>'
     words = [str(member.tier)]
     if pd.notna(member.similarity):
         words.append(f"cosine {member.similarity:.4f}")
     if pd.notna(member.distance):
         words.append(f"{member.distance} bits apart")
-    return f'<span class="no">goes</span> {page.text(", ".join(words))} '
+    return f'<span class="no">goes</span> {page.text(", ".join(words))}<br>'
 
 
 def _groups(
