@@ -18,7 +18,7 @@ from .dedup_rows import row_ids
 from .histograms import KEPT, LINEAR, LOWER_IS_BETTER, OTHER, OWN, SCALES, Histogram
 from .schema import kind_of
 from .selection import Condition
-from .survey import Wall, read_batches
+from .survey import Wall, floats, read_batches
 from .thumbnails import make_thumbnails
 
 __all__ = ["Compared", "Side", "compare_sides", "render_comparison"]
@@ -176,21 +176,16 @@ def compare_sides(a: Side, b: Side, storage_options: Mapping[str, Any] | None = 
 
 
 def _take(out: Compared, table: pa.Table, fates: np.ndarray, rank: str | None, random: np.random.Generator) -> None:
-    def column(name: str) -> np.ndarray:
-        if name not in table.column_names:
-            return np.full(table.num_rows, np.nan)
-        return np.asarray(table[name].cast(pa.float64(), safe=False).to_numpy(), np.float64)
-
     def row(i: int) -> dict[str, Any]:
         names = [c for c in (*page.ROW, *out.scores) if c in table.column_names]
         return {c: table[c][i].as_py() for c in names}
 
     for name, histogram in out.histograms.items():
-        histogram.add(column(name), fates)
+        histogram.add(floats(table, name), fates)
     chance = random.random(table.num_rows)
     for side, fate in (("A", OWN), ("B", OTHER)):
         if rank is not None:
-            order = column(rank) * (1 if rank in LOWER_IS_BETTER else -1)
+            order = floats(table, rank) * (1 if rank in LOWER_IS_BETTER else -1)
             out.walls[f"best {side}"].offer(order, fates == fate, row)
             out.walls[f"worst {side}"].offer(-order, fates == fate, row)
         out.walls[f"random {side}"].offer(chance, fates == fate, row)

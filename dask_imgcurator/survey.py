@@ -25,7 +25,7 @@ from .ranks import ValueOrder
 from .schema import kind_of
 from .selection import Condition
 
-__all__ = ["Survey", "Wall", "read_batches", "survey"]
+__all__ = ["Survey", "Wall", "floats", "read_batches", "survey"]
 
 _BATCH = 16_384  # rows of a score file in memory at a time
 _WALL = 12  # pictures of a wall
@@ -173,7 +173,7 @@ class Survey:
         masks = self._masks(table, ok)
         kept_rows = np.logical_and.reduce([ok, *masks])
         self.rows, self.kept = self.rows + n, self.kept + int(kept_rows.sum())
-        values = {name: _floats(table, name) for name in self.histograms}
+        values = {name: floats(table, name) for name in self.histograms}
         for name, histogram in self.histograms.items():
             own = [m.part for m in self.marks if m.column == name]
             others = np.logical_and.reduce([ok, *(m for i, m in enumerate(masks) if i not in own)])
@@ -219,14 +219,15 @@ class Survey:
             left = left & mask
             self.alone[i] += (alone & ok).sum()
             self.left[i] += left.sum()
-            bits |= (~mask).astype(np.int64) << min(i, 62)
+            bits |= (~mask).astype(np.int64) << min(i, 62)  # those beyond the 63rd are told as one
             masks.append(mask)
         found, counts = np.unique(bits[ok], return_counts=True)
         self.failed.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
         return masks
 
 
-def _floats(table: pa.Table, name: str) -> np.ndarray:
+def floats(table: pa.Table, name: str) -> np.ndarray:
+    """A column as (n,) float64, NaN where it has no value; all NaN where the table lacks it."""
     if name not in table.column_names:
         return np.full(table.num_rows, np.nan)
     return np.asarray(table[name].cast(pa.float64(), safe=False).to_numpy(), np.float64)
