@@ -381,7 +381,8 @@ def benchmark_report() -> str:
                 if page in found:
                     one = found[page]
                     figures = f"{one['seconds']:.1f} s", f"{one['peak_mb']:,.0f} MB (idle {one['idle_mb']:,.0f})"
-                    rows.append((f"{found['rows']:,}", page, *figures, f"{one['bytes'] / 1e3:,.0f} kB", one["pictures"]))
+                    size = f"{one['bytes'] / 1e3:,.0f} kB"
+                    rows.append((f"{found['rows']:,}", page, *figures, size, one["pictures"]))
     return table(["rows", "page", "time", "memory", "size of the page", "pictures in it"], rows)
 
 
