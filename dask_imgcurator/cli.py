@@ -50,8 +50,8 @@ def _plain_errors(resumes: Callable[[], bool] = lambda: False) -> Iterator[None]
     from .weights import WeightsError
     from .write import WriteError
 
-    def kept() -> str:
-        return "\nWhat is finished is kept: the same command goes on from there." if resumes() else ""
+    def kept(space: str) -> str:
+        return f"{space}What is finished is kept: the same command goes on from there." if resumes() else ""
 
     try:
         yield
@@ -59,7 +59,7 @@ def _plain_errors(resumes: Callable[[], bool] = lambda: False) -> Iterator[None]
         command = err.ctx.command_path if err.ctx else "dask-imgcurator"
         raise _Failure(f"{err.format_message()} (see {command} --help)", USAGE) from None
     except (JobError, WeightsError, WriteError) as err:
-        raise _Failure(f"{err}{kept()}", FAILED) from None
+        raise _Failure(f"{err}{kept(chr(10))}", FAILED) from None
     except (
         BackendError,
         FileNotFoundError,
@@ -72,7 +72,7 @@ def _plain_errors(resumes: Callable[[], bool] = lambda: False) -> Iterator[None]
     except OSError as err:
         raise _Failure(_text(err), FAILED) from None
     except KeyboardInterrupt:
-        raise _Failure(f"stopped.{kept().replace(chr(10), ' ')}", FAILED) from None
+        raise _Failure(f"stopped.{kept(' ')}", FAILED) from None
 
 
 def _text(err: BaseException) -> str:
@@ -706,7 +706,9 @@ def report_(
     with _display(quiet) as monitor:
         given, place = _placed(options, monitor)
         if compare:
-            found = compare_selections(*compare, out, list(scores) or None, place=place, **given)
+            found = compare_selections(
+                *compare, out, list(scores) or None, storage_options=place.storage_options, **given
+            )
             words = f"{found.both:,} in both, {found.only_a:,} only in A, {found.only_b:,} only in B: {out}"
         else:
             write_report(list(scores), out, where, top=top, sample=sample, groups=groups, place=place, **given)

@@ -15,10 +15,10 @@ from . import histograms, page
 from ._cpu import from_arrow
 from .cuts import kept
 from .dedup_rows import row_ids
-from .histograms import KEPT, LINEAR, LOWER_IS_BETTER, OTHER, OWN, SCALES, Histogram
+from .histograms import KEPT, LINEAR, OTHER, OWN, SCALES, Histogram
 from .schema import kind_of
 from .selection import Condition
-from .survey import Wall, floats, read_batches
+from .survey import FIRST, Rank, Wall, floats, read_batches
 from .thumbnails import make_thumbnails
 
 __all__ = ["Compared", "Side", "compare_sides", "render_comparison"]
@@ -114,14 +114,12 @@ class Compared:
     scores: list[str] = field(default_factory=list)
 
 
-def _walls(rank: str | None) -> dict[str, Wall]:
-    low = rank in LOWER_IS_BETTER
-    best, worst = ("lowest", "highest") if low else ("highest", "lowest")
+def _walls(rank: Rank | None) -> dict[str, Wall]:
     walls = {}
     for side in "AB":
         if rank is not None:
-            walls[f"best {side}"] = Wall(f"Only in {side}: best", f"The {best} {rank}.")
-            walls[f"worst {side}"] = Wall(f"Only in {side}: worst", f"The {worst} {rank}.")
+            walls[f"best {side}"] = Wall(f"Only in {side}: best", f"The {rank.best}.")
+            walls[f"worst {side}"] = Wall(f"Only in {side}: worst", f"The {rank.worst}.")
         walls[f"random {side}"] = Wall(f"Only in {side}: random", f"Drawn at random (seed {_SEED}).")
     walls["both"] = Wall("In both: random", f"Drawn at random (seed {_SEED}).")
     return walls
@@ -154,13 +152,12 @@ def compare_sides(a: Side, b: Side, storage_options: Mapping[str, Any] | None = 
     options = storage_options or {}
     ids = [np.sort(np.concatenate([np.zeros(0, np.uint64), *map(_ids, s.kept(set(), options))])) for s in (a, b)]
     numbers = [f.name for s in (a, b) for f in s.schema if kind_of(f.type) == "number"]
-    first = ["aesthetic_score", "clip_score", "nsfw_score"]
-    names = [*first, *(n for n in numbers if n.endswith("_score")), "width", "height"]
+    names = [*FIRST, *(n for n in numbers if n.endswith("_score")), "width", "height"]
     names += [n for s in (a, b) for n in sorted(s.columns)]
     shown = [n for n in dict.fromkeys(names) if n in numbers]
     out = Compared(histograms={n: Histogram(SCALES.get(n, LINEAR)) for n in shown})
     out.scores = [n for n in shown if n not in ("width", "height")]
-    rank = next((n for n in first if n in out.scores), next(iter(out.scores), None))
+    rank = Rank(out.scores[0]) if out.scores else None
     out.walls = _walls(rank)
     random = np.random.default_rng(_SEED)
     wanted = {*page.ROW, *shown}
@@ -175,7 +172,7 @@ def compare_sides(a: Side, b: Side, storage_options: Mapping[str, Any] | None = 
     return out
 
 
-def _take(out: Compared, table: pa.Table, fates: np.ndarray, rank: str | None, random: np.random.Generator) -> None:
+def _take(out: Compared, table: pa.Table, fates: np.ndarray, rank: Rank | None, random: np.random.Generator) -> None:
     def row(i: int) -> dict[str, Any]:
         names = [c for c in (*page.ROW, *out.scores) if c in table.column_names]
         return {c: table[c][i].as_py() for c in names}
@@ -185,7 +182,7 @@ def _take(out: Compared, table: pa.Table, fates: np.ndarray, rank: str | None, r
     chance = random.random(table.num_rows)
     for side, fate in (("A", OWN), ("B", OTHER)):
         if rank is not None:
-            order = floats(table, rank) * (1 if rank in LOWER_IS_BETTER else -1)
+            order = rank.order(floats(table, rank.column))
             out.walls[f"best {side}"].offer(order, fates == fate, row)
             out.walls[f"worst {side}"].offer(-order, fates == fate, row)
         out.walls[f"random {side}"].offer(chance, fates == fate, row)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import dask
+import pyarrow as pa
 from distributed import Client, as_completed, get_client
 
 from . import (
@@ -33,7 +34,7 @@ from .backend import get_backend, resolve_name
 from .monitor import Monitor
 from .results import Counts
 from .runner import JobError, lend_client
-from .schema import kind_of
+from .schema import kinds_of_schema
 
 __all__ = [
     "Place",
@@ -41,7 +42,6 @@ __all__ = [
     "add_columns",
     "drop_duplicates",
     "export_scores",
-    "kinds_of_table",
     "opened",
     "select_rows",
     "steps_of",
@@ -85,11 +85,14 @@ class Table:
         How they are read.
     df : dask DataFrame
         A partition a file.
+    schema : pyarrow.Schema
+        Of the first file.
     """
 
     urls: list[str]
     read: score.ScoreFiles
     df: Any
+    schema: pa.Schema
 
     @property
     def encoder(self) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def opened(scores: collection.URLPath, place: Place, light: bool = True) -> Iter
     schema = score.file_schema(urls[0], options)
     read = score.ScoreFiles(backend, tuple(schema.names), options)
     with lend_client(place.client, place.scheduler, place.n_workers, backend, [], place.monitor, light=light):
-        yield Table(urls, read, collection.scores_from_files(urls, options, backend))
+        yield Table(urls, read, collection.scores_from_files(urls, options, backend), schema)
 
 
 def _targets(table: Table, out: str | os.PathLike[str]) -> list[str]:
@@ -196,7 +199,7 @@ def select_rows(
     """
     ranked = steps_of(top, sample)
     with opened(scores, Place(**place)) as table:
-        steps = ranked if where is None else [filters.parse_where(where, kinds_of_table(table)), *ranked]
+        steps = ranked if where is None else [filters.parse_where(where, kinds_of_schema(table.schema)), *ranked]
         targets = _targets(table, out)
         settled = selection.settle_steps(table.df, steps)
         counts = _counts(table, steps)
@@ -208,12 +211,6 @@ def steps_of(top: str | Sequence[str], sample: str | None) -> list[selection.Ste
     """Read the steps of a selection that rank or draw; mistakes in what is written are told before anything starts."""
     steps: list[selection.Step] = [selection.parse_top(t) for t in ([top] if isinstance(top, str) else top)]
     return steps if sample is None else [*steps, selection.parse_sample(sample)]
-
-
-def kinds_of_table(table: Table) -> dict[str, str]:
-    """Kind of each column, as `filters.parse_where` wants it."""
-    schema = score.file_schema(table.urls[0], table.read.storage_options)
-    return {f.name: kind_of(f.type) for f in schema}
 
 
 def _counts(table: Table, steps: Sequence[selection.Step]) -> Counts:
@@ -454,5 +451,5 @@ def export_scores(
     with opened(scores, place) as table:
         df = table.df
         if where is not None:
-            df = filters.filter_frame(df, filters.parse_where(where, kinds_of_table(table)).text)
+            df = filters.filter_frame(df, filters.parse_where(where, kinds_of_schema(table.schema)).text)
         return exports.export(df, out, format, storage_options=place.storage_options, **options)

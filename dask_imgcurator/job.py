@@ -24,7 +24,7 @@ from .monitor import Monitor, Progress
 from .planning import choose_heads, choose_model, model_notes, score_files
 from .results import RunResult, Selection
 from .runner import JobError, lend_client, run_tasks
-from .schema import kind_of
+from .schema import kinds_of_schema
 from .tasks import ScorePlan, describe, locate_kept, score_shard, write_kept
 from .weights import WeightsError
 
@@ -319,7 +319,7 @@ def _open_scores(
     read = _score_reader(urls, resolve_name(backend), storage_options)
     if where is not None:
         schema = score.file_schema(urls[0], storage_options)
-        filters.parse_where(where, {f.name: kind_of(f.type) for f in schema})
+        filters.parse_where(where, kinds_of_schema(schema))
     return urls, read
 
 

@@ -400,6 +400,7 @@ def _load_open_clip(spec: EncoderSpec, device: str) -> Encoder:
     weights = _weights(spec)
     random = _RANDOM.fullmatch(spec.pretrained)
     pretrained: str | None = spec.pretrained or None
+    quick = needs_quick_gelu(spec.model, spec.pretrained)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
@@ -413,7 +414,7 @@ def _load_open_clip(spec: EncoderSpec, device: str) -> Encoder:
                     pretrained=pretrained,
                     precision=_precision(spec.dtype),
                     device=device,
-                    force_quick_gelu=needs_quick_gelu(spec.model, spec.pretrained),
+                    force_quick_gelu=quick,
                 )
     except Exception as err:
         remedy = (
@@ -443,8 +444,7 @@ def _load_open_clip(spec: EncoderSpec, device: str) -> Encoder:
         "dtype": spec.dtype,
         "preprocess": asdict(preprocess),
         "open_clip": open_clip.__version__,
-        "quick_gelu": bool((open_clip.get_model_config(spec.model) or {}).get("quick_gelu"))
-        or needs_quick_gelu(spec.model, spec.pretrained),
+        "quick_gelu": quick or bool((open_clip.get_model_config(spec.model) or {}).get("quick_gelu")),
     }
     return Encoder(spec, forward, preprocess, width, device, provenance, model)
 

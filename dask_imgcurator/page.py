@@ -196,9 +196,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> s
     )
 
 
-def card(
-    row: Mapping[str, Any], uri: str | None, scores: Sequence[str], mark: str = "", veil: bool | None = None
-) -> str:
+def card(row: Mapping[str, Any], uri: str | None, scores: Sequence[str], mark: str = "") -> str:
     """A picture with what is known of it, as an item of a `wall`.
 
     Parameters
@@ -211,26 +209,25 @@ def card(
         Columns whose values are shown.
     mark : str
         HTML to begin the text with.
-    veil : bool, optional
-        Whether the picture is blurred until it is clicked; by default where ``nsfw_score`` is from `NSFW` up, or is
-        missing where there is a column for it.
 
     Returns
     -------
     str
-        HTML.
+        HTML. The picture is blurred until it is clicked where ``nsfw_score`` is from `NSFW` up, or is missing where
+        there is a column for it.
     """
     nsfw = row.get("nsfw_score")
     caption = text(row.get("caption") or "")
     name = caption or f"image {text(row.get('key'))}, without caption"
-    picture = f'<img src="{uri}" alt="{name}" title="{caption}">'
+    # A score that is missing where there is a column for it says nothing good.
+    veiled = "nsfw_score" in row and not (nsfw is not None and nsfw < NSFW)
+    # Where a page is shown without its styles, one pixel tells nothing.
+    pixel = 'width="1" height="1" ' if veiled else ""
+    picture = f'<img {pixel}src="{uri}" alt="{name}" title="{caption}">'
     if uri is None:
         why = row.get("error_message") or "no picture: its bytes cannot be read or decoded here"
-        picture, veil = f'<p class="gone">{text(why, 120)}</p>', False
-    # A score that is missing where there is a column for it says nothing good.
-    if veil if veil is not None else "nsfw_score" in row and not (nsfw is not None and nsfw < NSFW):
-        # Where a page is shown without its styles, one pixel tells nothing.
-        picture = picture.replace("<img ", '<img width="1" height="1" ')
+        picture = f'<p class="gone">{text(why, 120)}</p>'
+    elif veiled:
         picture = (
             f'<label class="veil"><input type="checkbox" aria-label="Show this picture (NSFW {number(nsfw)})">'
             f"{picture}<span>NSFW {number(nsfw)}: show</span></label>"

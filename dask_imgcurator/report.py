@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from . import files, filters, histograms, page, score
 from .schema import STATUSES
-from .selection import Condition
+from .selection import conditions_of
 from .survey import Survey, read_batches, survey
 from .thumbnails import Place, make_thumbnails
 
@@ -393,8 +393,8 @@ def write_run_report(
         If a score file cannot be read, or the page not be written.
     """
     schema = score.file_schema(tables[0], storage_options) if tables else pa.schema([])
-    parts = filters.parse_where(where).conjuncts() if where else []
-    found = survey(tables, schema, [Condition(part, part) for part in parts], storage_options)
+    conditions = conditions_of(filters.parse_where(where) if where else None)
+    found = survey(tables, schema, conditions, storage_options)
     title = folder.rstrip("/").rpartition("/")[2] or folder
     subject = Subject(
         title,

@@ -12,7 +12,17 @@ from typing import Literal
 
 import pyarrow as pa
 
-__all__ = ["COLUMNS", "STATUSES", "Column", "arrow_schema", "columns_of", "is_ours", "kind_of", "missing_columns"]
+__all__ = [
+    "COLUMNS",
+    "STATUSES",
+    "Column",
+    "arrow_schema",
+    "columns_of",
+    "is_ours",
+    "kind_of",
+    "kinds_of_schema",
+    "missing_columns",
+]
 
 Step = Literal["read", "embed", "measure", "aesthetic", "nsfw", "text"]
 Kind = Literal["number", "string", "boolean", "list", "other"]
@@ -123,6 +133,11 @@ def kind_of(type_: pa.DataType) -> Kind:
     if pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_):
         return "list"
     return "other"
+
+
+def kinds_of_schema(schema: pa.Schema) -> dict[str, Kind]:
+    """Kind of each column of a table, as `filters.parse_where` wants it."""
+    return {field.name: kind_of(field.type) for field in schema}
 
 
 def is_ours(name: str, type_: pa.DataType) -> bool:

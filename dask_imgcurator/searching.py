@@ -21,9 +21,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from . import collection, filters, starter
+from . import collection, filters
 from .backend import backend_of, get_backend, is_dask, resolve_name
 from .deciding import Place
+from .planning import model_notes
 from .ranks import IDENTITY, partitions, tree
 from .runner import lend_client
 from .search_index import SearchIndex, open_search_index
@@ -411,6 +412,7 @@ def _write_page(
     first = scores[0] if _are_paths(scores) else scores
     named = isinstance(first, str | os.PathLike)
     title = os.fspath(first).partition("?")[0].rstrip("/").rpartition("/")[2] if named else "a table"
+    encoder = table.made.get("encoder", {})
     owners = {number: query.own for number, query in enumerate(queries) if query.own is not None}
     own = dict(zip(owners, _rows(table, list(owners.values())).to_pylist(), strict=True))
     write_search_page(
@@ -418,7 +420,7 @@ def _write_page(
         found,
         queries,
         title,
-        [starter.NOTICE] if table.made.get("encoder", {}).get("model") == "starter" else [],
+        model_notes(encoder.get("model"), encoder.get("pretrained")),
         own=own,
         upright=bool(table.made.get("decode", {}).get("adjust_orientation")),
         source_options=table.storage_options if source_options is None else source_options,

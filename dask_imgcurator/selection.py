@@ -53,6 +53,7 @@ __all__ = [
     "Step",
     "Top",
     "apply_steps",
+    "conditions_of",
     "funnel",
     "parse_sample",
     "parse_step",
@@ -111,6 +112,11 @@ class Condition:
 
     cut: Where | Cut | GroupCut
     alone: Where | Cut | GroupCut
+
+
+def conditions_of(where: Where | None) -> list[Condition]:
+    """The conditions of an expression, split at its top-level ``and``: there is nothing to settle."""
+    return [Condition(part, part) for part in where.conjuncts()] if where is not None else []
 
 
 def settle_conditions(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool = True) -> list[Condition]:

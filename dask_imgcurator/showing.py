@@ -10,8 +10,9 @@ from typing import Any
 import pandas as pd
 
 from . import collection, comparison, files, filters, report, score, selection
-from .deciding import Place, Table, kinds_of_table, opened, steps_of
+from .deciding import Place, opened, steps_of
 from .planning import model_notes
+from .schema import kinds_of_schema
 from .survey import survey
 
 __all__ = ["compare_selections", "write_report"]
@@ -85,14 +86,14 @@ def write_report(
     options = dict(place.storage_options or {})
     shown = _read_groups(groups, options)
     with opened(scores, place) as table:
-        conditions = _conditions(table, where, ranked)
-        schema = score.file_schema(table.urls[0], options)
-        found = survey(table.urls, schema, conditions, options)
+        steps = [] if where is None else [filters.parse_where(where, kinds_of_schema(table.schema))]
+        conditions = selection.settle_conditions(table.df, [*steps, *ranked])
+        found = survey(table.urls, table.schema, conditions, options)
         funnel = [
             {"condition": c.cut.text, "alone": int(alone), "left": int(left)}
             for c, alone, left in zip(conditions, found.alone, found.left, strict=True)
         ]
-        provenance, notes = _provenance(table)
+        provenance, notes = _provenance(table.urls, options)
         subject = report.Subject(
             _title(scores),
             found.rows,
@@ -115,8 +116,8 @@ def compare_selections(
     out: str | os.PathLike[str],
     scores: collection.URLPath | None = None,
     *,
+    storage_options: Mapping[str, Any] | None = None,
     source_options: Mapping[str, Any] | None = None,
-    place: Place | None = None,
 ) -> comparison.Compared:
     """Write a page that shows what two selections have in common, and what only one of them keeps.
 
@@ -128,10 +129,10 @@ def compare_selections(
         The HTML file.
     scores : str, path, or sequence of them, optional
         Score table that expressions are on.
+    storage_options : mapping, optional
+        For the fsspec file systems of the tables and of `out`.
     source_options : mapping, optional
         For the fsspec file systems of the source shards, from which thumbnails are made; by default as for the tables.
-    place : Place, optional
-        Where it runs.
 
     Returns
     -------
@@ -152,9 +153,8 @@ def compare_selections(
     """
     target = os.fspath(out)
     _check_target(target)
-    place = replace(place or Place(), backend="pandas")
-    options = dict(place.storage_options or {})
-    (left, said), (right, more) = (_side(item, scores, place) for item in (a, b))
+    options = dict(storage_options or {})
+    (left, said), (right, more) = (_side(item, scores, options) for item in (a, b))
     notes = list(dict.fromkeys([*said, *more]))
     found = comparison.compare_sides(left, right, options)
     html = comparison.render_comparison(left, right, found, _or(source_options, options), notes)
@@ -184,21 +184,15 @@ def _title(scores: collection.URLPath) -> str:
     return shown[0] if len(shown) == 1 else f"{shown[0]} and {len(shown) - 1} more"
 
 
-def _conditions(table: Table, where: str | None, ranked: Sequence[selection.Step]) -> list[selection.Condition]:
-    steps = list(ranked) if where is None else [filters.parse_where(where, kinds_of_table(table)), *ranked]
-    return selection.settle_conditions(table.df, steps)
-
-
-def _provenance(table: Table) -> tuple[dict[str, Any], list[str]]:
-    """What the table's scores depend on, and what a reader must know first."""
-    options = table.read.storage_options
-    made = [score.file_provenance(url, options) or {} for url in table.urls]
+def _provenance(urls: Sequence[str], storage_options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What a table's scores depend on, and what a reader must know first."""
+    made = [score.file_provenance(url, storage_options) or {} for url in urls]
     # What differs from file to file by nature says nothing of the whole.
     provenance = {k: v for k, v in made[0].items() if all(m.get(k) == v for m in made)}
-    encoder = table.encoder
+    encoder = made[0].get("encoder", {})
     notes = model_notes(encoder.get("model"), encoder.get("pretrained"))
     others = {str(m.get("encoder", {}).get("model")) for m in made} - {str(encoder.get("model"))}
-    if others or any(m.get("encoder", {}) != made[0].get("encoder", {}) for m in made):
+    if others or any(m.get("encoder", {}) != encoder for m in made):
         names = ", ".join(sorted({str(encoder.get("model")), *others}))
         notes.append(f"The files of this table were not all made by the same model and weights ({names}).")
     if not encoder:
@@ -207,24 +201,23 @@ def _provenance(table: Table) -> tuple[dict[str, Any], list[str]]:
 
 
 def _side(
-    item: str | os.PathLike[str], scores: collection.URLPath | None, place: Place
+    item: str | os.PathLike[str], scores: collection.URLPath | None, storage_options: Mapping[str, Any]
 ) -> tuple[comparison.Side, list[str]]:
     """One selection of two: a score table, or an expression on `scores`."""
-    name = os.fspath(item)
+    name, where = os.fspath(item), None
     try:
-        urls = collection.score_urls(name, place.storage_options)
+        urls = collection.score_urls(name, storage_options)
     except (FileNotFoundError, NotADirectoryError):
-        urls = None
-    if urls is None and scores is None:
-        raise FileNotFoundError(f"no score table at {name!r}: an expression needs the score table that it is on")
-    source, where = (name, None) if urls is not None else (scores, name)
-    assert source is not None
-    with opened(source, place) as table:
-        conditions = _conditions(table, where, [])
-        provenance, notes = _provenance(table)
-        schema = score.file_schema(table.urls[0], table.read.storage_options)
-        steps = provenance.get("selected", {}).get("steps", []) if where is None else []
-        return comparison.Side(name, table.urls, schema, conditions, steps), notes
+        if scores is None:
+            raise FileNotFoundError(
+                f"no score table at {name!r}: an expression needs the score table that it is on"
+            ) from None
+        urls, where = collection.score_urls(scores, storage_options), name
+    schema = score.file_schema(urls[0], storage_options)
+    parsed = None if where is None else filters.parse_where(where, kinds_of_schema(schema))
+    provenance, notes = _provenance(urls, storage_options)
+    steps = provenance.get("selected", {}).get("steps", []) if where is None else []
+    return comparison.Side(name, urls, schema, selection.conditions_of(parsed), steps), notes
 
 
 def _read_groups(

@@ -17,6 +17,7 @@ from . import collection
 from .backend import get_backend
 from .deciding import Deduplicated
 from .filters import parse_where
+from .page import plain
 from .parity import ALL, Parity
 from .results import Counts, RunResult, Selection
 from .schema import STATUSES
@@ -254,22 +255,16 @@ def print_search(found: pd.DataFrame, page: str | None, out: str | None) -> None
     for number in dict.fromkeys(row["query_number"] for row in rows):
         own = [row for row in rows if row["query_number"] == number]
         table = make_table("", "similarity", "key", "shard", "caption")
-        table.title, table.title_justify = Text(_plain(own[0]["query"], 200), style="bold"), "left"
+        table.title, table.title_justify = Text(plain(own[0]["query"], 200), style="bold"), "left"
         for row in own:
-            cells = (_plain(row.get("key"), 60), _plain(row.get("shard"), 300).rpartition("/")[2])
-            caption = _plain(row.get("caption"), 100)
+            cells = (plain(row.get("key"), 60), plain(row.get("shard"), 300).rpartition("/")[2])
+            caption = plain(row.get("caption"), 100)
             table.add_row(str(row["rank"]), f"{row['similarity']:.4f}", *map(Text, (*cells, caption)))
         console.print(table)
     if not rows:
         console.print("nothing was found: no row that may be compared is left", highlight=False)
     for path in filter(None, (page, out)):
         console.print(f"written: {path}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _plain(value: Any, most: int) -> str:
-    """Text of a stranger as it can be shown on a terminal: without control characters."""
-    shown = "".join(c if c.isprintable() else " " for c in str(value or ""))
-    return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
 def print_search_index(index: SearchIndex) -> None:

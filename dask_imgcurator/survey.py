@@ -25,7 +25,7 @@ from .ranks import ValueOrder
 from .schema import kind_of
 from .selection import Condition
 
-__all__ = ["Survey", "Wall", "floats", "read_batches", "survey"]
+__all__ = ["FIRST", "Rank", "Survey", "Wall", "floats", "read_batches", "survey"]
 
 _BATCH = 16_384  # rows of a score file in memory at a time
 _WALL = 12  # pictures of a wall
@@ -33,6 +33,9 @@ _EDGE = 6  # of a wall beside a cut
 _EDGES = 6  # cuts with such walls
 _EXAMPLES = 5  # rows shown of each kind of error
 _SEED = 0
+
+#: Scores that come before others; by the first there is, images are ranked.
+FIRST = ("aesthetic_score", "clip_score", "nsfw_score")
 
 _MEASURES = ("brightness", "contrast", "blur", "entropy", "colourfulness")
 _SIZES = ("width", "height")
@@ -63,6 +66,33 @@ def _mark(condition: Condition, part: int) -> Mark | None:
 
 
 # --- rows worth a picture -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The column by which images are the best and the worst.
+
+    Attributes
+    ----------
+    column : str
+        Name of the column.
+    """
+
+    column: str
+
+    @property
+    def best(self) -> str:
+        """What the best have, in words."""
+        return f"{'lowest' if self.column in LOWER_IS_BETTER else 'highest'} {self.column}"
+
+    @property
+    def worst(self) -> str:
+        """What the worst have, in words."""
+        return f"{'highest' if self.column in LOWER_IS_BETTER else 'lowest'} {self.column}"
+
+    def order(self, values: np.ndarray) -> np.ndarray:
+        """Values of the column, (n,) float64, so that the smallest is the best."""
+        return values if self.column in LOWER_IS_BETTER else -values
 
 
 @dataclass
@@ -134,13 +164,12 @@ class Survey:
         numbers = {f.name for f in schema if kind_of(f.type) == "number"}
         marks = [_mark(condition, i) for i, condition in enumerate(self.conditions)]
         self.marks = [m for m in marks if m is not None and m.column in numbers]
-        first = ["aesthetic_score", "clip_score", "nsfw_score"]
-        scores = [*first, *(n for n in schema.names if n.endswith("_score"))]
+        scores = [*FIRST, *(n for n in schema.names if n.endswith("_score"))]
         names = [*scores, *_MEASURES, *_SIZES, *(m.column for m in self.marks)]
         self.histograms = {n: Histogram(SCALES.get(n, LINEAR)) for n in dict.fromkeys(names) if n in numbers}
         shown = {*scores, *(m.column for m in self.marks)} - set(_SIZES)
         self.scores = [n for n in self.histograms if n in shown]
-        self.rank = next((n for n in [*first, *self.scores] if n in numbers), None)
+        self.rank = Rank(self.scores[0]) if self.scores else None
         self.wanted = {*page.ROW, "sample_offset", *self.histograms}
         self.wanted |= {name for c in self.conditions for cut in (c.cut, c.alone) for name in cut.columns}
         self.examples: dict[str, list[dict[str, Any]]] = {}
@@ -152,15 +181,16 @@ class Survey:
         self.walls = self._empty_walls()
 
     def _empty_walls(self) -> dict[str, Wall]:
-        low = self.rank in LOWER_IS_BETTER
-        best, worst = ("lowest", "highest") if low else ("highest", "lowest")
-        walls = {"best": Wall("Best kept", f"The {best} {self.rank} among the kept.")}
+        walls = {}
+        if self.rank is not None:
+            walls["best"] = Wall("Best kept", f"The {self.rank.best} among the kept.")
         for mark in self.marks[:_EDGES]:
             inside = f"Closest to the cut {mark.text}, among the kept."
             outside = f"Closest to the cut {mark.text}; they meet every other condition."
             walls[f"inside {mark.part}"] = Wall(f"Just kept by {mark.text}", inside, _EDGE)
             walls[f"outside {mark.part}"] = Wall(f"Just dropped by {mark.text}", outside, _EDGE)
-        walls["worst"] = Wall("Worst", f"The {worst} {self.rank} of all readable images.")
+        if self.rank is not None:
+            walls["worst"] = Wall("Worst", f"The {self.rank.worst} of all readable images.")
         walls["kept"] = Wall("Random kept", f"Drawn at random among the kept (seed {_SEED}).")
         dropped = f"Drawn at random among the readable images not kept (seed {_SEED})."
         walls["dropped"] = Wall("Random dropped", dropped)
@@ -184,7 +214,7 @@ class Survey:
             return {**{c: table[c][i].as_py() for c in names}, "kept": bool(kept_rows[i])}
 
         if self.rank is not None:
-            order = values[self.rank] * (1 if self.rank in LOWER_IS_BETTER else -1)
+            order = self.rank.order(values[self.rank.column])
             self.walls["best"].offer(order, kept_rows, row)
             self.walls["worst"].offer(-order, ok, row)
         for mark in self.marks[:_EDGES]:

@@ -15,7 +15,7 @@ from distributed import get_worker, secede
 from . import collection, files, filters, heads, quality, score, shards, write
 from .backend import get_backend
 from .models import load_encoder
-from .schema import COLUMNS, kind_of
+from .schema import COLUMNS, kind_of, kinds_of_schema
 
 __all__ = ["ScorePlan", "describe", "locate_kept", "score_shard", "select", "write_kept"]
 
@@ -146,7 +146,7 @@ def select(frame: Any, where: str | None) -> Any:
 
 def locate_kept(url: str, where: str | None, spec: score.ScoreFiles) -> dict[str, Any]:
     """Count what a score file's rows come to, and say which of them are kept; a task."""
-    kinds = {f.name: kind_of(f.type) for f in score.file_schema(url, spec.storage_options)}
+    kinds = kinds_of_schema(score.file_schema(url, spec.storage_options))
     parsed = filters.parse_where(where, kinds) if where else None
     wanted = [n for n in ("key", "shard", "sample_offset", "sample_nbytes", "status") if n in kinds]
     columns = tuple(dict.fromkeys([*wanted, *(parsed.columns if parsed else ())]))
