@@ -11,13 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pages import VOID, colour
 from PIL import Image
-
-VOID = {"meta", "img", "input", "link", "br", "hr", "path", "rect"}
-
-
-def colour(i: int) -> tuple[int, int, int]:
-    return (i % 4 * 85, i // 4 % 4 * 85, i // 16 % 4 * 85)
 
 
 def make_rows(folder: Path, shards: int = 3, per_shard: int = 21) -> pd.DataFrame:

@@ -137,8 +137,8 @@ def test_from_s3_to_s3_is_the_local_run(s3: S3, client: Any, local: Path, made: 
     assert [r.path for r in s3.requests[since:] if r.method == "PUT" and "/scores/" in r.path] == []
 
 
-def test_each_shard_is_read_once_and_the_next_one_meanwhile(s3: S3, client: Any, made: SampleShards) -> None:
-    dic.score_shards(
+def score_all(s3: S3, client: Any) -> Any:
+    return dic.score_shards(
         "s3://source/*.tar",
         "s3://target/scores",
         model="starter",
@@ -146,6 +146,10 @@ def test_each_shard_is_read_once_and_the_next_one_meanwhile(s3: S3, client: Any,
         storage_options=s3.options,
         out_options=s3.options,
     )
+
+
+def test_each_shard_is_read_once_and_the_next_one_meanwhile(s3: S3, client: Any, made: SampleShards) -> None:
+    score_all(s3, client)
     for path in made.shards:
         assert s3.sent(f"/source/{path.name}") == path.stat().st_size
     # The worker has one thread. Each shard but the first was there before the scores of the one before it.
@@ -229,14 +233,7 @@ def test_a_shard_that_never_comes_is_a_row(s3: S3, client: Any, made: SampleShar
     lost = "lost.tar"
     s3.file_system().pipe_file(f"source/{lost}", made.shards[0].read_bytes())
     s3.fault = lambda request: "500" if request.method == "GET" and request.path == f"/source/{lost}" else None
-    result = dic.score_shards(
-        "s3://source/*.tar",
-        "s3://target/scores",
-        model="starter",
-        client=client,
-        storage_options=s3.options,
-        out_options=s3.options,
-    )
+    result = score_all(s3, client)
     assert result.by_status["read_error"] == 1
     table = scores("s3://target/scores", s3.options)
     (row,) = table[table["status"] == "read_error"].to_dict("records")
@@ -247,14 +244,7 @@ def test_a_shard_that_never_comes_is_a_row(s3: S3, client: Any, made: SampleShar
 
     # The next run takes over the others, and tries this one again.
     s3.fault = lambda _request: None
-    result = dic.score_shards(
-        "s3://source/*.tar",
-        "s3://target/scores",
-        model="starter",
-        client=client,
-        storage_options=s3.options,
-        out_options=s3.options,
-    )
+    result = score_all(s3, client)
     assert (result.shards_taken_over, result.shards_scored) == (len(made.shards), 1)
     table = scores("s3://target/scores", s3.options)
     assert "read_error" not in set(table["status"])

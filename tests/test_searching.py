@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from distributed import Client, LocalCluster
+from distributed import Client
 from PIL import Image
 
 import dask_imgcurator as dic
@@ -39,15 +38,6 @@ WIDTH = 16
 MODEL, WEIGHTS = "ViT-S-32-alt", "random:0"
 
 needs_faiss = pytest.mark.skipif(find_spec("faiss") is None, reason="the search extra is not installed")
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 def vectors(rows: int, seed: int = 0) -> np.ndarray:
