@@ -57,12 +57,12 @@ def settle_options(args: argparse.Namespace) -> tuple[list[str], Any, Any, int]:
 
     Returns
     -------
-    list of str, dask_imgcurator.models.EncoderSpec, dask_imgcurator.backend.Backend, int
+    list of str, dask_imgcurator.models.encoders.EncoderSpec, dask_imgcurator.engine.backend.Backend, int
         Names are checked here, so that a typing mistake ends the benchmark before it begins.
     """
-    from dask_imgcurator.backend import get_backend, resolve_name
-    from dask_imgcurator.models import resolve_encoder
-    from dask_imgcurator.shards import expand
+    from dask_imgcurator.engine.backend import get_backend, resolve_name
+    from dask_imgcurator.models.encoders import resolve_encoder
+    from dask_imgcurator.storage.shards import expand
 
     backend = get_backend(resolve_name(args.backend))
     batch_size = args.batch_size or (16 if backend.device == "cpu" else 512)  # as `embed` does by default
@@ -72,9 +72,9 @@ def settle_options(args: argparse.Namespace) -> tuple[list[str], Any, Any, int]:
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
     """End the script with a line instead of a traceback, where the user can mend it."""
-    from dask_imgcurator.backend import BackendError
-    from dask_imgcurator.job import JobError
-    from dask_imgcurator.models import ModelError
+    from dask_imgcurator.engine.backend import BackendError
+    from dask_imgcurator.jobs.job import JobError
+    from dask_imgcurator.models.encoders import ModelError
 
     try:
         yield
@@ -119,7 +119,7 @@ def versions() -> dict[str, str]:
 
 def images_of(url: str) -> list[bytes]:
     """Read the image member of every sample of a shard."""
-    from dask_imgcurator.shards import index_shard, read_extents
+    from dask_imgcurator.storage.shards import index_shard, read_extents
 
     members = [image for sample in index_shard(url).samples if (image := sample.image()) is not None]
     return list(read_extents(url, [(m.offset, m.nbytes) for m in members]))

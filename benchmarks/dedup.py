@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 import dask_imgcurator as dic
-from dask_imgcurator.deduplication import find_duplicates
+from dask_imgcurator.duplicates.deduplication import find_duplicates
 
 __all__: list[str] = []
 
@@ -76,7 +76,7 @@ def make_part(part: int, parts: int, rows: int, modes: int) -> pd.DataFrame:
 
 def write_part(path: Path, part: int, parts: int, rows: int, modes: int) -> None:
     """Write one partition as the score table of a shard."""
-    from dask_imgcurator.backend import get_backend
+    from dask_imgcurator.engine.backend import get_backend
 
     frame = make_part(part, parts, rows, modes)
     get_backend("pandas").write_parquet(frame, str(path / f"{part:05d}.parquet"), {})

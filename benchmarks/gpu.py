@@ -80,7 +80,7 @@ class Settings:
         """Load the encoder."""
         from dataclasses import replace
 
-        from dask_imgcurator.models import load_encoder, resolve_encoder
+        from dask_imgcurator.models.encoders import load_encoder, resolve_encoder
 
         spec = resolve_encoder(self.model, self.pretrained, self.dtype)
         return load_encoder(replace(spec, graphs=graphs), self.device)
@@ -138,7 +138,7 @@ def make_shards(folder: Path, shards: int, per_shard: int, distinct: int) -> dic
 
 def run_machine(settings: Settings) -> Found:
     """What this is measured on."""
-    from dask_imgcurator.doctor import gpu_facts
+    from dask_imgcurator.checks.doctor import gpu_facts
 
     yield "versions", common.versions()
     yield "gpu", asdict(gpu_facts())
@@ -191,8 +191,8 @@ def run_decode(settings: Settings) -> Found:
     """Bytes in memory to pixels, images a second: DALI on the card by the share of its JPEG engines, and on the CPU."""
     import torch
 
-    from dask_imgcurator import decode
-    from dask_imgcurator.decode import Decoder
+    from dask_imgcurator.images import decode
+    from dask_imgcurator.images.decode import Decoder
 
     preprocess = settings.encoder().preprocess
     threads = len(os.sched_getaffinity(0))
@@ -257,9 +257,9 @@ def run_end_to_end(settings: Settings) -> Found:
     """Index, read, hash, decode, encode in this process, images a second, by decoders side by side and graphs."""
     import torch
 
-    import dask_imgcurator.backend as seam
-    from dask_imgcurator.models import resolve_encoder
-    from dask_imgcurator.score import EmbedSpec, ReadSpec, embed_partition, index_partition
+    from dask_imgcurator.engine import backend as seam
+    from dask_imgcurator.models.encoders import resolve_encoder
+    from dask_imgcurator.steps.score import EmbedSpec, ReadSpec, embed_partition, index_partition
 
     kind = type(seam.get_backend(settings.backend))
     tries = [(kind.decoders, False)]
@@ -291,7 +291,7 @@ def run_end_to_end(settings: Settings) -> Found:
 def run_cluster(settings: Settings) -> Found:
     """Shards to score tables on the workers of `start_client`, with the memory pool that all libraries share."""
     import dask_imgcurator as dic
-    from dask_imgcurator.job import Monitor, Progress
+    from dask_imgcurator.jobs.job import Monitor, Progress
 
     class Stopwatch(Monitor):
         def scoring(self, total: int, taken_over: int) -> None:
@@ -327,8 +327,8 @@ def run_profile(settings: Settings) -> Found:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from dask_imgcurator.models import resolve_encoder
-    from dask_imgcurator.score import EmbedSpec, ReadSpec, embed_partition, index_partition
+    from dask_imgcurator.models.encoders import resolve_encoder
+    from dask_imgcurator.steps.score import EmbedSpec, ReadSpec, embed_partition, index_partition
 
     spec = EmbedSpec(resolve_encoder(settings.model, settings.pretrained, settings.dtype), settings.batch_size)
     name, urls = next(iter(settings.sets.items()))
@@ -496,7 +496,7 @@ def write_down(result: dict[str, Any], out: Path) -> None:
 def make_settings(args: argparse.Namespace, folder: Path) -> Settings:
     """Settle what is measured."""
     if args.shards:
-        from dask_imgcurator.shards import expand
+        from dask_imgcurator.storage.shards import expand
 
         sets = {"given": expand(args.shards)}
     else:

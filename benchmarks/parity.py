@@ -17,8 +17,8 @@ import common
 import dask
 from rich.console import Console
 
-from dask_imgcurator import summary
-from dask_imgcurator.parity import Parity, compare
+from dask_imgcurator.checks.parity import Parity, compare
+from dask_imgcurator.cli.main import summary
 
 __all__ = ["measure"]
 

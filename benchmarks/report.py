@@ -28,7 +28,7 @@ import selection
 from selection import peak
 
 import dask_imgcurator as dic
-from dask_imgcurator.samples import make_sample_shards
+from dask_imgcurator.checks.samples import make_sample_shards
 
 __all__: list[str] = []
 
@@ -53,8 +53,8 @@ def write_table(folder: Path, rows: int, pictures: pa.Table) -> None:
 
 def ask(page: str, scores: str, out: str) -> dict[str, Any]:
     """Write one page; in a process of its own."""
-    import dask_imgcurator.comparison
-    import dask_imgcurator.report  # noqa: F401
+    import dask_imgcurator.report.comparison
+    import dask_imgcurator.report.report  # noqa: F401
 
     idle, begin = peak(), time.perf_counter()
     if page == "report":

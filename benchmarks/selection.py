@@ -89,9 +89,9 @@ def write_file(path: Path, part: int, rows: int, embeddings: bool) -> None:
 
 def ours(folder: str, question: str) -> Any:
     """Ask this library."""
-    from dask_imgcurator.collection import read_scores
-    from dask_imgcurator.exports import to_list
-    from dask_imgcurator.selection import funnel, quantile, sample, top_fraction
+    from dask_imgcurator.exports.exports import to_list
+    from dask_imgcurator.select.selection import funnel, quantile, sample, top_fraction
+    from dask_imgcurator.steps.collection import read_scores
 
     df = read_scores(folder, backend="pandas")
     if question == "where":
@@ -154,8 +154,8 @@ def ask(who: str, question: str, folder: str, threads: int) -> dict[str, Any]:
     """Ask one question in this process."""
     import duckdb  # noqa: F401
 
-    import dask_imgcurator.exports
-    import dask_imgcurator.selection  # noqa: F401
+    import dask_imgcurator.exports.exports
+    import dask_imgcurator.select.selection  # noqa: F401
 
     idle = peak()
     asked: Callable[[], Any] = (

@@ -6,22 +6,22 @@ Importing this package loads neither torch nor cudf.
 from importlib.metadata import version as _version
 
 from . import config as _config  # noqa: F401  (registers the defaults)
-from .cluster import start_client
-from .collection import embed, read_scores, read_webdataset, score_aesthetic, score_nsfw, to_webdataset
-from .deciding import add_columns, drop_duplicates, export_scores, select_rows
-from .dedup_index import build_index
-from .deduplication import dedup, duplicate_groups, find_duplicates
-from .explorer import explore
-from .exports import export
-from .filters import filter_frame
-from .gallery import show
-from .head_files import save_head
-from .job import curate, score_shards, write_selection
-from .search_index import build_search_index
-from .searching import search
-from .selection import apply_steps, funnel, quantile, sample, top_count, top_fraction
-from .showing import compare_selections, write_report
-from .text_steps import caption_stats, embed_text, score_clip, score_head, score_prompts
+from .duplicates.deduplication import dedup, duplicate_groups, find_duplicates
+from .duplicates.index import build_index
+from .engine.cluster import start_client
+from .exports.exports import export
+from .jobs.job import curate, score_shards, write_selection
+from .jobs.pages import compare_selections, write_report
+from .jobs.tables import add_columns, drop_duplicates, export_scores, select_rows
+from .models.head_files import save_head
+from .report.explorer import explore
+from .report.gallery import show
+from .select.selection import apply_steps, funnel, quantile, sample, top_count, top_fraction
+from .select.where import filter_frame
+from .similarity.index import build_search_index
+from .similarity.search import search
+from .steps.collection import embed, read_scores, read_webdataset, score_aesthetic, score_nsfw, to_webdataset
+from .steps.text_steps import caption_stats, embed_text, score_clip, score_head, score_prompts
 
 __all__ = [
     "add_columns",

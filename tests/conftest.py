@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     wanted = [item for item in items if item.get_closest_marker("gpu")]
     if not wanted or os.environ.get("REQUIRE_GPU") == "1":
         return
-    from dask_imgcurator.backend import gpu_problem
+    from dask_imgcurator.engine.backend import gpu_problem
 
     problem = gpu_problem()
     if problem:

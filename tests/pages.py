@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from dask_imgcurator.report import write_run_report
+from dask_imgcurator.report.report import write_run_report
 from dask_imgcurator.results import RunResult
 
 HOSTILE = '"><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>\u202egnp.exe'

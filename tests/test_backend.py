@@ -5,11 +5,8 @@ The cuDF half runs where there is a card; its assertions are the same.
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,8 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import dask_imgcurator
-from dask_imgcurator.backend import BackendError, backend_of, get_backend, gpu_problem, resolve_name
+from dask_imgcurator.engine.backend import BackendError, backend_of, get_backend, gpu_problem, resolve_name
 from dask_imgcurator.schema import COLUMNS, arrow_schema
 
 needs_no_gpu = pytest.mark.skipif(gpu_problem() is None, reason="there is a card, and RAPIDS")
@@ -485,80 +481,3 @@ def test_cudf_frames() -> None:
     assert backend_of(frame).name == "cudf"
     assert backend_of(frame["a"]).name == "cudf"
     assert backend_of(dd.from_map(lambda _: frame, [0], meta=frame.iloc[:0])).name == "cudf"
-
-
-# --- imports --------------------------------------------------------------------------------------
-
-PACKAGE = Path(dask_imgcurator.__file__).parent
-
-#: DESIGN.md, section 3: each module may import those that stand before it.
-ORDER = """
-schema config device files remote shards _cpu _gpu backend quality decode isolate thumbnails page histograms weights
-savedmodel starter plugins models text_models text captions heads head_files own_heads score where_syntax filters
-ranks selection_steps cuts selection exports write collection text_steps components neighbours dedup_rows dedup_steps
-dedup_index duplicates deduplication cluster monitor results runner planning tasks deciding search_rows search_queries
-search_index search_page searching parity survey report comparison showing gallery explorer verify job samples display
-summary doctor cli
-""".split()
-
-RAPIDS = {"cudf", "cupy", "rmm", "dask_cuda", "dask_cudf", "pylibcudf", "cuml", "raft", "kvikio", "numba_cuda"}
-
-
-def imports(path: Path) -> set[str]:
-    """Modules that a file imports when it runs, at any level; ``.name`` is one of this package."""
-    found: set[str] = set()
-
-    def walk(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for child in node.orelse:
-                walk(child)
-            return
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            assert node.level == 1, path
-            names = [f".{node.module}"] if node.module else [f".{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        else:
-            names = []
-        for name in names:
-            package, _, rest = name.partition(".")
-            found.add(f".{rest}" if package in ("", "dask_imgcurator") else package)
-        for child in ast.iter_child_nodes(node):
-            walk(child)
-
-    walk(ast.parse(path.read_text()))
-    return found - {".__version__"}
-
-
-MODULES = {path.stem: imports(path) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-
-
-def test_the_order_names_every_module() -> None:
-    assert sorted(MODULES) == sorted(ORDER)
-
-
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_go_one_way(module: str) -> None:
-    ours = {name[1:] for name in MODULES[module] if name.startswith(".")}
-    assert ours <= set(ORDER[: ORDER.index(module)])
-
-
-@pytest.mark.parametrize("module", ORDER)
-def test_only_one_module_imports_rapids(module: str) -> None:
-    assert (MODULES[module] & RAPIDS != set()) == (module == "_gpu")
-
-
-def test_the_halves_of_the_seam_are_imported_behind_it() -> None:
-    assert [m for m in ORDER if "._gpu" in MODULES[m]] == ["backend"]
-
-
-def test_importing_the_package_is_light() -> None:
-    code = (
-        "import sys, dask_imgcurator, dask_imgcurator.cli\n"
-        "heavy = {'torch', 'torchvision', 'open_clip', 'timm', 'nvidia', 'cudf', 'cupy', 'sklearn', 'skimage'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from dask_imgcurator.cli import cli
-from dask_imgcurator.samples import make_sample_shards
+from dask_imgcurator.checks.samples import make_sample_shards
+from dask_imgcurator.cli.main import cli
 
 
 def run(
-    *arguments: str, module: str = "dask_imgcurator.cli:main", **kwargs: object
+    *arguments: str, module: str = "dask_imgcurator.cli.main:main", **kwargs: object
 ) -> subprocess.CompletedProcess[str]:
     name, _, function = module.partition(":")
     code = f"import sys; from {name} import {function}; sys.argv[0] = 'dask-imgcurator'; {function}()"
@@ -96,7 +96,7 @@ WRONG = {
 def test_wrong_usage_is_one_message_and_exit_code_2(
     arguments: tuple[str, ...], samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dask_imgcurator.backend import gpu_problem
+    from dask_imgcurator.engine.backend import gpu_problem
 
     if "cudf" in arguments and gpu_problem() is None:
         pytest.skip("cudf works here")

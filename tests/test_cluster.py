@@ -72,7 +72,7 @@ def scheduler(tmp_path: Path) -> Iterator[str]:
 
 
 def test_scheduler_that_runs_already(scheduler: str, tmp_path: Any) -> None:
-    from dask_imgcurator.samples import make_sample_shards
+    from dask_imgcurator.checks.samples import make_sample_shards
 
     made = make_sample_shards(tmp_path / "samples", count=24, per_shard=12)
     result = dic.curate([str(p) for p in made.shards], tmp_path / "run", model="starter", scheduler=scheduler)

@@ -15,11 +15,11 @@ import pytest
 from distributed import Client
 
 import dask_imgcurator as dic
-from dask_imgcurator import score
-from dask_imgcurator.deciding import Place
-from dask_imgcurator.filters import WhereError
-from dask_imgcurator.samples import SampleShards, make_sample_shards
-from dask_imgcurator.selection import SelectionError
+from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
+from dask_imgcurator.jobs.tables import Place
+from dask_imgcurator.select.selection import SelectionError
+from dask_imgcurator.select.where import WhereError
+from dask_imgcurator.steps import score
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_other_layouts(table: Path, client: Client, tmp_path: Path) -> None:
 
 
 def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    code = "from dask_imgcurator.cli import main; main()"
+    code = "from dask_imgcurator.cli.main import main; main()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 

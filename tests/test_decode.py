@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, ResizeKeepRatio, image_transform_v2
 from PIL import Image, ImageOps
 
-from dask_imgcurator import decode
-from dask_imgcurator.decode import (
+from dask_imgcurator.images import decode
+from dask_imgcurator.images.decode import (
     BadImage,
     Batch,
     Decoder,
@@ -562,7 +562,7 @@ def test_a_sliver_costs_little_memory() -> None:
     code = """
     import io, resource
     from PIL import Image
-    from dask_imgcurator.decode import Decoder, Preprocess
+    from dask_imgcurator.images.decode import Decoder, Preprocess
 
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize((1, 65500)).save(buffer, "JPEG")
@@ -722,7 +722,7 @@ def test_bad_images_that_are_found_before_leave_stderr_clean_and_the_process_ali
     code = """
     import io, random
     from PIL import Image
-    from dask_imgcurator.decode import Decoder, Preprocess
+    from dask_imgcurator.images.decode import Decoder, Preprocess
 
     buffer = io.BytesIO()
     Image.linear_gradient("L").convert("RGB").save(buffer, "JPEG")

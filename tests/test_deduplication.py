@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
-from dask_imgcurator import neighbours
-from dask_imgcurator.backend import get_backend
-from dask_imgcurator.components import Forest
-from dask_imgcurator.dedup_index import build_index, open_index
-from dask_imgcurator.deduplication import DedupError, dedup, duplicate_groups, find_duplicates
+from dask_imgcurator.duplicates.components import Forest
+from dask_imgcurator.duplicates.deduplication import DedupError, dedup, duplicate_groups, find_duplicates
+from dask_imgcurator.duplicates.index import build_index, open_index
+from dask_imgcurator.duplicates.result import neighbours
+from dask_imgcurator.engine.backend import get_backend
 
 WIDTH = 24
 MIXED = 0x5555_5555_5555_5555  # a hash that tells something; others as far from it as a number has bits

@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-import dask_imgcurator.score as score
-from dask_imgcurator.backend import get_backend
-from dask_imgcurator.decode import Batch, Decoder, Preprocess
-from dask_imgcurator.device import Graphed, graphs_problem, is_out_of_memory, memory_options, release, to_device
-from dask_imgcurator.models import Encoder, EncoderSpec, ModelError
-from dask_imgcurator.score import EmbedSpec, ReadSpec, embed_partition, index_partition
+from dask_imgcurator.engine.backend import get_backend
+from dask_imgcurator.engine.device import Graphed, graphs_problem, is_out_of_memory, memory_options, release, to_device
+from dask_imgcurator.images.decode import Batch, Decoder, Preprocess
+from dask_imgcurator.models.encoders import Encoder, EncoderSpec, ModelError
+from dask_imgcurator.steps import score
+from dask_imgcurator.steps.score import EmbedSpec, ReadSpec, embed_partition, index_partition
 
 PREPROCESS = Preprocess((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -182,7 +182,7 @@ def embed(
             return contextlib.nullcontext(next(waiting))
 
         monkeypatch.setattr(score, "_borrow_decoder", lend)
-        monkeypatch.setattr("dask_imgcurator._cpu.PandasBackend.decoders", len(decoders))
+        monkeypatch.setattr("dask_imgcurator.engine.pandas.PandasBackend.decoders", len(decoders))
     spec = EmbedSpec(EncoderSpec("small", dtype="float32"), batch_size=8, decoder="pillow")
     out = embed_partition(index_partition([shard], ReadSpec()), spec)
     assert (out["status"] == "ok").tolist() == [i != 3 for i in range(11)]

@@ -13,7 +13,7 @@ import click
 import pytest
 
 import dask_imgcurator as dic
-from dask_imgcurator.cli import cli
+from dask_imgcurator.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 

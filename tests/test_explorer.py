@@ -16,8 +16,8 @@ import pytest
 from pictures import make_rows, read
 
 import dask_imgcurator as dic
-from dask_imgcurator.explorer import spread
-from dask_imgcurator.ranks import SelectionError
+from dask_imgcurator.report.explorer import spread
+from dask_imgcurator.select.ranks import SelectionError
 
 pytest.importorskip("ipywidgets", reason="ipywidgets is not installed (the extra notebook)")
 
@@ -152,7 +152,7 @@ def test_the_table_is_read_once(rows: pd.DataFrame) -> None:
 
 
 def test_thumbnails_are_made_once(rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dask_imgcurator import gallery
+    from dask_imgcurator.report.report import gallery
 
     made: list[Any] = []
     original = gallery.make_thumbnails

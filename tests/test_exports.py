@@ -17,9 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dask_imgcurator import exports as module
-from dask_imgcurator.backend import get_backend
-from dask_imgcurator.exports import (
+from dask_imgcurator.engine.backend import get_backend
+from dask_imgcurator.exports.exports import (
     FORMATS,
     ExportError,
     export,
@@ -29,7 +28,8 @@ from dask_imgcurator.exports import (
     to_list,
     to_uid_subset,
 )
-from dask_imgcurator.selection import apply_steps
+from dask_imgcurator.exports.exports import exports as module
+from dask_imgcurator.select.selection import apply_steps
 
 WIDTH = 16
 

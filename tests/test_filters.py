@@ -20,7 +20,7 @@ from dask.base import tokenize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_imgcurator.filters import Where, WhereError, combine, filter_frame, kinds_of, parse_where
+from dask_imgcurator.select.where import Where, WhereError, combine, filter_frame, kinds_of, parse_where
 
 KINDS = {
     "key": "string",

@@ -21,8 +21,8 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageCms, ImageOps, features
 
-from dask_imgcurator import decode
-from dask_imgcurator.decode import (
+from dask_imgcurator.images import decode
+from dask_imgcurator.images.decode import (
     FORMATS,
     BadImage,
     Decoder,
@@ -482,8 +482,8 @@ def test_orientation_is_applied_only_when_asked_for(family: str) -> None:
 def test_names_and_extensions_are_never_asked(tmp_path: Path) -> None:
     import tarfile
 
-    from dask_imgcurator.models import resolve_encoder
-    from dask_imgcurator.score import EmbedSpec, ReadSpec, embed_partition, index_partition
+    from dask_imgcurator.models.encoders import resolve_encoder
+    from dask_imgcurator.steps.score import EmbedSpec, ReadSpec, embed_partition, index_partition
 
     files = [made(family)[0] for family in FAMILIES if made(family)]
     frames = []
@@ -572,7 +572,7 @@ def test_plugins_are_imported_when_their_format_is_met_and_not_before() -> None:
     import subprocess
 
     code = (
-        "import sys; from dask_imgcurator.decode import Decoder, Preprocess; "
+        "import sys; from dask_imgcurator.images.decode import Decoder, Preprocess; "
         "Decoder(Preprocess((48, 48), (0.5,) * 3, (0.5,) * 3), 1, dali_device=None)([sys.stdin.buffer.read()]); "
         "print(sorted({'pillow_heif', 'pillow_jxl'} & set(sys.modules)))"
     )

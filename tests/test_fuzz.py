@@ -241,8 +241,8 @@ def child(folder: Path) -> None:
     import open_clip
 
     from dask_imgcurator import config
-    from dask_imgcurator.models import resolve_encoder
-    from dask_imgcurator.score import (
+    from dask_imgcurator.models.encoders import resolve_encoder
+    from dask_imgcurator.steps.score import (
         EmbedSpec,
         HeadUse,
         ReadSpec,

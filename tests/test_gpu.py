@@ -17,12 +17,12 @@ import pytest
 import torch
 
 import dask_imgcurator as dic
-import dask_imgcurator.score as score
-from dask_imgcurator.backend import get_backend
-from dask_imgcurator.decode import BadImage, Decoder, ImageInfo, Preprocess, dali_problem
-from dask_imgcurator.heads import HEADS, load_head
-from dask_imgcurator.models import EncoderSpec, load_encoder, resolve_encoder
-from dask_imgcurator.score import EmbedSpec, HeadUse, ReadSpec, embed_partition, index_partition, score_partition
+from dask_imgcurator.engine.backend import get_backend
+from dask_imgcurator.images.decode import BadImage, Decoder, ImageInfo, Preprocess, dali_problem
+from dask_imgcurator.models.encoders import EncoderSpec, load_encoder, resolve_encoder
+from dask_imgcurator.models.heads import HEADS, load_head
+from dask_imgcurator.steps import score
+from dask_imgcurator.steps.score import EmbedSpec, HeadUse, ReadSpec, embed_partition, index_partition, score_partition
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +34,7 @@ PREPROCESS = Preprocess((224, 224), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 @pytest.fixture(scope="module")
 def urls(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two shards of sample pictures, bad ones among them."""
-    from dask_imgcurator.samples import make_sample_shards
+    from dask_imgcurator.checks.samples import make_sample_shards
 
     made = make_sample_shards(tmp_path_factory.mktemp("samples"), count=COUNT, per_shard=COUNT // 2)
     return [str(path) for path in made.shards]

@@ -15,10 +15,10 @@ import pytest
 import torch
 from dask.base import tokenize
 
-from dask_imgcurator import heads
-from dask_imgcurator.heads import HEADS, HeadError, load_head, provenance, ranks, resolve
-from dask_imgcurator.savedmodel import AutoKerasHead, Vocabulary
-from dask_imgcurator.weights import WeightsError
+from dask_imgcurator.models import heads
+from dask_imgcurator.models.heads import HEADS, HeadError, load_head, provenance, ranks, resolve
+from dask_imgcurator.models.savedmodel import AutoKerasHead, Vocabulary
+from dask_imgcurator.models.weights import WeightsError
 
 STARTER = Path(heads.__file__).with_name("data") / "starter.npz"
 

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 import dask_imgcurator as dic
-from dask_imgcurator import starter
-from dask_imgcurator.decode import BadImage, Decoder, ImageInfo, Preprocess
-from dask_imgcurator.isolate import IsolatedDecoder
+from dask_imgcurator.images.decode import BadImage, Decoder, ImageInfo, Preprocess
+from dask_imgcurator.images.isolated import IsolatedDecoder
+from dask_imgcurator.models.encoders import starter
 from dask_imgcurator.monitor import Monitor
 
 PREPROCESS = Preprocess.from_open_clip({"fill_color": 0, **starter.PREPROCESS})
@@ -75,7 +75,7 @@ def test_pixels_are_those_of_the_decoder() -> None:
         assert torch.equal(batch.pixels, expected.pixels)
         assert [str(i) for i in batch.infos] == [str(i) for i in expected.infos]
     isolated.close()
-    assert not [c for c in psutil.Process().children() if "dask_imgcurator.isolate" in c.cmdline()]
+    assert not [c for c in psutil.Process().children() if "dask_imgcurator.images.isolated" in c.cmdline()]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_image_that_crashes_is_set_aside(crashing: None, kind: bytes, messag
 
 
 def test_a_decoder_that_never_ends(crashing: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dask_imgcurator.isolate.PATIENCE", 8.0)
+    monkeypatch.setattr("dask_imgcurator.images.isolated.PATIENCE", 8.0)
     isolated = IsolatedDecoder(PREPROCESS, 4)
     begin = time.monotonic()
     batch = isolated([fatal(b"HANG")])
@@ -111,7 +111,7 @@ def test_a_decoder_that_never_ends(crashing: None, monkeypatch: pytest.MonkeyPat
 def test_interrupts_are_for_the_parent() -> None:
     isolated = IsolatedDecoder(PREPROCESS, 4)
     isolated([jpeg(0)])
-    (child,) = [c for c in psutil.Process().children() if "dask_imgcurator.isolate" in c.cmdline()]
+    (child,) = [c for c in psutil.Process().children() if "dask_imgcurator.images.isolated" in c.cmdline()]
     child.send_signal(signal.SIGINT)
     assert isolated([jpeg(0)]).good == [0]
     isolated.close()

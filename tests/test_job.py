@@ -20,10 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import dask_imgcurator as dic
-from dask_imgcurator import planning, runner, score, shards, write
+from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
+from dask_imgcurator.engine import runner
+from dask_imgcurator.jobs import plan as planning
 from dask_imgcurator.monitor import Monitor, Progress
 from dask_imgcurator.results import RunResult
-from dask_imgcurator.samples import SampleShards, make_sample_shards
+from dask_imgcurator.steps import score, write
+from dask_imgcurator.storage import shards
 
 WHERE = "aesthetic_score >= 5 and width >= 160"
 
@@ -287,7 +290,7 @@ def test_choose_heads_by_model() -> None:
 
 
 def start(arguments: list[str], **kwargs: Any) -> subprocess.Popen[str]:
-    code = "from dask_imgcurator.cli import main; main()"
+    code = "from dask_imgcurator.cli.main import main; main()"
     # A session of its own stands for the terminal: Ctrl-C goes to all of its processes.
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],

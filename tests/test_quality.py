@@ -21,10 +21,11 @@ import torch
 from PIL import Image, ImageFilter
 
 import dask_imgcurator as dic
-from dask_imgcurator import quality, score, starter
-from dask_imgcurator.decode import BadImage, Decoder, Preprocess, dali_problem
-from dask_imgcurator.models import resolve_encoder
+from dask_imgcurator.images import quality
+from dask_imgcurator.images.decode import BadImage, Decoder, Preprocess, dali_problem
+from dask_imgcurator.models.encoders import resolve_encoder, starter
 from dask_imgcurator.schema import columns_of
+from dask_imgcurator.steps import score
 
 PREPROCESS = Preprocess.from_open_clip({"fill_color": 0, **starter.PREPROCESS})
 
@@ -165,7 +166,7 @@ def test_columns_belong_to_their_rows(tmp_path: Path) -> None:
 
 
 def test_isolated_decoding_measures_too() -> None:
-    from dask_imgcurator.isolate import IsolatedDecoder
+    from dask_imgcurator.images.isolated import IsolatedDecoder
 
     blobs: list[bytes | BadImage] = [encoded(i) for i in photographs().values()][:3]
     expected = Decoder(PREPROCESS, 4, dali_device=None, views=True)(blobs)

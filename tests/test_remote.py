@@ -19,8 +19,10 @@ import pytest
 from servers import OPTIONS, S3, Request, plain_server, s3_server
 
 import dask_imgcurator as dic
-from dask_imgcurator import files, remote, runner, shards, verify
-from dask_imgcurator.samples import SampleShards, make_sample_shards
+from dask_imgcurator.checks import verify
+from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
+from dask_imgcurator.engine import runner
+from dask_imgcurator.storage import files, remote, shards
 
 WHERE = "aesthetic_score >= 5 and width >= 160"
 
@@ -397,8 +399,8 @@ def test_a_protocol_that_is_not_there_and_options_that_do_not_fit() -> None:
 
 @pytest.mark.slow
 def test_the_command_line_takes_storage_options(s3: S3, local: Path) -> None:
-    command = [sys.executable, "-m", "dask_imgcurator.cli"]
-    code = "from dask_imgcurator.cli import main; main()"
+    command = [sys.executable, "-m", "dask_imgcurator.cli.main"]
+    code = "from dask_imgcurator.cli.main import main; main()"
     command = [sys.executable, "-c", code]
     options = json.dumps(s3.options)
     run = subprocess.run(

@@ -15,8 +15,8 @@ import pytest
 from pages import HOSTILE, WHERE, Node, Run, colour, encode, make_run, make_tar, picture, read
 from PIL import Image
 
-from dask_imgcurator.histograms import KEPT, LINEAR, LOG, OTHER, OWN, PROBABILITY, Histogram
-from dask_imgcurator.report import write_run_report
+from dask_imgcurator.report.histograms import KEPT, LINEAR, LOG, OTHER, OWN, PROBABILITY, Histogram
+from dask_imgcurator.report.report import write_run_report
 from dask_imgcurator.results import RunResult
 
 
@@ -391,7 +391,7 @@ def test_embeddings_are_not_read(run: Run):
 
 def test_batches_make_no_difference(run: Run, monkeypatch: pytest.MonkeyPatch):
     whole = run.page()
-    monkeypatch.setattr("dask_imgcurator.survey._BATCH", 7)
+    monkeypatch.setattr("dask_imgcurator.report.survey._BATCH", 7)
     parts = run.page()
     cut = "by aesthetic_score >= 5"
     for title in ("Best kept", "Worst", f"Just kept {cut}", f"Just dropped {cut}", "Random kept", "Random dropped"):

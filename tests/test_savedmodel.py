@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dask_imgcurator import savedmodel
-from dask_imgcurator.savedmodel import AutoKerasHead, SavedModelError, read_autokeras
+from dask_imgcurator.models.encoders import savedmodel
+from dask_imgcurator.models.savedmodel import AutoKerasHead, SavedModelError, read_autokeras
 
 PUBLISHED = [
     ("clip_autokeras_binary_nsfw.zip", "laion_nsfw_vit_l_14.npz", [180, 316, 413, 440, 644]),

@@ -25,13 +25,13 @@ from distributed import Client
 from PIL import Image
 
 import dask_imgcurator as dic
-from dask_imgcurator import score
-from dask_imgcurator.backend import get_backend
-from dask_imgcurator.cli import cli
-from dask_imgcurator.filters import WhereError
-from dask_imgcurator.models import ModelError, load_encoder, resolve_encoder
-from dask_imgcurator.samples import SampleShards, make_sample_shards
-from dask_imgcurator.search_rows import SearchError
+from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
+from dask_imgcurator.cli.main import cli
+from dask_imgcurator.engine.backend import get_backend
+from dask_imgcurator.models.encoders import ModelError, load_encoder, resolve_encoder
+from dask_imgcurator.select.where import WhereError
+from dask_imgcurator.similarity.scan import SearchError
+from dask_imgcurator.steps import score
 
 WIDTH = 16
 #: The smallest architecture among those that open_clip lists.

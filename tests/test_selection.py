@@ -21,11 +21,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_imgcurator import ranks
-from dask_imgcurator.backend import get_backend
-from dask_imgcurator.collection import read_scores
-from dask_imgcurator.filters import parse_where
-from dask_imgcurator.selection import (
+from dask_imgcurator.engine.backend import get_backend
+from dask_imgcurator.select import ranks
+from dask_imgcurator.select.selection import (
     Sample,
     SelectionError,
     Top,
@@ -40,7 +38,9 @@ from dask_imgcurator.selection import (
     top_count,
     top_fraction,
 )
-from dask_imgcurator.where_syntax import WhereError
+from dask_imgcurator.select.syntax import WhereError
+from dask_imgcurator.select.where import parse_where
+from dask_imgcurator.steps.collection import read_scores
 
 
 @pytest.fixture(autouse=True)

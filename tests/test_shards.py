@@ -24,7 +24,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dask_imgcurator import shards
+from dask_imgcurator.storage import shards
 
 FORMATS = {
     "ustar": tarfile.USTAR_FORMAT,

@@ -14,9 +14,9 @@ import pytest
 from pages import Node, Run, make_run, read
 
 import dask_imgcurator as dic
-from dask_imgcurator.filters import WhereError
-from dask_imgcurator.planning import model_notes
-from dask_imgcurator.score import METADATA_KEY
+from dask_imgcurator.jobs.plan import model_notes
+from dask_imgcurator.select.where import WhereError
+from dask_imgcurator.steps.score import METADATA_KEY
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_an_expression_needs_its_table(run: Run) -> None:
 
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:
-    code = "from dask_imgcurator.cli import main; main()"
+    code = "from dask_imgcurator.cli.main import main; main()"
     return subprocess.run([sys.executable, "-c", code, "report", *map(str, args)], capture_output=True, text=True)
 
 

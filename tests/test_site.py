@@ -18,7 +18,7 @@ import click
 import pytest
 
 import dask_imgcurator as dic
-from dask_imgcurator.cli import cli
+from dask_imgcurator.cli.main import cli
 from dask_imgcurator.schema import COLUMNS, STATUSES
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dask_imgcurator import starter
+from dask_imgcurator.models.encoders import starter
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -257,6 +257,6 @@ def test_notice_is_one_plain_sentence() -> None:
 
 
 def test_importing_the_module_loads_no_torch() -> None:
-    code = "import sys, dask_imgcurator.starter; print(*({'torch', 'timm', 'open_clip'} & set(sys.modules)))"
+    code = "import sys, dask_imgcurator.models.starter; print(*({'torch', 'timm', 'open_clip'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == ""

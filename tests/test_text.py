@@ -18,13 +18,14 @@ import torch
 from dask.base import tokenize
 
 import dask_imgcurator as dic
-from dask_imgcurator import models, text
-from dask_imgcurator.backend import get_backend
-from dask_imgcurator.captions import detect_languages
-from dask_imgcurator.models import ModelError, load_encoder, resolve_encoder
+from dask_imgcurator.engine.backend import get_backend
+from dask_imgcurator.models.encoders import ModelError, load_encoder, resolve_encoder
+from dask_imgcurator.models.encoders import encoders as models
+from dask_imgcurator.models.text_tower import MAX_CHARS, TextEncoder, load_text_encoder
 from dask_imgcurator.schema import arrow_schema, missing_columns
-from dask_imgcurator.text import NEGATIVE, PromptError, parse_prompts
-from dask_imgcurator.text_models import MAX_CHARS, TextEncoder, load_text_encoder
+from dask_imgcurator.steps import text
+from dask_imgcurator.steps.captions import detect_languages
+from dask_imgcurator.steps.text import NEGATIVE, PromptError, parse_prompts
 
 #: The smallest architecture among those that open_clip lists; its text tower gives 256 numbers.
 MODEL, WEIGHTS, WIDTH = "ViT-S-32-alt", "random:0", 256
@@ -100,7 +101,7 @@ def test_tokens_and_what_is_read_of_a_long_text() -> None:
 
 
 def test_the_tokenizer_does_not_remember_words_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dask_imgcurator.text_models._MAX_WORDS", 50)
+    monkeypatch.setattr("dask_imgcurator.models.text_tower._MAX_WORDS", 50)
     tower = load_text_encoder(SPEC)
     before = tower.tokenize(["zebra"])
     for i in range(20):

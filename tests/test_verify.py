@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 import dask_imgcurator as dic
-from dask_imgcurator.cli import cli
-from dask_imgcurator.samples import make_sample_shards
-from dask_imgcurator.shards import index_shard
-from dask_imgcurator.verify import verify
+from dask_imgcurator.checks.samples import make_sample_shards
+from dask_imgcurator.checks.verify import verify
+from dask_imgcurator.cli.main import cli
+from dask_imgcurator.storage.shards import index_shard
 
 
 @pytest.fixture(scope="module")

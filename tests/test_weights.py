@@ -19,9 +19,9 @@ from pathlib import Path
 import dask
 import pytest
 
-from dask_imgcurator import weights
-from dask_imgcurator.heads import HEADS
-from dask_imgcurator.weights import WeightsError, WeightsFile, find, read, resolve_dir
+from dask_imgcurator.models.encoders import weights
+from dask_imgcurator.models.heads import HEADS
+from dask_imgcurator.models.weights import WeightsError, WeightsFile, find, read, resolve_dir
 
 GOOD = b"published bytes" * 100
 BAD = b"<html>please log in</html>"
@@ -231,7 +231,7 @@ def test_resolve_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_environment_variable_and_light_import(tmp_path: Path) -> None:
     code = (
-        "import sys; import dask_imgcurator.heads; from dask_imgcurator.weights import resolve_dir; "
+        "import sys; import dask_imgcurator.models.heads; from dask_imgcurator.models.weights import resolve_dir; "
         "print(resolve_dir(None)); assert 'torch' not in sys.modules"
     )
     env = {**os.environ, "DASK_IMGCURATOR__WEIGHTS_DIR": str(tmp_path)}

@@ -31,9 +31,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dask_imgcurator as dic
-from dask_imgcurator import files
-from dask_imgcurator.verify import verify
-from dask_imgcurator.write import (
+from dask_imgcurator.checks.verify import verify
+from dask_imgcurator.steps.write import (
     Slice,
     WriteError,
     WriteSpec,
@@ -44,6 +43,7 @@ from dask_imgcurator.write import (
     write_shard,
     written_shards,
 )
+from dask_imgcurator.storage import files
 
 Members = list[tuple[str, bytes]]
 
@@ -737,7 +737,7 @@ KILLED = """
 import os, sys, tarfile
 from pathlib import Path
 import dask_imgcurator as dic
-from dask_imgcurator.write import WriteSpec, write_shard
+from dask_imgcurator.steps.write import WriteSpec, write_shard
 
 source, base = sys.argv[1:]
 frame = dic.read_webdataset(source, backend="pandas").compute(scheduler="synchronous")

@@ -122,7 +122,7 @@ def check(args: argparse.Namespace) -> None:
         if found is None:
             missing.append(name)
     print("missing:", *missing or ["nothing"])
-    doctor = [sys.executable, "-c", "from dask_imgcurator.cli import main; main()", "doctor"]
+    doctor = [sys.executable, "-c", "from dask_imgcurator.cli.main import main; main()", "doctor"]
     subprocess.run(doctor, env={**os.environ, "COLUMNS": "160"})
 
 

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import dask_imgcurator as dic
-from dask_imgcurator import decode, exports, heads, samples, schema
+from dask_imgcurator import schema
+from dask_imgcurator.checks import samples
+from dask_imgcurator.exports import exports
+from dask_imgcurator.images import decode
+from dask_imgcurator.models import heads
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,109 @@
+"""How a run is shown on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from distributed import Client
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+from .. import monitor
+
+__all__ = ["make_monitor"]
+
+
+@contextlib.contextmanager
+def make_monitor(console: Console) -> Iterator[monitor.Monitor]:
+    """Make a monitor that draws a live line where the console is a terminal, and prints lines elsewhere."""
+    if not console.is_terminal or console.quiet:
+        yield _Lines(console)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _Live(console, progress)
+
+
+class _Lines(monitor.Monitor):
+    """Notes and phases, a line each."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        self.console.print(f"Note: {text}", style="yellow", highlight=False, soft_wrap=True)
+
+    def started(self, client: Client) -> None:
+        with contextlib.suppress(AttributeError, KeyError):
+            if client.dashboard_link:
+                self.console.print(f"dashboard: {client.dashboard_link}", highlight=False, soft_wrap=True)
+
+    def scoring(self, total: int, taken_over: int) -> None:
+        text = f"scoring {total - taken_over:,} shards"
+        if taken_over:
+            text += f" ({taken_over:,} more are finished already)"
+        self.console.print(text, highlight=False)
+
+    def writing(self, total: int) -> None:
+        self.console.print(f"writing {total:,} curated shards", highlight=False)
+
+
+class _Live(_Lines):
+    """A line that is drawn anew: images, images/s, kept share, errors, time left."""
+
+    def __init__(self, console: Console, progress: Progress) -> None:
+        super().__init__(console)
+        self._progress = progress
+        self._task: TaskID | None = None
+        self._begin = time.monotonic()
+        self._step("starting workers")
+
+    def _step(self, description: str, total: float | None = None, text: str = "") -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(description, total=total, text=text)
+        self._begin = time.monotonic()
+
+    def started(self, client: Client) -> None:
+        super().started(client)
+        self._step("loading the model")
+
+    def scoring(self, total: int, taken_over: int) -> None:
+        super().scoring(total, taken_over)
+        self._step("scoring")
+
+    def progress(self, state: monitor.Progress) -> None:
+        assert self._task is not None
+        seconds = time.monotonic() - self._begin
+        rate = state.images / seconds if seconds > 0 else 0.0
+        kept = f" · kept {state.kept / state.decided:.0%}" if state.decided else ""
+        left = f" · {_clock((state.expected - state.images) / rate)} left" if rate > 0 else ""
+        text = (
+            f"{state.images:,}/~{state.expected:,} images · {rate:,.1f}/s{kept} · {state.errors:,} errors · "
+            f"shard {state.shards:,}/{state.total_shards:,}{left}"
+        )
+        self._progress.update(self._task, total=max(1, state.expected), completed=state.images, text=text)
+
+    def writing(self, total: int) -> None:
+        super().writing(total)
+        self._step("writing", total=total)
+
+    def wrote(self, shard: Mapping[str, Any]) -> None:
+        assert self._task is not None
+        self._progress.update(self._task, advance=1, text=str(shard["shard"]))
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,1 @@
+"""Rows that show the same image."""

@@ -1,0 +1,192 @@
+"""The one seam between CPU and GPU: which frame, which devices, which cluster.
+
+Everything else in the library is written against `Backend`. Which backend serves a call follows from the type of the
+frame it is given; only where there is no frame yet (`read_webdataset`, `start_client`) is one chosen by name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import dask
+import numpy as np
+import pyarrow as pa
+
+from .. import config
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Backend", "BackendError", "backend_of", "get_backend", "gpu_problem", "is_dask", "resolve_name"]
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot work here."""
+
+
+class Backend(Protocol):
+    """What differs between pandas on a CPU and cuDF on a GPU.
+
+    Attributes
+    ----------
+    name : str
+        ``"pandas"`` or ``"cudf"``.
+    device : str
+        torch device of everything between the decoder and the frame.
+    decoder_device : str
+        DALI's device for the image decoder: ``"cpu"`` or ``"mixed"``.
+    decoders : int
+        Batches that are decoded side by side, ahead of the encoder.
+    """
+
+    name: str
+    device: str
+    decoder_device: str
+    decoders: int
+
+    def from_arrow(self, table: pa.Table) -> Any:
+        """Make a frame with this library's dtypes from an Arrow table."""
+        ...
+
+    def to_arrow(self, frame: Any) -> pa.Table:
+        """Copy a frame into an Arrow table in host memory."""
+        ...
+
+    def to_host(self, frame: Any, columns: list[str]) -> pa.Table:
+        """Copy a few columns (locators, as a rule) into host memory."""
+        ...
+
+    def matrix_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
+        """Make a ``list<float32>`` column of which the given rows hold the rows of a (m, d) tensor, the others null."""
+        ...
+
+    def matrix(self, column: Any) -> tuple[torch.Tensor, np.ndarray]:
+        """Return the non-null rows of a list column as a (m, d) float32 tensor on `device`, and their row numbers.
+
+        A null within a vector becomes NaN. Raises TypeError where the column holds no vectors of numbers, ValueError
+        where they differ in length.
+        """
+        ...
+
+    def float_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
+        """Make a float32 column of which the given rows hold the (m,) tensor's values, the others and NaN null."""
+        ...
+
+    def read_parquet(self, path: str, columns: list[str] | None, storage_options: Mapping[str, Any]) -> Any:
+        """Read one Parquet file with this library's dtypes."""
+        ...
+
+    def write_parquet(
+        self, frame: Any, path: str, metadata: Mapping[str, str], storage_options: Mapping[str, Any]
+    ) -> None:
+        """Write one Parquet file with key-value metadata in its footer."""
+        ...
+
+    def kmeans(self, values: torch.Tensor, n_cells: int, seed: int) -> np.ndarray:
+        """Return the (n_cells, d) float32 centroids of k-means on a (m, d) float32 tensor on `device`."""
+        ...
+
+    def make_cluster(self, n_workers: int | None, **kwargs: Any) -> Any:
+        """Start a Dask cluster of processes on this machine."""
+        ...
+
+
+@cache
+def gpu_problem() -> str | None:
+    """Say why the GPU path cannot be used here, and what to do; None where it can."""
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    visible = torch.cuda.is_available()
+    missing = next((m for m in ("cudf", "dask_cudf", "dask_cuda", "nvidia.dali") if not _installed(m)), None)
+    if visible and missing is None:
+        return None
+    seen = "a CUDA card is visible, but" if visible else "torch sees no CUDA device"
+    if missing is None:
+        return seen
+    cuda = (torch.version.cuda or "13").partition(".")[0]
+    return f'{seen}{"" if visible else ", and"} {missing} is not installed: pip install "dask-imgcurator[cu{cuda}]"'
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it lies in
+        return False
+
+
+def resolve_name(name: str | None = None) -> str:
+    """Turn a backend name or ``auto`` into ``"pandas"`` or ``"cudf"``.
+
+    Parameters
+    ----------
+    name : {"auto", "pandas", "cudf"}, optional
+        None: `imgcurator.backend`; where that is ``auto``, Dask's own `dataframe.backend` counts when it says cudf.
+
+    Raises
+    ------
+    BackendError
+        If cudf is asked for and cannot work here.
+    ValueError
+        If there is no backend of that name.
+    """
+    name = config.get("backend", name)
+    if name not in ("auto", "pandas", "cudf"):
+        raise ValueError(f"unknown backend {name!r}: use auto, pandas or cudf")
+    if name == "auto" and dask.config.get("dataframe.backend", None) == "cudf":
+        name = "cudf"
+    if name == "pandas":
+        return name
+    problem = gpu_problem()
+    if problem is None:
+        return "cudf"
+    if name == "cudf":
+        raise BackendError(f"backend 'cudf' cannot be used here: {problem}. Or use backend='pandas'.")
+    if "visible, but" in problem:
+        # Falling back in silence would leave a card idle without a word.
+        warnings.warn(f"using the CPU: {problem}", stacklevel=2)
+    return "pandas"
+
+
+def get_backend(name: str) -> Backend:
+    """Return the backend of a resolved name."""
+    if name == "pandas":
+        from .pandas import PandasBackend
+
+        return PandasBackend()
+    if name == "cudf":
+        from .cudf import CudfBackend
+
+        return CudfBackend()
+    raise ValueError(f"unknown backend {name!r}: use pandas or cudf")
+
+
+def is_dask(frame: Any) -> bool:
+    """Whether a frame is a Dask collection."""
+    return dask.is_dask_collection(frame)
+
+
+def backend_of(frame: Any) -> Backend:
+    """Return the backend that a frame or column (pandas, cuDF, or Dask over either) belongs to.
+
+    Raises
+    ------
+    TypeError
+        For anything that is not such a frame.
+    """
+    found = frame
+    if is_dask(frame):
+        import dask.dataframe as dd
+        from dask.dataframe.utils import make_meta
+
+        found = make_meta(frame) if isinstance(frame, dd.DataFrame | dd.Series) else frame
+    for kind in type(found).__mro__:  # a subclass of a frame is one
+        module = kind.__module__.partition(".")[0]
+        if module in ("pandas", "cudf") and kind.__name__ in ("DataFrame", "Series"):
+            return get_backend(module)
+    raise TypeError(f"expected a Dask, pandas or cuDF frame, got {type(frame).__module__}.{type(frame).__qualname__}")

@@ -1,0 +1,68 @@
+"""What a worker process keeps between tasks: models, heads, decoders, turns."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+#: How many of each kind a process keeps; the one used longest ago goes first.
+LIMITS = {"encoder": 2, "text tower": 2, "prompts": 16, "head": 32, "decoder": 8, "language": 1, "turn": 64}
+
+
+class ProcessCache:
+    """Things that are expensive to make, by kind and key.
+
+    One rule: a key holds everything that changes what is made. Making is serialized, because the libraries underneath
+    (open_clip, timm) do not load two models side by side safely.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._kept: dict[str, OrderedDict[Hashable, Any]] = {kind: OrderedDict() for kind in LIMITS}
+
+    def get(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what is kept under a key, or make it."""
+        with self._lock:
+            kept = self._kept[kind]
+            if key not in kept:
+                kept[key] = make()
+            kept.move_to_end(key)
+            self._bound(kind)
+            return kept[key]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def lend(self, kind: str, key: Hashable, make: Callable[[], T]) -> Iterator[T]:
+        """Lend something that only one thread can use at a time; another thread gets another one."""
+        with self._lock:
+            free = self._kept[kind].pop(key, [])
+            thing = free.pop() if free else None
+            if free:
+                self._kept[kind][key] = free
+        if thing is None:
+            thing = make()
+        try:
+            yield thing
+        finally:
+            with self._lock:
+                self._kept[kind].setdefault(key, []).append(thing)
+                self._kept[kind].move_to_end(key)
+                self._bound(kind)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            for kept in self._kept.values():
+                kept.clear()
+
+    def _bound(self, kind: str) -> None:
+        while len(self._kept[kind]) > LIMITS[kind]:
+            self._kept[kind].popitem(last=False)
+
+
+#: The one of this process.
+cache = ProcessCache()

@@ -1,0 +1,199 @@
+"""The GPU half of the seam: cuDF frames, device tensors, a LocalCUDACluster. The only module that imports RAPIDS.
+
+Written to RAPIDS 26.10. Order on the card: torch, CuPy, RMM and pylibcudf (without CUDF_PER_THREAD_STREAM) all queue on
+the legacy default stream, so what one has queued is seen by the next in order, from whichever thread. That matters,
+because pylibcudf takes a tensor by its ``__cuda_array_interface__`` and does not look at a stream there. DALI alone has
+streams of its own; see `decode.Decoder`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import cudf
+import cupy
+import dask
+import numpy as np
+import pyarrow as pa
+import pylibcudf as plc
+
+from ..schema import COLUMNS, is_ours
+from ..storage.files import opened, persist, write_whole
+from . import device
+from .pandas import importable
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CudfBackend"]
+
+
+class CudfBackend:
+    """cuDF frames and device memory."""
+
+    name = "cudf"
+    device = "cuda"
+    decoder_device = "mixed"
+    # While one batch is on the card, the headers of the next are read and its JPEGs' Huffman codes are undone.
+    decoders = 2
+
+    def from_arrow(self, table: pa.Table) -> Any:
+        """See `Backend.from_arrow`."""
+        return cudf.DataFrame.from_arrow(table.replace_schema_metadata(None))
+
+    def to_arrow(self, frame: Any) -> pa.Table:
+        """See `Backend.to_arrow`."""
+        table = frame.to_arrow(preserve_index=False).replace_schema_metadata(None)
+        known = [COLUMNS[f.name] if is_ours(f.name, f.type) else None for f in table.schema]
+        fields = [
+            pa.field(c.name, c.type, nullable=c.nullable) if c is not None else f
+            for c, f in zip(known, table.schema, strict=True)
+        ]
+        return table.cast(pa.schema(fields))
+
+    def to_host(self, frame: Any, columns: list[str]) -> pa.Table:
+        """See `Backend.to_host`."""
+        return self.to_arrow(frame[columns])
+
+    def matrix_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
+        """See `Backend.matrix_column`; the tensor's memory becomes the column's."""
+        if not len(rows):
+            empty = pa.nulls(len(index), pa.list_(pa.float32()))
+            return self._series(cudf.Series.from_arrow(empty), index)
+        column = plc.Column.from_cuda_array_interface(values.float().contiguous())
+        return self._spread(column, rows, index)
+
+    def matrix(self, column: Any) -> tuple[torch.Tensor, np.ndarray]:
+        """See `Backend.matrix`; the column's memory becomes the tensor's."""
+        import torch
+
+        # Row numbers are all that comes to the host, and only where rows are missing.
+        if column.null_count == 0:
+            rows = np.arange(len(column))
+        else:
+            present = column.notna()
+            rows = cupy.asnumpy(cupy.flatnonzero(present.values))
+        if not len(rows):
+            return torch.empty((0, 0), device=self.device), rows
+        leaf = column.dtype.element_type if isinstance(column.dtype, cudf.ListDtype) else None
+        if getattr(leaf, "kind", None) not in ("f", "i", "u"):
+            raise TypeError(
+                f"column {column.name!r} holds {column.dtype}, not vectors of numbers: it cannot be an embedding"
+            )
+        if len(rows) < len(column):
+            column = column[present]
+        lengths = column.list.len()
+        if int(lengths.min()) != int(lengths.max()):
+            found = f"{int(lengths.min())} to {int(lengths.max())}"
+            raise ValueError(f"column {column.name!r} holds vectors of different lengths: {found}")
+        leaves = column.list.leaves
+        if leaves.null_count:
+            leaves = leaves.astype("float32").fillna(float("nan"))
+        values = torch.utils.dlpack.from_dlpack(leaves.values)
+        return values.float().reshape(len(rows), int(lengths.min())), rows
+
+    def float_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
+        """See `Backend.float_column`."""
+        if not len(rows):
+            return self._series(cudf.Series.from_arrow(pa.nulls(len(index), pa.float32())), index)
+        column = plc.Column.from_cuda_array_interface(values.float().contiguous())
+        # As pandas has it: a score that is not a number is none.
+        return self._spread(column, rows, index).nans_to_nulls()
+
+    @staticmethod
+    def _series(series: Any, index: Any) -> Any:
+        series.index = index
+        return series
+
+    def _spread(self, column: Any, rows: np.ndarray, index: Any) -> Any:
+        """Put row i of a column at `rows[i]` of a longer one; the others are null."""
+        n = len(index)
+        if len(rows) != n or not np.array_equal(rows, np.arange(n)):
+            # A gather whose map points outside the source gives null there.
+            take = np.full(n, len(rows), np.int32)
+            take[rows] = np.arange(len(rows), dtype=np.int32)
+            taken = plc.copying.gather(
+                plc.Table([column]),
+                plc.Column.from_array(take),
+                plc.copying.OutOfBoundsPolicy.NULLIFY,
+            )
+            (column,) = taken.columns()
+        return cudf.Series.from_pylibcudf(column, metadata={"name": None, "index": index})
+
+    def read_parquet(
+        self, path: str, columns: list[str] | None = None, storage_options: Mapping[str, Any] | None = None
+    ) -> Any:
+        """See `Backend.read_parquet`; the file's bytes are fetched as on a CPU and decoded on the card."""
+
+        def read() -> bytes:
+            with opened(path, storage_options) as file:
+                return bytes(file.read())
+
+        data = persist(path, read)
+        return cudf.read_parquet(io.BytesIO(data), columns=columns, ignore_missing_columns=False)
+
+    def write_parquet(
+        self,
+        frame: Any,
+        path: str,
+        metadata: Mapping[str, str],
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """See `Backend.write_parquet`; encoded and compressed on the card."""
+        table = plc.Table([frame[name].to_pylibcudf()[0] for name in frame.columns])
+        names = plc.io.types.TableInputMetadata(table)
+        for meta, name in zip(names.column_metadata, frame.columns, strict=True):
+            meta.set_name(name)
+            known = COLUMNS.get(name)
+            # Said for every column: left to itself, the writer goes by whether this partition happens to have nulls,
+            # and two files of one run would have two schemas.
+            meta.set_nullability(known is None or known.nullable)
+            if isinstance(frame[name].dtype, cudf.ListDtype):
+                meta.child(1).set_name("element").set_nullability(True)
+        sink = io.BytesIO()
+        options = (
+            plc.io.parquet.ParquetWriterOptions.builder(plc.io.SinkInfo([sink]), table)
+            .metadata(names)
+            .key_value_metadata([dict(metadata)])
+            .compression(plc.io.types.CompressionType.ZSTD)
+            .write_arrow_schema(True)
+            .build()
+        )
+        plc.io.parquet.write_parquet(options)
+        with write_whole(path, storage_options) as file:
+            file.write(sink.getbuffer())
+
+    def kmeans(self, values: torch.Tensor, n_cells: int, seed: int) -> np.ndarray:
+        """See `Backend.kmeans`; cuML's. It is not in the extras: it is large, and nothing else needs it."""
+        import torch
+
+        try:
+            from cuml.cluster import KMeans
+        except ImportError as err:
+            cuda = (torch.version.cuda or "13").partition(".")[0]
+            raise ImportError(f'{err}: pip install "cuml-cu{cuda}=={cudf.__version__[:5]}.*"') from err
+        model = KMeans(n_clusters=n_cells, n_init=1, max_iter=20, random_state=seed, output_type="numpy")
+        model.fit(cupy.from_dlpack(values.contiguous()))
+        return np.asarray(model.cluster_centers_, np.float32)
+
+    def make_cluster(self, n_workers: int | None = None, **kwargs: Any) -> Any:
+        """See `Backend.make_cluster`: one worker process a GPU, the cores shared out among them.
+
+        Memory is set up by `imgcurator.rmm-pool` and its neighbours; keyword arguments of `LocalCUDACluster` go first.
+        """
+        import torch
+        from dask.system import CPU_COUNT
+        from dask_cuda import LocalCUDACluster
+
+        options: dict[str, Any] = {"threads_per_worker": 1, **device.memory_options(kwargs)}
+        options["dashboard_address"] = ":0" if importable("bokeh") else None
+        workers = n_workers or max(1, torch.cuda.device_count())
+        # Dask's own default is one thread, which DALI's pipeline would have too. LocalCUDACluster puts an environment
+        # of its own in the place of `env=`, so it goes this way.
+        threads = str(max(1, CPU_COUNT // workers))
+        env = {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        name = "distributed.nanny.pre-spawn-environ"
+        with dask.config.set({name: {**dask.config.get(name, {}), **env, **kwargs.pop("env", {})}}):
+            return LocalCUDACluster(n_workers=n_workers, **{**options, **kwargs})

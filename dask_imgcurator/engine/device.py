@@ -1,0 +1,203 @@
+"""A card's memory and queue, as torch sees them: out of memory, copies that nobody waits for, CUDA graphs.
+
+Everything that torch, cuDF and CuPy do here is queued on the default stream (the legacy one), each thread's alike, so
+that one sees what another has queued before it and memory given back is used again in that order; only DALI works on
+streams of its own. The host waits nowhere but where a value is needed on it.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .. import config
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Graphed",
+    "full_float32",
+    "graphs_problem",
+    "is_out_of_memory",
+    "memory_options",
+    "release",
+    "to_device",
+]
+
+#: How torch, RMM (its ``std::bad_alloc`` comes through torch as a RuntimeError), cuBLAS, cuDNN and DALI say it.
+_SAY_SO = re.compile(r"out[ _]of[ _]memory|bad_alloc|_ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, so that less at a time may go.
+
+    Parameters
+    ----------
+    error : BaseException
+        From torch, cuDF, RMM, CuPy or DALI.
+    """
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    # The recording of a CUDA graph that is broken off by it raises another error on top.
+    under = error.__cause__ or error.__context__
+    return _SAY_SO.search(str(error)) is not None or (under is not None and is_out_of_memory(under))
+
+
+def release(device: str) -> None:
+    """Wait for what is queued on a device and give back the memory that torch keeps for later.
+
+    Parameters
+    ----------
+    device : str
+        torch device.
+    """
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def to_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """Copy a host tensor to a device without waiting for what is queued there.
+
+    A plain copy from pageable memory would wait for the encoder's batch in front of it. torch keeps the pinned memory
+    until the copy is done.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+        In host memory.
+    device : str
+        torch device.
+    """
+    if not device.startswith("cuda"):
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def full_float32(active: bool) -> Iterator[None]:
+    """Keep float32 products in float32: cuDNN would take TF32 (10 bits of mantissa) for convolutions by default.
+
+    Parameters
+    ----------
+    active : bool
+        False: leave everything as it is.
+    """
+    import torch
+
+    if not active:
+        yield
+        return
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def graphs_problem(device: str) -> str | None:
+    """Say why CUDA graphs cannot be used in this process; None where they can.
+
+    Parameters
+    ----------
+    device : str
+        torch device.
+    """
+    import torch
+
+    if not device.startswith("cuda"):
+        return f"no CUDA graphs on {device!r}"
+    allocator = torch.cuda.memory.get_allocator_backend()
+    if allocator == "pluggable":
+        # It has no pool that stays with a graph: memory of the capture would be lent to others and written by both.
+        return "torch takes its memory from RMM, which keeps none apart for a graph"
+    return None
+
+
+def memory_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the memory options of a `dask_cuda.LocalCUDACluster` that the settings ask for.
+
+    Parameters
+    ----------
+    given : mapping
+        What the caller passes to the cluster himself: it goes before the settings, and options that would contradict
+        it are left out.
+
+    Returns
+    -------
+    dict of str to object
+        Of ``enable_cudf_spill``, ``rmm_pool_size``, ``rmm_maximum_pool_size``, ``rmm_allocator_external_lib_list``.
+    """
+    options: dict[str, Any] = {"enable_cudf_spill": bool(config.get("cudf-spill"))}
+    if not given.get("rmm_async") and not given.get("rmm_managed_memory"):
+        options["rmm_pool_size"] = config.get("rmm-pool") or None
+        if given.get("rmm_pool_size", options["rmm_pool_size"]):
+            options["rmm_maximum_pool_size"] = config.get("rmm-maximum-pool") or None
+    options = {**options, **{name: value for name, value in given.items() if name in options}}
+    pool = options.get("rmm_pool_size") or given.get("rmm_async")
+    if pool and config.get("rmm-share"):
+        # Not without a pool: each tensor would be a cudaMalloc. Not torch with CUDA graphs: see `graphs_problem`.
+        options["rmm_allocator_external_lib_list"] = ["cupy"] if config.get("cuda-graphs") else ["torch", "cupy"]
+    return {name: value for name, value in options.items() if name not in given}
+
+
+class Graphed:
+    """A forward pass that is recorded once for each shape of its input and then replayed by one launch.
+
+    Parameters
+    ----------
+    forward : callable
+        From a tensor to a tensor, on a card; without anything that the host must wait for.
+
+    Notes
+    -----
+    The result lies in memory that the next call overwrites: whoever keeps it copies it (on the same stream).
+    """
+
+    #: Runs before the recording, in which cuBLAS and cuDNN choose their kernels and take their workspace.
+    WARM_UP = 3
+
+    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._forward = forward
+        self._recorded: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        self._turn = threading.Lock()
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Run the forward pass; see `Notes` of the class."""
+        with self._turn:
+            shape = tuple(pixels.shape)
+            if shape not in self._recorded:
+                self._recorded.clear()  # Whole batches have one size: another one means that the first was too large.
+                self._recorded[shape] = self._record(pixels)
+            graph, source, result = self._recorded[shape]
+            source.copy_(pixels)
+            graph.replay()
+            return result
+
+    def _record(self, pixels: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        import torch
+
+        source = pixels.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(self.WARM_UP):
+                self._forward(source)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # The decoder's threads go on allocating: what they do is no part of the recording.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = self._forward(source)
+        return graph, source, result

@@ -1,0 +1,232 @@
+"""The CPU half of the seam: pandas frames, host tensors, a LocalCluster of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import dask
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..storage.files import opened, persist, write_whole
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PandasBackend", "from_arrow"]
+
+_NULLABLE = {
+    pa.bool_(): pd.BooleanDtype(),
+    **{
+        getattr(pa, f"{u}int{n}")(): pd.api.types.pandas_dtype(f"{u.upper()}Int{n}")
+        for u in ("", "u")
+        for n in (8, 16, 32, 64)
+    },
+}
+
+
+def _pandas_dtype(field: pa.Field) -> Any:
+    """Dtype of a column; chosen so that null stays null and numbers keep their width."""
+    type_ = field.type
+    if pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_null(type_):
+        return pd.StringDtype("pyarrow")
+    if field.nullable and type_ in _NULLABLE:
+        return _NULLABLE[type_]
+    if pa.types.is_nested(type_):
+        return pd.ArrowDtype(type_)
+    return None
+
+
+def from_arrow(table: pa.Table) -> pd.DataFrame:
+    """Make a pandas frame; a field's nullability decides between ``int32`` and ``Int32``."""
+    columns = {}
+    for field, column in zip(table.schema, table.columns, strict=True):
+        dtype = _pandas_dtype(field)
+        mapper = (lambda _type, d=dtype: d) if dtype is not None else None
+        columns[field.name] = column.to_pandas(types_mapper=mapper)
+    frame = pd.DataFrame(columns, index=pd.RangeIndex(table.num_rows), copy=False)
+    return frame[list(table.schema.names)]
+
+
+def _arrow(column: pd.Series) -> pa.Array:
+    """Any pandas column as one Arrow array; what pandas takes for missing is null."""
+    array = pa.array(column, from_pandas=True)
+    if isinstance(array, pa.ChunkedArray):
+        array = array.combine_chunks()
+    return array
+
+
+def _holds_vectors(type_: pa.DataType) -> bool:
+    kinds = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+    if not any(getattr(pa.types, f"is_{kind}")(type_) for kind in kinds):
+        return False
+    return bool(pa.types.is_floating(type_.value_type) or pa.types.is_integer(type_.value_type))
+
+
+class PandasBackend:
+    """pandas frames and host memory."""
+
+    name = "pandas"
+    device = "cpu"
+    decoder_device = "cpu"
+    decoders = 1  # which has all threads
+
+    def from_arrow(self, table: pa.Table) -> pd.DataFrame:
+        """See `Backend.from_arrow`."""
+        return from_arrow(table)
+
+    def to_arrow(self, frame: pd.DataFrame) -> pa.Table:
+        """See `Backend.to_arrow`; types and nullability come from the column table where a column is in it."""
+        from ..schema import COLUMNS, is_ours
+
+        arrays, fields = [], []
+        for name in frame.columns:
+            array = _arrow(frame[name])
+            if is_ours(name, array.type):
+                known = COLUMNS[name]
+                array = array.cast(known.type)
+                fields.append(pa.field(name, known.type, nullable=known.nullable))
+            else:
+                if pa.types.is_large_string(array.type):
+                    array = array.cast(pa.string())
+                fields.append(pa.field(name, array.type))
+            arrays.append(array)
+        return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+    def to_host(self, frame: pd.DataFrame, columns: list[str]) -> pa.Table:
+        """See `Backend.to_host`."""
+        return self.to_arrow(frame[columns])
+
+    def matrix_column(self, values: torch.Tensor, rows: np.ndarray, index: pd.Index) -> pd.Series:
+        """See `Backend.matrix_column`."""
+        n, width = len(index), values.shape[1]
+        data = np.ascontiguousarray(values.float().numpy())  # NumPy has no bfloat16
+        present = np.zeros(n, bool)
+        present[rows] = True
+        order = np.argsort(rows, kind="stable")
+        if len(order) and not np.array_equal(order, np.arange(len(order))):
+            data = data[order]
+        offsets = np.zeros(n + 1, np.int64)
+        np.cumsum(present * width, out=offsets[1:])
+        array = pa.ListArray.from_arrays(
+            pa.array(offsets, pa.int32()),  # raises where a partition is too large for it
+            pa.array(data.reshape(-1)),
+            mask=pa.array(~present) if not present.all() else None,
+        )
+        return pd.Series(pd.array(array, dtype=pd.ArrowDtype(array.type)), index=index)
+
+    def matrix(self, column: pd.Series) -> tuple[torch.Tensor, np.ndarray]:
+        """See `Backend.matrix`."""
+        import torch
+
+        try:
+            array = _arrow(column)
+        except pa.ArrowException as err:  # objects of several kinds, or of one that Arrow does not know
+            raise TypeError(f"column {column.name!r} cannot be read as vectors of numbers: {err}") from err
+        rows = np.flatnonzero(array.is_valid().to_numpy(zero_copy_only=False))
+        if not len(rows):
+            # Whatever its type: objects that are all missing have none.
+            return torch.empty((0, 0)), rows
+        if not _holds_vectors(array.type):
+            raise TypeError(
+                f"column {column.name!r} holds {array.type}, not vectors of numbers: it cannot be an embedding"
+            )
+        array = array.drop_null()
+        if pa.types.is_fixed_size_list(array.type):
+            width = array.type.list_size
+        else:
+            lengths = np.unique(array.value_lengths().to_numpy())
+            if len(lengths) != 1:
+                raise ValueError(f"column {column.name!r} holds vectors of different lengths: {lengths.tolist()[:5]}")
+            width = int(lengths[0])
+        # A copy, because Arrow's memory must not be written to; a null within a vector becomes NaN.
+        values = np.array(array.flatten().to_numpy(zero_copy_only=False), np.float32)
+        return torch.from_numpy(values.reshape(len(rows), width)), rows
+
+    def float_column(self, values: torch.Tensor, rows: np.ndarray, index: pd.Index) -> pd.Series:
+        """See `Backend.float_column`."""
+        out = np.full(len(index), np.nan, np.float32)
+        out[rows] = values.float().numpy()
+        return pd.Series(out, index=index)
+
+    def read_parquet(
+        self, path: str, columns: list[str] | None = None, storage_options: Mapping[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """See `Backend.read_parquet`."""
+
+        def read() -> pa.Table:
+            with opened(path, storage_options) as file:
+                return pq.read_table(file, columns=columns)
+
+        return from_arrow(persist(path, read))
+
+    def write_parquet(
+        self,
+        frame: pd.DataFrame,
+        path: str,
+        metadata: Mapping[str, str],
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """See `Backend.write_parquet`."""
+        table = self.to_arrow(frame)
+        table = table.replace_schema_metadata(dict(metadata))
+        with write_whole(path, storage_options) as file:
+            pq.write_table(table, file, compression="zstd")
+
+    def kmeans(self, values: torch.Tensor, n_cells: int, seed: int) -> np.ndarray:
+        """See `Backend.kmeans`; scikit-learn's, of mini-batches.
+
+        With one thread, because sums that several threads share out differ in their last digits.
+        """
+        try:
+            from sklearn.cluster import MiniBatchKMeans
+            from threadpoolctl import threadpool_limits
+        except ImportError as err:
+            raise ImportError(f'{err}: pip install "dask-imgcurator[dedup]"') from err
+        model = MiniBatchKMeans(n_cells, n_init=1, batch_size=4096, max_iter=20, random_state=seed)
+        with threadpool_limits(1):
+            model.fit(values.numpy())
+        return np.asarray(model.cluster_centers_, np.float32)
+
+    def make_cluster(self, n_workers: int | None = None, **kwargs: Any) -> Any:
+        """See `Backend.make_cluster`.
+
+        One task at a time in each worker, because a task keeps all its threads busy by itself (decoder and encoder);
+        workers x threads = cores.
+        """
+        from dask.system import CPU_COUNT
+        from distributed import LocalCluster
+        from distributed.system import MEMORY_LIMIT
+
+        if n_workers is None:
+            # A process with torch, a model and its buffers wants a few GB; more workers than that would be killed.
+            n_workers = max(1, min(CPU_COUNT, int(MEMORY_LIMIT // (4 << 30))))
+        threads = str(max(1, CPU_COUNT // n_workers))
+        # Dask's own default is one thread for BLAS and OpenMP in each worker.
+        env = {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        env.update(kwargs.pop("env", {}))
+        options: dict[str, Any] = {"threads_per_worker": 1, "processes": True, "env": env}
+        if importable("bokeh"):
+            options["dashboard_address"] = ":0"
+        else:
+            options["dashboard_address"] = None
+        # Dask has its workers give memory back to the system at once. An encoder's buffers are then mapped
+        # anew for every
+        # batch, which takes as long as the arithmetic; so they keep it, for about 0.3 GB more.
+        keep = {"MALLOC_TRIM_THRESHOLD_": 1 << 30, "MALLOC_MMAP_THRESHOLD_": 32 << 20}
+        name = "distributed.nanny.pre-spawn-environ"
+        # Python 3.11 can deadlock in Dask's profiler (python/cpython#106883), which nobody asked for.
+        with dask.config.set(
+            {name: {**dask.config.get(name, {}), **keep}, "distributed.worker.profile.enabled": False}
+        ):
+            return LocalCluster(n_workers=n_workers, **{**options, **kwargs})
+
+
+def importable(module: str) -> bool:
+    """Whether a package is installed, without importing it."""
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None

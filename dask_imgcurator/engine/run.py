@@ -1,0 +1,223 @@
+"""Where work runs, and the one way to run it: a Dask DataFrame whose partitions are small results.
+
+A job is a frame that ends in a step with side effects (a file is written) and small results (a row of counts). `run`
+computes such frames, yields each partition's result as soon as it is there, and survives workers that die; `reduce`
+merges the results of all partitions on the workers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import dask
+import dask.dataframe as dd
+import pandas as pd
+from dask.system import CPU_COUNT
+from distributed import Client, Future, futures_of, get_client
+from distributed.scheduler import KilledWorker
+
+from ..monitor import Monitor
+from .backend import is_dask
+from .cluster import start_client
+
+#: Where a job runs: a client, the address of a scheduler, a number of new worker processes, or None (a job's default).
+Place = Client | str | int | None
+
+#: Shards in one graph. Larger graphs buy nothing; with two in flight, scheduler and client hold a few thousand tasks.
+WAVE = 1000
+
+_FAN_IN = 16
+
+
+class JobError(RuntimeError):
+    """The run could not finish; what is finished is kept."""
+
+
+# --- where ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def place(where: Place, backend: str, monitor: Monitor, light: bool = False) -> Iterator[Client | None]:
+    """Open the place where a job runs, and make it Dask's default; None: threads of this process.
+
+    Without a place, a `light` job (no model to load, hardly any Python between the calls that let go of the
+    interpreter) runs in threads, any other on a new cluster of processes.
+    """
+    if isinstance(where, Client):
+        monitor.started(where)
+        with where.as_current():
+            yield where
+        return
+    if where is None and light:
+        threads = 1 if backend == "cudf" else CPU_COUNT
+        with dask.config.set(scheduler="threads", num_workers=threads):
+            yield None
+        return
+    if isinstance(where, str):
+        client = start_client(scheduler=where)
+    else:
+        # A shard whose workers died twice is done again in another way; Dask would try four times. And Dask would
+        # print the traceback of every failed task: `JobError` tells what went wrong.
+        with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
+            client = start_client(where, backend=backend, silence_logs=logging.CRITICAL)
+    try:
+        monitor.started(client)
+        yield client
+    finally:
+        client.close()
+
+
+# --- run ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wave:
+    """A graph: one partition for each name, whose value is a frame made by `result`."""
+
+    names: Sequence[str]
+    frame: dd.DataFrame
+
+
+def result(value: Any) -> pd.DataFrame:
+    """Wrap a small result as a partition: a row with one object."""
+    return pd.DataFrame({"result": pd.Series([value], dtype=object)})
+
+
+def results(df: Any, function: Callable[..., Any], *args: Any, label: str) -> dd.DataFrame:
+    """Apply a function with a small result to each partition, lazily; `run` gives the results out."""
+    return df.map_partitions(
+        _to_result, function, *args, meta=result(None).iloc[:0], enforce_metadata=False, token=label
+    )
+
+
+def _to_result(frame: Any, function: Callable[..., Any], *args: Any) -> pd.DataFrame:
+    return result(function(frame, *args))
+
+
+def run(
+    client: Client | None,
+    waves: Iterable[Wave],
+    what: str,
+    again: Callable[[Sequence[str]], Wave] | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """Compute graphs, two at a time, and yield the name and result of each partition as it is done.
+
+    A partition whose workers died more often than Dask allows is set aside while the others go on, and then done once
+    more by the graph that `again` makes. Any other error stops the run with a `JobError`: it would meet the other
+    partitions too (a full disk, a missing file).
+    """
+    if client is None:
+        yield from _run_in_threads(waves, what)
+        return
+    lost: list[str] = []
+    yield from _run_on(client, waves, what, lost)
+    if lost and again is not None:
+        # One at a time: what killed a worker may do so again, and would take neighbours with it.
+        retried, lost = lost, []
+        yield from _run_on(client, (again([name]) for name in retried), what, lost)
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise JobError(
+            f"the workers that were {what} {lost[0]}{more} died again and again (out of memory, or a crash in a native "
+            "library); all others are finished. A smaller --batch-size or fewer --n-workers may help."
+        )
+
+
+def _run_on(client: Client, waves: Iterable[Wave], what: str, lost: list[str]) -> Iterator[tuple[str, Any]]:
+    done: SimpleQueue[Future] = SimpleQueue()
+    running: dict[str, str] = {}  # future's key to partition's name
+    futures: dict[str, Future] = {}
+    waiting = iter(waves)
+
+    def submit() -> bool:
+        wave = next(waiting, None)
+        if wave is None:
+            return False
+        persisted = client.persist(wave.frame)
+        found = {future.key: future for future in futures_of(persisted)}
+        for name, key in zip(wave.names, persisted.__dask_keys__(), strict=True):
+            running[key], futures[key] = name, found[key]
+        for future in found.values():
+            future.add_done_callback(done.put)
+        return True
+
+    more = submit()
+    try:
+        while running:
+            if more and len(running) <= WAVE:
+                more = submit()
+            future = done.get()
+            name = running.pop(future.key)
+            del futures[future.key]
+            error = future.exception() if future.status == "error" else None
+            if future.status == "cancelled":
+                raise JobError(f"the cluster went away while {what} {name}")
+            if isinstance(error, KilledWorker):
+                lost.append(name)
+            elif error is not None:
+                raise JobError(f"{what} {name}: {type(error).__name__}: {error}") from error
+            else:
+                yield name, future.result()["result"].iat[0]
+            del future
+    finally:
+        if futures:
+            client.cancel(list(futures.values()), force=True)
+
+
+def _run_in_threads(waves: Iterable[Wave], what: str) -> Iterator[tuple[str, Any]]:
+    for wave in waves:
+        try:
+            found = wave.frame.compute()
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as err:
+            raise JobError(f"{what}: {type(err).__name__}: {err}") from err
+        yield from zip(wave.names, found["result"], strict=True)
+
+
+def waves(names: Sequence[str], build: Callable[[Sequence[str]], dd.DataFrame]) -> Iterator[Wave]:
+    """Cut a job into graphs of `WAVE` partitions."""
+    for start in range(0, len(names), WAVE):
+        part = names[start : start + WAVE]
+        yield Wave(part, build(part))
+
+
+def current_client() -> Client | None:
+    """Dask's default client, if there is one."""
+    try:
+        return get_client()
+    except ValueError:
+        return None
+
+
+# --- reduce ---------------------------------------------------------------------------------------
+
+
+def reduce(df: Any, function: Callable[..., Any], merge: Callable[[list[Any]], Any], *args: Any) -> Any:
+    """Apply a function to each partition and merge the results, a few at a time, where the partitions are.
+
+    `df` is a frame of any kind. `merge` takes a list of results, and must be associative.
+    """
+    if not is_dask(df):
+        return merge([function(df, *args)])
+    parts = results(df, function, *args, label="reduce")
+    merged = parts.reduction(
+        _merge_results,
+        aggregate=_merge_results,
+        combine=_merge_results,
+        meta=result(None).iloc[:0],
+        split_every=_FAN_IN,
+        chunk_kwargs={"merge": merge},
+        aggregate_kwargs={"merge": merge},
+        combine_kwargs={"merge": merge},
+    )
+    return merged.compute()["result"].iat[0]
+
+
+def _merge_results(frame: pd.DataFrame, merge: Callable[[list[Any]], Any]) -> pd.DataFrame:
+    return result(merge(list(frame["result"])))

@@ -1,0 +1,1 @@
+"""Score tables in other projects' layouts."""

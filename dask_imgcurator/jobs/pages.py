@@ -1,0 +1,242 @@
+"""Pages about any score table: a report on it, and a comparison of two selections."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from ..report import comparison, report
+from ..report.survey import survey
+from ..schema import kinds_of_schema
+from ..select import selection
+from ..select import where as filters
+from ..steps import collection, score
+from ..storage import files
+from .plan import model_notes
+from .tables import Place, opened, steps_of
+
+__all__ = ["compare_selections", "write_report"]
+
+_GROUP_COLUMNS = {
+    "group",
+    "key",
+    "shard",
+    "sample_offset",
+    "kept",
+    "in_reference",
+    "tier",
+    "similarity",
+    "distance",
+}
+
+
+def write_report(
+    scores: collection.URLPath,
+    out: str | os.PathLike[str],
+    where: str | None = None,
+    *,
+    top: str | Sequence[str] = (),
+    sample: str | None = None,
+    groups: str | os.PathLike[str] | pd.DataFrame | None = None,
+    source_options: Mapping[str, Any] | None = None,
+    place: Place | None = None,
+) -> str:
+    """Write a page that shows what a selection keeps and what it throws away.
+
+    Parameters
+    ----------
+    scores : str, path, or sequence of them
+        Score table, as for `read_scores`.
+    out : str or path
+        The HTML file.
+    where, top, sample
+        The selection, as for `select_rows`; without any, the page shows the table.
+    groups : path, str, or pandas.DataFrame, optional
+        Table of duplicates (`drop_duplicates` with ``groups=``, or `Duplicates.groups`), to show side by side.
+    source_options : mapping, optional
+        For the fsspec file systems of the source shards, from which thumbnails are made; by default as for the table.
+    place : Place, optional
+        Where it runs.
+
+    Returns
+    -------
+    str
+        `out`: one file that needs nothing else and loads nothing from outside. A few MB at most, however many rows
+        there are: what is shown of the rows are counts, histograms, and a few pictures of each kind. Pictures whose
+        shards cannot be read are left out and counted.
+
+    Raises
+    ------
+    WhereError, SelectionError
+        For a mistake in the selection, before anything is done.
+    FileNotFoundError
+        If there is no such score table, or no such file of groups.
+    ValueError
+        If `groups` is no such table.
+
+    Notes
+    -----
+    The table is streamed once, without embeddings; steps that rank read their column before.
+    """
+    ranked = steps_of(top, sample)
+    target = os.fspath(out)
+    _check_target(target)
+    # Pages are made of a few rows, in pandas, wherever the selection is computed.
+    place = replace(place or Place(), backend="pandas")
+    options = dict(place.storage_options or {})
+    shown = _read_groups(groups, options)
+    with opened(scores, place) as table:
+        steps = [] if where is None else [filters.parse_where(where, kinds_of_schema(table.schema))]
+        conditions = selection.settle_conditions(table.df, [*steps, *ranked])
+        found = survey(table.urls, table.schema, conditions, options)
+        funnel = [
+            {"condition": c.cut.text, "alone": int(alone), "left": int(left)}
+            for c, alone, left in zip(conditions, found.alone, found.left, strict=True)
+        ]
+        provenance, notes = _provenance(table.urls, options)
+        subject = report.Subject(
+            _title(scores),
+            found.rows,
+            found.by_status,
+            found.kept if conditions else None,
+            funnel,
+            "",
+            provenance,
+            notes,
+        )
+        html = report.render_report(subject, found, table.urls, options, _or(source_options, options), shown)
+    with files.write_whole(target, options) as file:
+        file.write(html.encode())
+    return target
+
+
+def compare_selections(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    scores: collection.URLPath | None = None,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    source_options: Mapping[str, Any] | None = None,
+) -> comparison.Compared:
+    """Write a page that shows what two selections have in common, and what only one of them keeps.
+
+    Parameters
+    ----------
+    a, b : str or path
+        A score table each (a folder that `select_rows` or `drop_duplicates` wrote), or an expression on `scores`.
+    out : str or path
+        The HTML file.
+    scores : str, path, or sequence of them, optional
+        Score table that expressions are on.
+    storage_options : mapping, optional
+        For the fsspec file systems of the tables and of `out`.
+    source_options : mapping, optional
+        For the fsspec file systems of the source shards, from which thumbnails are made; by default as for the tables.
+
+    Returns
+    -------
+    comparison.Compared
+        How many rows are in both and in one; the page is in `out`.
+
+    Raises
+    ------
+    WhereError
+        For a mistake in an expression.
+    FileNotFoundError
+        If `a` or `b` is neither a score table nor, with `scores`, an expression.
+
+    Notes
+    -----
+    Rows are the same if ``shard``, ``key`` and ``sample_offset`` are. Each table is streamed twice, without
+    embeddings; in memory are 8 bytes a row that is kept.
+    """
+    target = os.fspath(out)
+    _check_target(target)
+    options = dict(storage_options or {})
+    (left, said), (right, more) = (_side(item, scores, options) for item in (a, b))
+    notes = list(dict.fromkeys([*said, *more]))
+    found = comparison.compare_sides(left, right, options)
+    html = comparison.render_comparison(left, right, found, _or(source_options, options), notes)
+    with files.write_whole(target, options) as file:
+        file.write(html.encode())
+    return found
+
+
+def _check_target(target: str) -> None:
+    if not target.lower().endswith((".html", ".htm")):
+        raise ValueError(f"{target!r} is no HTML file: name one, such as 'report.html'")
+    folder = files.local_path(target).parent if files.is_local(target) else None
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: make it, or name another file than {target}")
+
+
+def _or(given: Mapping[str, Any] | None, otherwise: Mapping[str, Any]) -> Mapping[str, Any]:
+    return otherwise if given is None else given
+
+
+def _title(scores: collection.URLPath) -> str:
+    items = [scores] if isinstance(scores, str | os.PathLike) else list(scores)
+    names = [os.fspath(item) for item in items]
+    names = [str(files.local_path(n).absolute()) if files.is_local(n) else n.rstrip("/") for n in names]
+    # A folder is mostly called 'scores': the one above it says more.
+    shown = ["/".join(name.partition("?")[0].split("/")[-2:]) for name in names]
+    return shown[0] if len(shown) == 1 else f"{shown[0]} and {len(shown) - 1} more"
+
+
+def _provenance(urls: Sequence[str], storage_options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What a table's scores depend on, and what a reader must know first."""
+    made = [score.file_provenance(url, storage_options) or {} for url in urls]
+    # What differs from file to file by nature says nothing of the whole.
+    provenance = {k: v for k, v in made[0].items() if all(m.get(k) == v for m in made)}
+    encoder = made[0].get("encoder", {})
+    notes = model_notes(encoder.get("model"), encoder.get("pretrained"))
+    others = {str(m.get("encoder", {}).get("model")) for m in made} - {str(encoder.get("model"))}
+    if others or any(m.get("encoder", {}) != encoder for m in made):
+        names = ", ".join(sorted({str(encoder.get("model")), *others}))
+        notes.append(f"The files of this table were not all made by the same model and weights ({names}).")
+    if not encoder:
+        notes.append("The table does not say how its scores were made: it is not of this library.")
+    return provenance, notes
+
+
+def _side(
+    item: str | os.PathLike[str], scores: collection.URLPath | None, storage_options: Mapping[str, Any]
+) -> tuple[comparison.Side, list[str]]:
+    """One selection of two: a score table, or an expression on `scores`."""
+    name, where = os.fspath(item), None
+    try:
+        urls = collection.score_urls(name, storage_options)
+    except (FileNotFoundError, NotADirectoryError):
+        if scores is None:
+            raise FileNotFoundError(
+                f"no score table at {name!r}: an expression needs the score table that it is on"
+            ) from None
+        urls, where = collection.score_urls(scores, storage_options), name
+    schema = score.file_schema(urls[0], storage_options)
+    parsed = None if where is None else filters.parse_where(where, kinds_of_schema(schema))
+    provenance, notes = _provenance(urls, storage_options)
+    steps = provenance.get("selected", {}).get("steps", []) if where is None else []
+    return comparison.Side(name, urls, schema, selection.conditions_of(parsed), steps), notes
+
+
+def _read_groups(
+    groups: str | os.PathLike[str] | pd.DataFrame | None, storage_options: Mapping[str, Any]
+) -> pd.DataFrame | None:
+    if groups is None:
+        return None
+    if not isinstance(groups, pd.DataFrame):
+        with files.opened(os.fspath(groups), storage_options) as file:
+            frame = pd.read_parquet(file)
+        name = repr(os.fspath(groups))
+    else:
+        frame, name = groups, "groups"
+    if missing := _GROUP_COLUMNS - set(frame.columns):
+        raise ValueError(
+            f"{name} is no table of duplicates: it lacks {', '.join(sorted(missing))} (dedup --groups FILE writes one)"
+        )
+    return frame

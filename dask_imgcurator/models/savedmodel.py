@@ -1,0 +1,352 @@
+"""Read LAION's NSFW heads, AutoKeras models in TensorFlow's SavedModel format, without TensorFlow.
+
+Nothing here executes anything: three byte formats are parsed into arrays and texts.
+
+- ``saved_model.pb`` is a protobuf message: the graph's constants, and a tree of named objects. The tree says
+  which constants fill the lookup table of which column.
+- ``variables/variables.index`` is an uncompressed table in LevelDB's format, from a variable's path in that
+  tree to a ``BundleEntryProto`` (type, shape, and where its bytes lie).
+- ``variables/variables.data-00000-of-00001`` holds those bytes.
+
+The checksums inside the formats (CRC-32C) are not looked at: `dask_imgcurator.models.weights` has verified the
+sha256 of the whole file before.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["AutoKerasHead", "SavedModelError", "Vocabulary", "read_autokeras"]
+
+#: A member that unpacks to more is refused before it is unpacked; the published ones have less than 4 MiB.
+MAX_MEMBER = 64 << 20
+
+_VARIABLE = re.compile(r"layer_with_weights-([0-9]{1,4})/([a-z_]+)/\.ATTRIBUTES/VARIABLE_VALUE")
+_COLUMN = re.compile(r"[0-9]{1,6}")
+_TABLE_MAGIC = 0xDB4775248B80FB57
+_FLOAT, _STRING, _INT64 = 1, 7, 9  # tensorflow.DataType
+
+
+class SavedModelError(ValueError):
+    """The bytes are not a SavedModel of the kind that this module reads."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The lookup table of one categorical column.
+
+    Attributes
+    ----------
+    column : int
+        Which of the inputs it applies to.
+    texts : tuple of str
+        Keys: values as printed by ``"%f"``.
+    ranks : numpy.ndarray
+        int64, one per text; a text that is not in the table has rank 0.
+    """
+
+    column: int
+    texts: tuple[str, ...]
+    ranks: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class AutoKerasHead:
+    """What an AutoKeras classifier on structured data computes with.
+
+    Attributes
+    ----------
+    mean, variance : numpy.ndarray
+        float32, ``(width,)``, of the inputs after the lookup.
+    layers : tuple of (kernel, bias)
+        float32, ``(inputs, outputs)`` and ``(outputs,)``, in order of use.
+    vocabularies : tuple of Vocabulary
+        The categorical columns, in ascending order.
+    """
+
+    mean: NDArray[np.float32]
+    variance: NDArray[np.float32]
+    layers: tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...]
+    vocabularies: tuple[Vocabulary, ...]
+
+
+def read_autokeras(data: bytes) -> AutoKerasHead:
+    """Read a zipped SavedModel of an AutoKeras structured-data classifier.
+
+    Parameters
+    ----------
+    data : bytes
+        The zip file.
+
+    Returns
+    -------
+    AutoKerasHead
+
+    Raises
+    ------
+    SavedModelError
+        For anything that is not such a file, damaged ones included.
+    """
+    model, index, values = _unzip(
+        data, "saved_model.pb", "variables/variables.index", "variables/variables.data-00000-of-00001"
+    )
+    variables = _variables(index, values)
+    mean, variance = variables.get((1, "mean")), variables.get((1, "variance"))
+    if mean is None or variance is None or mean.ndim != 1 or mean.shape != variance.shape:
+        raise SavedModelError("no normalisation layer (mean and variance of one width) in variables.index")
+
+    layers = []
+    width = mean.shape[0]
+    for number in sorted(n for n, name in variables if name == "kernel"):
+        kernel, bias = variables[number, "kernel"], variables.get((number, "bias"))
+        if bias is None or kernel.ndim != 2 or kernel.shape[0] != width or bias.shape != kernel.shape[1:]:
+            raise SavedModelError(f"dense layer {number}: kernel {kernel.shape} or bias misfits its inputs")
+        layers.append((kernel, bias))
+        width = kernel.shape[1]
+    if not layers or width != 1:
+        raise SavedModelError(f"{len(layers)} dense layers, {width} outputs; expected one output")
+
+    vocabularies = _vocabularies(model)
+    for vocabulary in vocabularies:
+        if vocabulary.column >= mean.shape[0]:
+            raise SavedModelError(f"lookup table for column {vocabulary.column} of {mean.shape[0]}")
+    return AutoKerasHead(mean, variance, tuple(layers), vocabularies)
+
+
+def _unzip(data: bytes, *names: str) -> list[memoryview]:
+    found = []
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            for name in names:
+                members = [m for m in archive.infolist() if ("/" + m.filename).endswith("/" + name)]
+                if len(members) != 1:
+                    raise SavedModelError(f"{len(members)} members named {name} in the zip, expected one")
+                if members[0].file_size > MAX_MEMBER:
+                    raise SavedModelError(f"{name} is {members[0].file_size} bytes, more than {MAX_MEMBER}")
+                if members[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise SavedModelError(f"{name} is compressed by method {members[0].compress_type}")
+                found.append(memoryview(archive.read(members[0])))
+    except SavedModelError:
+        raise
+    # zipfile has no error class of its own for much of what can be wrong with a file.
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, ValueError) as e:
+        raise SavedModelError(f"not a readable zip file: {e}") from e
+    return found
+
+
+# --- protobuf's wire format ---------------------------------------------------------------------------------
+
+
+class _Message:
+    """The fields of one message by number; the schema is the caller's knowledge."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._fields: dict[int, list[int | memoryview]] = defaultdict(list)
+        at = 0
+        while at < len(data):
+            tag, at = _varint(data, at)
+            number, wire = tag >> 3, tag & 7
+            value: int | memoryview
+            if wire == 0:
+                value, at = _varint(data, at)
+            else:
+                if wire == 2:
+                    length, at = _varint(data, at)
+                elif wire in (1, 5):
+                    length = 8 if wire == 1 else 4
+                else:
+                    raise SavedModelError(f"protobuf wire type {wire} at byte {at}")
+                value, at = _slice(data, at, length), at + length
+            self._fields[number].append(value)
+
+    def blobs(self, number: int) -> list[memoryview]:
+        values = self._fields.get(number, [])
+        blobs = [v for v in values if isinstance(v, memoryview)]
+        if len(blobs) != len(values):
+            raise SavedModelError(f"protobuf field {number} holds a number, expected bytes")
+        return blobs
+
+    def texts(self, number: int) -> list[str]:
+        try:
+            return [str(v, "utf-8") for v in self.blobs(number)]
+        except UnicodeDecodeError as error:
+            raise SavedModelError(f"protobuf field {number} is no UTF-8 text") from error
+
+    def text(self, number: int) -> str:
+        return (self.texts(number) or [""])[-1]
+
+    def messages(self, number: int) -> list[_Message]:
+        return [_Message(v) for v in self.blobs(number)]
+
+    def message(self, number: int) -> _Message:
+        """Return the message in a field; one that is not there reads as an empty one, as in protobuf."""
+        return _Message((self.blobs(number) or [memoryview(b"")])[-1])
+
+    def integers(self, number: int) -> list[int]:
+        """Integers of a repeated field, packed or not."""
+        numbers: list[int] = []
+        for value in self._fields.get(number, []):
+            if isinstance(value, int):
+                numbers.append(value)
+                continue
+            at = 0
+            while at < len(value):
+                one, at = _varint(value, at)
+                numbers.append(one)
+        return numbers
+
+    def integer(self, number: int) -> int:
+        return (self.integers(number) or [0])[-1]
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """Return the integer that begins at a byte, and where the next thing begins."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            raise SavedModelError("data end inside a number")
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise SavedModelError(f"number of more than 10 bytes before byte {at}")
+
+
+def _slice(data: memoryview, at: int, length: int) -> memoryview:
+    if at + length > len(data):
+        raise SavedModelError(f"{length} bytes wanted at byte {at}, but there are {len(data)} in all")
+    return data[at : at + length]
+
+
+# --- variables: a table in LevelDB's format, and the raw tensors --------------------------------------------
+
+
+def _variables(index: memoryview, values: memoryview) -> dict[tuple[int, str], NDArray[np.float32]]:
+    """Float variables by number of their layer and name in it."""
+    found = {}
+    for key, entry in _table(index):
+        match = _VARIABLE.fullmatch(key)
+        if match is None:
+            continue  # the checkpoint's own bookkeeping, lookup tables, the optimiser's and metrics' state
+        proto = _Message(entry)
+        if proto.integer(1) != _FLOAT:
+            continue  # the count of examples, beside a mean and a variance
+        if proto.integer(3):
+            raise SavedModelError(f"{key} lies in data file {proto.integer(3)}, there is only 0")
+        raw = _slice(values, proto.integer(4), proto.integer(5))
+        found[int(match[1]), match[2]] = _array(raw, "<f4", proto.message(2), key).astype(np.float32)
+    return found
+
+
+def _table(data: memoryview) -> Iterator[tuple[str, memoryview]]:
+    """Keys and values of a LevelDB-style table."""
+    if len(data) < 48 or int.from_bytes(data[-8:], "little") != _TABLE_MAGIC:
+        raise SavedModelError("variables.index does not end as a LevelDB table does")
+    footer = data[-48:]
+    _, at = _handle(footer, 0)  # of the meta index, which TensorFlow leaves empty
+    (offset, length), _ = _handle(footer, at)
+    for _, handle in _block(data, offset, length):
+        yield from ((str(k, "utf-8", "replace"), v) for k, v in _block(data, *_handle(handle, 0)[0]))
+
+
+def _handle(data: memoryview, at: int) -> tuple[tuple[int, int], int]:
+    offset, at = _varint(data, at)
+    length, at = _varint(data, at)
+    return (offset, length), at
+
+
+def _block(data: memoryview, offset: int, length: int) -> Iterator[tuple[bytes, memoryview]]:
+    if _slice(data, offset, length + 1)[length] != 0:
+        raise SavedModelError("variables.index is compressed, which TensorFlow never does")
+    block = data[offset : offset + length]
+    restarts = int.from_bytes(_slice(block, max(length - 4, 0), 4), "little")
+    end = length - 4 * (restarts + 1)
+    if end < 0:
+        raise SavedModelError(f"{restarts} restart points in a block of {length} bytes")
+    key, at = b"", 0
+    while at < end:
+        shared, at = _varint(block, at)
+        fresh, at = _varint(block, at)
+        size, at = _varint(block, at)
+        if shared > len(key) or at + fresh + size > end:
+            raise SavedModelError(f"damaged entry before byte {at} of a block of {length} bytes")
+        key = key[:shared] + bytes(block[at : at + fresh])
+        yield key, block[at + fresh : at + fresh + size]
+        at += fresh + size
+
+
+def _array(raw: memoryview, dtype: str, shape: _Message, what: str) -> NDArray[np.generic]:
+    sides = [dim.integer(1) for dim in shape.messages(2)]
+    if 0 in sides or len(sides) > 8 or prod(sides) * np.dtype(dtype).itemsize != len(raw):
+        raise SavedModelError(f"{what}: shape {sides} does not fit {len(raw)} bytes")
+    return np.frombuffer(raw, dtype).reshape(sides)
+
+
+# --- lookup tables: from the object graph to the constants --------------------------------------------------
+
+
+def _vocabularies(model: memoryview) -> tuple[Vocabulary, ...]:
+    """Follow ``encoding_layers/<column>/lookup_table/_initialize`` to the two constants it captures."""
+    meta_graphs = _Message(model).messages(2)
+    if len(meta_graphs) != 1:
+        raise SavedModelError(f"{len(meta_graphs)} meta graphs in saved_model.pb, expected one")
+    graph = {node.text(1): node for node in meta_graphs[0].message(2).messages(1)}
+    objects = meta_graphs[0].message(7)
+    nodes = objects.messages(1)
+    functions = {entry.text(1): entry.message(2) for entry in objects.messages(2)}
+
+    def node(number: int) -> _Message:
+        if number >= len(nodes):
+            raise SavedModelError(f"object {number} of {len(nodes)}")
+        return nodes[number]
+
+    def children(of: _Message) -> dict[str, int]:
+        return {child.text(2): child.integer(1) for child in of.messages(1)}
+
+    def descend(at: _Message, *path: str) -> _Message:
+        for name in path:
+            below = children(at)
+            if name not in below:
+                raise SavedModelError(f"no {'/'.join(path)} among the model's objects")
+            at = node(below[name])
+        return at
+
+    def constant(number: int) -> _Message:
+        name = node(number).message(9).text(1)  # SavedConstant.operation
+        attributes = {a.text(1): a.message(2) for a in graph[name].messages(5)} if name in graph else {}
+        if "value" not in attributes:
+            raise SavedModelError(f"object {number} names {name!r}, which is no constant of the graph")
+        return attributes["value"].message(8)  # AttrValue.tensor
+
+    found = []
+    layers = descend(node(0), "layer_with_weights-0", "encoding_layers")
+    for name, number in children(layers).items():
+        below = children(node(number))
+        if not _COLUMN.fullmatch(name) or "lookup_table" not in below:
+            continue  # numeric columns pass through
+        initialize = descend(node(number), "lookup_table", "_initialize").message(6).texts(1)
+        captured = functions[initialize[0]].integers(2) if initialize and initialize[0] in functions else []
+        if len(captured) != 3:
+            raise SavedModelError(f"column {name}: the lookup table is not filled from two constants")
+        texts, ranks = constant(captured[1]), constant(captured[2])
+        if texts.integer(1) != _STRING or ranks.integer(1) != _INT64:
+            raise SavedModelError(f"column {name}: the lookup table is not from texts to 64-bit integers")
+        keys = tuple(texts.texts(8))
+        raw = (ranks.blobs(4) or [memoryview(b"")])[-1]
+        values = _array(raw, "<i8", ranks.message(2), f"ranks of column {name}").astype(np.int64)
+        if values.shape != (len(keys),) or len(set(keys)) != len(keys):
+            raise SavedModelError(f"column {name}: {len(keys)} texts, some twice or without a rank")
+        found.append(Vocabulary(int(name), keys, values))
+    return tuple(sorted(found, key=lambda v: v.column))

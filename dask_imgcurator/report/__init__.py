@@ -1,0 +1,1 @@
+"""Pages and notebook views of what a selection keeps."""

@@ -1,0 +1,446 @@
+"""A slider on a score column in a notebook: what a cut keeps, at once, and the pictures on its two sides.
+
+    cut = dic.explore(scores, "aesthetic_score")
+    cut                                  # in a cell of its own: slider, histogram, pictures
+    dic.filter_frame(scores, cut.where)  # the same text goes to ``--where``
+
+The table is read once, when the explorer is made; every move is answered from what that pass has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from ..engine.backend import Backend, backend_of, get_backend, is_dask
+from ..select.ranks import arrow_type, partitions, tree, value_order
+from .gallery import Pictures, frame, require_locators, widgets_of
+from .histograms import LINEAR, LOWER_IS_BETTER, SCALES, Scale
+from .render import CREDITS, NSFW, card, number, share, text, veils_note
+
+__all__ = ["Explorer", "Spread", "explore", "spread"]
+
+Keep = Literal[">=", "<"]
+
+#: Different values that are counted one by one: 16 bytes each.
+_EXACT = 1 << 22
+#: Rows whose pictures can be shown, spread evenly over the ranks of the column.
+_ROWS = 8192
+_BARS = 80
+_QUIET = 0.25  # seconds without a move, before pictures are read
+
+
+# --- one pass -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the values of a column are spread, and rows to show of it.
+
+    Attributes
+    ----------
+    values : numpy.ndarray
+        (m,) float64, ascending: the values there are.
+    counts : numpy.ndarray
+        (m,) int64: rows that have them.
+    missing : int
+        Rows where it is null or NaN.
+    exact : bool
+        Whether `values` are all of them. If not, those that agree in their first bits are counted as one.
+    near : numpy.ndarray
+        (k,) float64, ascending: the column in `rows`.
+    rows : pyarrow.Table
+        Rows with their locators: all that have a value, or some, evenly by rank.
+    """
+
+    values: np.ndarray
+    counts: np.ndarray
+    missing: int
+    exact: bool
+    near: np.ndarray
+    rows: pa.Table
+
+    @property
+    def total(self) -> int:
+        """All rows."""
+        return int(self.counts.sum()) + self.missing
+
+    def below(self, value: float) -> int:
+        """Count the rows whose value is below another one."""
+        return int(self.counts[: np.searchsorted(self.values, value, side="left")].sum())
+
+    def beside(self, value: float, n: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the n rows next below a value, and the n next from it up, the nearest first."""
+        at = int(np.searchsorted(self.near, value, side="left"))
+        low = self.rows.slice(max(0, at - n), min(n, at)).to_pylist()[::-1]
+        return low, self.rows.slice(at, n).to_pylist()
+
+
+def spread(df: Any, column: str, shown: Sequence[str] = (), *, values: int = _EXACT, rows: int = _ROWS) -> Spread:
+    """Read how a column is spread, in one pass over it and the columns shown.
+
+    Parameters
+    ----------
+    df : dask, pandas or cuDF DataFrame
+        With the columns.
+    column : str
+        A column of numbers, compared as float64.
+    shown : sequence of str
+        Columns of `Spread.rows`.
+    values : int
+        Different values that are counted one by one, at most.
+    rows : int
+        Rows that are kept to be shown, at most.
+
+    Returns
+    -------
+    Spread
+
+    Raises
+    ------
+    SelectionError
+        If the column is missing or not of numbers.
+    """
+    value_order(df, column)  # raises
+    columns = list(dict.fromkeys((column, *shown)))
+    parts = partitions(df, columns)
+    quota = max(64, 4 * rows // len(parts)) if is_dask(df) else rows
+    found: Spread = tree(parts, _spread_of, _Merge(values, rows), backend_of(df).name, column, columns, values, quota)
+    return found
+
+
+def _spread_of(part: Any, backend: str, column: str, columns: list[str], values: int, rows: int) -> Spread:
+    seam: Backend = get_backend(backend)
+    array = seam.to_host(part, [column])[column]
+    known = array.is_valid().to_numpy()
+    x = np.asarray(array.cast(pa.float64(), safe=False).fill_null(0).to_numpy(), np.float64)
+    place = np.flatnonzero(known & ~np.isnan(x))
+    by = place[np.argsort(x[place], kind="stable")]
+    near = by[_even(len(by), rows)]
+    different, counts = np.unique(x[place], return_counts=True)
+    table = seam.to_host(part.iloc[near], columns)
+    return _coarsened(Spread(different, counts, len(x) - len(place), True, x[near], table), values)
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """Merges the spreads of partitions within bounds."""
+
+    values: int
+    rows: int
+
+    def __call__(self, found: Sequence[Spread]) -> Spread:
+        values, at = np.unique(np.concatenate([part.values for part in found]), return_inverse=True)
+        counts = np.zeros(len(values), np.int64)
+        np.add.at(counts, at, np.concatenate([part.counts for part in found]))
+        near = np.concatenate([part.near for part in found])
+        by = np.argsort(near, kind="stable")
+        by = by[_even(len(by), self.rows)]
+        rows = pa.concat_tables([part.rows for part in found], promote_options="permissive").take(by)
+        missing, exact = sum(part.missing for part in found), all(part.exact for part in found)
+        return _coarsened(Spread(values, counts, missing, exact, near[by], rows), self.values)
+
+
+def _even(n: int, most: int) -> np.ndarray:
+    """Places of at most so many of n, the first and the last among them."""
+    return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(np.int64)
+
+
+def _coarsened(found: Spread, most: int) -> Spread:
+    """Round values towards 0 by more and more of their last bits until there are few enough."""
+    values, counts, exact, bits = found.values, found.counts, found.exact, 0
+    while len(values) > most:
+        bits += 1
+        rounded = (values.view(np.uint64) >> np.uint64(bits) << np.uint64(bits)).view(np.float64)
+        first = np.flatnonzero(np.r_[True, rounded[1:] != rounded[:-1]])
+        exact = exact and len(first) == len(values)
+        values, counts = rounded[first], np.add.reduceat(counts, first)
+    return Spread(values, counts, found.missing, exact, found.near, found.rows)
+
+
+# --- the explorer ---------------------------------------------------------------------------------
+
+
+def explore(
+    df: Any,
+    column: str = "aesthetic_score",
+    threshold: float | None = None,
+    *,
+    keep: Keep | None = None,
+    n: int = 6,
+    upright: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Explorer:
+    """Find a cut on a score by a slider: rows kept, histogram, and the pictures on both sides of the cut.
+
+    Parameters
+    ----------
+    df : dask, pandas or cuDF DataFrame
+        With the column, ``shard``, ``offset`` and ``nbytes``. Best a score table (`read_scores`): it is read once, now,
+        and a lazy `embed` would decode all images for it.
+    column : str
+        A column of numbers.
+    threshold : float, optional
+        Where the cut begins; by default at the median, of ``nsfw_score`` at 0.5.
+    keep : {">=", "<"}, optional
+        Which side of the cut is kept; by default ``<`` for ``nsfw_score`` and ``blur``, else ``>=``.
+    n : int
+        Pictures shown on each side of the cut.
+    upright : bool
+        Whether the orientation that a photograph's EXIF data name is applied.
+    storage_options : mapping, optional
+        For the fsspec file systems of the shards.
+
+    Returns
+    -------
+    Explorer
+        Shows itself in a notebook. ``value`` (which can be set), ``where`` and ``kept`` tell what was chosen.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If ipywidgets is not installed.
+    ValueError
+        If `df` lacks its locators, `column` has no finite value, or `keep` or `n` is wrong.
+    SelectionError
+        If there is no such column, or it is not of numbers.
+
+    Notes
+    -----
+    Counts are exact up to 4,194,304 different values. Beyond that, values are rounded towards 0 in their last bits
+    until there are so few: a count is then wrong by the rows whose values agree with the threshold in all its first
+    bits, at most, and marked "about". Pictures are those of the rows next to the cut among all rows, or, of more than
+    8,192, among as many spread evenly over the ranks of each partition.
+    """
+    widgets_of("explore")
+    require_locators(df, "explore")
+    if keep not in (None, ">=", "<"):
+        raise ValueError(f"keep={keep!r}: use '>=' or '<'")
+    if n < 1:
+        raise ValueError(f"n={n}: show at least 1 picture")
+    shown = [c for c in ("key", "shard", "offset", "nbytes", "nsfw_score", *CREDITS) if c in df.columns]
+    found = spread(df, column, shown)
+    type_ = arrow_type(df, column)
+    dtype = type_.to_pandas_dtype() if pa.types.is_floating(type_) else np.float64
+    direction: Keep = keep or ("<" if column in LOWER_IS_BETTER else ">=")
+    return Explorer(found, column, direction, threshold, n, np.dtype(dtype), Pictures(upright, storage_options))
+
+
+class Explorer:
+    """A cut on a column that can be moved; `explore` makes one.
+
+    Attributes
+    ----------
+    column : str
+        The column.
+    keep : {">=", "<"}
+        Which side of the cut is kept.
+    spread : Spread
+        What counts come from.
+    widget : ipywidgets.VBox
+        What a notebook shows.
+    """
+
+    def __init__(
+        self,
+        spread: Spread,
+        column: str,
+        keep: Keep,
+        threshold: float | None,
+        n: int,
+        dtype: np.dtype[Any],
+        pictures: Pictures,
+    ) -> None:
+        self.spread, self.column, self.keep = spread, column, keep
+        self._n, self._dtype, self._pictures = n, dtype, pictures
+        self._axis = _Axis.of(spread, column)
+        if threshold is None:
+            threshold = NSFW if column == "nsfw_score" else self._axis.middle(spread)
+        self._value = _finite(threshold)
+        self._telling = False
+        self._later: asyncio.TimerHandle | None = None
+        self._build()
+        self._tell()
+        self._show_pictures()
+
+    @property
+    def value(self) -> float:
+        """The threshold; setting it moves the slider."""
+        return self._value
+
+    @value.setter
+    def value(self, value: float) -> None:
+        self._value = _finite(value)
+        self._tell()
+        self._schedule()
+
+    @property
+    def where(self) -> str:
+        """The cut as an expression, for `filter_frame`, `show` and ``--where``."""
+        name = self.column if re.fullmatch(r"[^\W\d]\w*", self.column) else f"`{self.column}`"
+        return f"{name} {self.keep} {repr(self._value).removesuffix('.0')}"
+
+    @property
+    def kept(self) -> int:
+        """Rows that the cut keeps."""
+        # An expression compares a float32 column with what float32 makes of the constant.
+        below = self.spread.below(float(self._dtype.type(self._value)))
+        return below if self.keep == "<" else int(self.spread.counts.sum()) - below
+
+    # --- what is shown
+
+    def _build(self) -> None:
+        widgets = widgets_of("explore")
+        wide = widgets.Layout(width="100%", max_width="60rem")
+        self._words, self._walls = widgets.HTML(layout=wide), widgets.HTML(layout=wide)
+        self._slider = widgets.FloatSlider(min=0.0, max=1.0, step=0.001, readout=False, layout=wide)
+        self._number = widgets.FloatText(description=f"keep {self.keep}", layout=widgets.Layout(width="15rem"))
+        self._slider.observe(self._moved, "value")
+        self._number.observe(self._typed, "value")
+        self.widget = widgets.VBox([self._words, self._slider, self._number, self._walls])
+
+    def _moved(self, change: Mapping[str, Any]) -> None:
+        if not self._telling:
+            self.value = self._axis.value(change["new"])
+
+    def _typed(self, change: Mapping[str, Any]) -> None:
+        if not self._telling and math.isfinite(change["new"]):
+            self.value = change["new"]
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """Set controls without hearing of it."""
+        self._telling = True
+        try:
+            yield
+        finally:
+            self._telling = False
+
+    def _tell(self) -> None:
+        with self._quietly():
+            self._slider.value = self._axis.at(self._value)
+            self._number.value = self._value
+        self._words.value = frame(f"<p>{self._sentence()}</p>{self._axis.svg(self._value, self.keep)}")
+
+    def _sentence(self) -> str:
+        about, found = "" if self.spread.exact else "about ", self.spread
+        missing = f"; {found.missing:,} have no value and are never kept" if found.missing else ""
+        return (
+            f"<code><b>{text(self.where)}</b></code> keeps {about}<b>{self.kept:,}</b> of {found.total:,} rows "
+            f"({share(self.kept, found.total)}){missing}."
+        )
+
+    def _schedule(self) -> None:
+        """Show pictures once the slider rests, where there is a loop to wait in; else now."""
+        if self._later is not None:
+            self._later.cancel()
+        try:
+            self._later = asyncio.get_running_loop().call_later(_QUIET, self._show_pictures)
+        except RuntimeError:
+            self._show_pictures()
+
+    def _show_pictures(self) -> None:
+        low, high = self.spread.beside(float(self._dtype.type(self._value)), self._n)
+        sides = [("Just kept", high), ("Just dropped", low)]
+        if self.keep == "<":
+            sides = [("Just kept", low), ("Just dropped", high)]
+        walls = "".join(self._wall(title, rows) for title, rows in sides)
+        scored = "nsfw_score" in self.spread.rows.column_names
+        self._walls.value = frame(f"{walls}<p><small>{veils_note(scored)}</small></p>" if scored else walls)
+
+    def _wall(self, title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+        cards = [card(row, uri, [self.column]) for row, uri in zip(rows, self._pictures.of(rows), strict=True)]
+        return f'<p><b>{title}</b></p><ul class="wall">{"".join(cards) or "<li>none</li>"}</ul>'
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        return {**(self.widget._repr_mimebundle_(**kwargs) or {}), "text/plain": repr(self)}
+
+    def __repr__(self) -> str:
+        about = "" if self.spread.exact else "about "
+        return f"{self.where} keeps {about}{self.kept:,} of {self.spread.total:,} rows"
+
+
+def _finite(value: float) -> float:
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"value={value}: a threshold is a finite number")
+    return value
+
+
+# --- the axis -------------------------------------------------------------------------------------
+
+_WIDE, _TALL = 900.0, 160.0
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The axis that histogram and slider share: places from 0 to 1, and the share of the tallest bar."""
+
+    scale: Scale
+    low: float
+    high: float
+    bars: np.ndarray
+
+    @classmethod
+    def of(cls, found: Spread, column: str) -> _Axis:
+        finite = np.isfinite(found.values)
+        if not finite.any():
+            raise ValueError(f"column {column!r} has no finite value in {found.total:,} rows: nothing to cut")
+        scale = SCALES.get(column, LINEAR)
+        x = scale.forward(found.values[finite])
+        # A little more than there is, so that the cut can lie on either side of everything.
+        margin = max((x[-1] - x[0]) * 0.01, abs(x[0]) * 1e-6, 1e-9)
+        low, high = float(x[0] - margin), float(x[-1] + margin)
+        bars, _ = np.histogram(x, _BARS, (low, high), weights=found.counts[finite].astype(np.float64))
+        return cls(scale, low, high, bars)
+
+    def at(self, value: float) -> float:
+        """Where a value stands."""
+        x = float(self.scale.forward(np.array(value, np.float64)))
+        return min(max((x - self.low) / (self.high - self.low), 0.0), 1.0)
+
+    def value(self, place: float) -> float:
+        """Return the value at a place, with no more digits than a step of the slider tells."""
+        exact, beside = (self.scale.inverse(self.low + p * (self.high - self.low)) for p in (place, place + 0.001))
+        step = abs(beside - exact)
+        return round(exact, 1 - math.floor(math.log10(step))) if step else exact
+
+    def middle(self, found: Spread) -> float:
+        """Return a short number near the median."""
+        ends = np.cumsum(found.counts)
+        return self.value(self.at(float(found.values[np.searchsorted(ends, (ends[-1] + 1) // 2)])))
+
+    def svg(self, value: float, keep: Keep) -> str:
+        """Draw the histogram, what is kept and what is not, and the cut between."""
+        cut, width, peak, shapes = self.at(value) * _WIDE, _WIDE / _BARS, self.bars.max(), []
+        for i in np.flatnonzero(self.bars):
+            left, right, tall = i * width, (i + 1) * width - 0.8, max(self.bars[i] / peak * (_TALL - 24), 0.6)
+            for begin, end, above in ((left, min(right, cut), False), (max(left, cut), right, True)):
+                if end > begin:
+                    kind = "in" if above == (keep == ">=") else "out"
+                    shapes.append(
+                        f'<rect class="{kind}" x="{begin:.1f}" y="{_TALL - 18 - tall:.1f}" '
+                        f'width="{end - begin:.1f}" height="{tall:.1f}"/>'
+                    )
+        shapes.append(f'<path class="cut" d="M{cut:.1f} 0V{_TALL - 18}"/>')
+        shapes.append(f'<path class="axis" d="M0 {_TALL - 18}H{_WIDE}"/>{self._ticks()}')
+        label = f"Histogram with the cut at {number(value, 5)}"
+        return f'<svg viewBox="0 0 {_WIDE:.0f} {_TALL:.0f}" role="img" aria-label="{label}">{"".join(shapes)}</svg>'
+
+    def _ticks(self) -> str:
+        shapes, placed = [], list[float]()
+        for value in self.scale.ticks(self.scale.inverse(self.low), self.scale.inverse(self.high)):
+            x = (float(self.scale.forward(np.array(value, np.float64))) - self.low) / (self.high - self.low) * _WIDE
+            if 0 <= x <= _WIDE and all(abs(x - other) >= 48 for other in placed):
+                placed.append(x)
+                anchor = "start" if x < 20 else "end" if x > _WIDE - 20 else "middle"
+                shapes.append(f'<text x="{x:.1f}" y="{_TALL - 4}" text-anchor="{anchor}">{number(value, 4)}</text>')
+        return "".join(shapes)

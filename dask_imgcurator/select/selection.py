@@ -1,0 +1,391 @@
+"""Choose rows: by an expression, by rank in a column, at random, one step after another.
+
+    df = top_fraction(df, "clip_score", 0.3, where="aesthetic_score >= 5")
+    df = sample(df, 100, by="cluster", seed=1)
+    df = apply_steps(df, ["where aesthetic_score >= 5", "top 30% by clip_score", "sample 10000 seed 0"])
+    funnel(df, ["aesthetic_score >= 5 and width >= 512", "top 30% by clip_score"])
+
+What is kept depends on the rows only: not on partitions, workers, threads or the order of the rows. The rules:
+
+- **Shares are exact and rounded down.** A fraction is read as the decimal number that is written (0.3 is 3/10) and
+  taken of the rows that can be ranked: those for which `where` is true and whose value is neither null nor NaN. The top
+  0.3 of 10 rows are 3, of 9 rows 2, of 3 rows none. Infinities are values like others; -0.0 equals 0.0.
+- **Ties** at the last place: ``ties="exact"`` keeps exactly as many as were asked for, and among equals those that come
+  first in a fixed random order (a hash of ``shard``, ``key`` and ``sample_offset``, so no shard is preferred);
+  ``"include"`` keeps all equals; ``"exclude"`` none of them, unless all fit.
+- **Quantiles are values that occur**: of n values the one of rank max(1, ⌈q n⌉) from below, which NumPy calls
+  ``inverted_cdf``. So the rows above `quantile(df, c, 0.7)` are, but for ties, `top_fraction(df, c, 0.3)`.
+- **Samples** are the first rows in a random order by the seed and the same hash. So a larger sample of the same seed
+  contains the smaller one, and new shards do not reshuffle the old. Shards under other URLs make another sample.
+
+Rows that have ``shard``, ``key`` and ``sample_offset`` in common are one row as far as this can tell; if a selection
+would have to keep one and drop the other, it raises `SelectionError`.
+
+Functions here read the columns that they rank by (see `ranks`: mostly twice) when they are called; what they return is
+lazy where the input is. Give them a score table (`read_scores`, of which only those columns are read) or
+``df.persist()``, not a lazy `embed` that would decode the images each time. ``df["key"].count()`` counts rows by one
+column; Dask's ``len(df)`` reads them all, embeddings too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from ..engine.backend import backend_of
+from .ranks import SelectionError, arrow_type, find_ranks, partitions, tree, value_order
+from .settle import Among, Cut, GroupCut, Settled, kept, settle_step, start_of
+from .steps import Sample, Step, Ties, Top, expand_steps, parse_sample, parse_step, parse_top, share
+from .where import Where, parse_where
+
+__all__ = [
+    "Condition",
+    "Sample",
+    "SelectionError",
+    "Settled",
+    "Step",
+    "Top",
+    "apply_steps",
+    "conditions_of",
+    "funnel",
+    "parse_sample",
+    "parse_step",
+    "parse_top",
+    "quantile",
+    "sample",
+    "settle_conditions",
+    "settle_steps",
+    "top_count",
+    "top_fraction",
+]
+
+
+def settle_steps(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool = True) -> Settled:
+    """Find the bounds that the steps of a selection come to on a frame.
+
+    Parameters
+    ----------
+    df : dask, pandas or cuDF DataFrame
+        The columns that steps rank by are read now.
+    steps : str, Step, or iterable of them
+        Each works on what those before it left. Text is read by `parse_step`.
+    ok_only : bool
+        Whether rows whose ``status`` is not ``ok`` are dropped first, where there is a status.
+
+    Returns
+    -------
+    Settled
+        Its `Settled.filter` takes the frame, or any part of it.
+
+    Raises
+    ------
+    WhereError
+        Where a step or an expression has a mistake.
+    SelectionError
+        If a column is missing or has no order, an amount is out of range, or rows cannot be told apart.
+    """
+    settled = start_of(df, ok_only)
+    for step in expand_steps(steps):
+        cut = settle_step(df, settled, step)
+        settled = replace(settled, cuts=(*settled.cuts, cut))
+    return settled
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition of a selection.
+
+    Attributes
+    ----------
+    cut : Where, Cut or GroupCut
+        Settled in its turn: on what the conditions before it left.
+    alone : Where, Cut or GroupCut
+        Settled by itself.
+    """
+
+    cut: Where | Cut | GroupCut
+    alone: Where | Cut | GroupCut
+
+
+def conditions_of(where: Where | None) -> list[Condition]:
+    """The conditions of an expression, split at its top-level ``and``: there is nothing to settle."""
+    return [Condition(part, part) for part in where.conjuncts()] if where is not None else []
+
+
+def settle_conditions(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool = True) -> list[Condition]:
+    """Find the bounds that the conditions of a selection come to, each in its turn and by itself.
+
+    Parameters
+    ----------
+    df, steps, ok_only
+        As for `settle_steps`. An expression is split at its top-level ``and``.
+
+    Returns
+    -------
+    list of Condition
+        Without the one on ``status``.
+
+    Raises
+    ------
+    WhereError, SelectionError
+        As `settle_steps` does.
+    """
+    start = sequence = start_of(df, ok_only)
+    found = []
+    for step in expand_steps(steps):
+        for part in step.conjuncts() if isinstance(step, Where) else [step]:
+            cut = settle_step(df, sequence, part)
+            alone = cut if isinstance(part, Where) or sequence == start else settle_step(df, start, part)
+            found.append(Condition(cut, alone))
+            sequence = replace(sequence, cuts=(*sequence.cuts, cut))
+    return found
+
+
+def apply_steps(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool = True) -> Any:
+    """Apply the steps of a selection, one after another.
+
+    Parameters
+    ----------
+    df, steps, ok_only
+        As for `settle_steps`.
+
+    Returns
+    -------
+    the frame's type
+        The rows that are left, in their order; lazy, if `df` is.
+
+    Raises
+    ------
+    WhereError, SelectionError
+        As `settle_steps` does.
+
+    Examples
+    --------
+    >>> df = apply_steps(df, ["aesthetic_score >= 5", "top 30% by clip_score", "sample 10000"])  # doctest: +SKIP
+    """
+    return settle_steps(df, steps, ok_only=ok_only).filter(df)
+
+
+def top_fraction(
+    df: Any,
+    column: str,
+    fraction: Any,
+    *,
+    largest: bool = True,
+    where: str | Where | None = None,
+    ties: Ties = "exact",
+) -> Any:
+    """Keep a share of the rows, those with the largest values of a column.
+
+    Parameters
+    ----------
+    df : dask, pandas or cuDF DataFrame
+        With the column and, to break ties, ``shard``, ``key`` and ``sample_offset``, or what there is of them.
+    column : str
+        A column of numbers. Rows where it is null or NaN are never kept.
+    fraction : float, Fraction or Decimal
+        From 0 to 1; how many rows that is is rounded down.
+    largest : bool
+        False keeps the smallest values.
+    where : str or Where, optional
+        Only rows for which this is true are ranked and kept.
+    ties : {"exact", "include", "exclude"}
+        What happens to equal values at the last place, see `dask_imgcurator.select.selection`.
+
+    Returns
+    -------
+    the frame's type
+        The rows that are kept, in their order; lazy, if `df` is.
+
+    Raises
+    ------
+    WhereError, SelectionError
+        As `settle_steps` does.
+    """
+    return apply_steps(df, Top(column, fraction, None, largest, ties, where), ok_only=False)
+
+
+def top_count(
+    df: Any, column: str, n: int, *, largest: bool = True, where: str | Where | None = None, ties: Ties = "exact"
+) -> Any:
+    """Keep the n rows with the largest values of a column; all that have one, where there are fewer.
+
+    Parameters
+    ----------
+    df, column
+        As for `top_fraction`.
+    n : int
+        How many rows.
+    largest, where, ties
+        As for `top_fraction`.
+
+    Returns
+    -------
+    the frame's type
+        The rows that are kept, in their order; lazy, if `df` is.
+
+    Raises
+    ------
+    WhereError, SelectionError
+        As `settle_steps` does.
+    """
+    return apply_steps(df, Top(column, None, n, largest, ties, where), ok_only=False)
+
+
+def sample(
+    df: Any,
+    n: int | None = None,
+    fraction: Any = None,
+    *,
+    seed: int = 0,
+    by: str | None = None,
+    where: str | Where | None = None,
+) -> Any:
+    """Keep rows at random, without replacement.
+
+    Parameters
+    ----------
+    df : dask, pandas or cuDF DataFrame
+        With ``shard``, ``key`` and ``sample_offset``, or what there is of them, which are read now.
+    n : int, optional
+        How many rows; all, where there are fewer.
+    fraction : float, Fraction or Decimal, optional
+        Their share, from 0 to 1; how many rows that is is rounded down.
+    seed : int
+        Another seed, another sample.
+    by : str, optional
+        A column of groups (a k-means cell, say): n rows of each. Up to n + 1 rows a group are in memory at once, 16
+        bytes each and what the group's name takes. Rows without a group are dropped.
+    where : str or Where, optional
+        Only rows for which this is true.
+
+    Returns
+    -------
+    the frame's type
+        The rows that are kept, in their order; lazy, if `df` is.
+
+    Raises
+    ------
+    WhereError, SelectionError
+        As `settle_steps` does.
+    """
+    step = Sample(n, fraction, seed, by)
+    before = [] if where is None else [parse_where(where) if isinstance(where, str) else where]
+    return apply_steps(df, [*before, step], ok_only=False)
+
+
+def quantile(df: Any, column: str, q: float | Sequence[float], *, where: str | Where | None = None) -> Any:
+    """Find the values below which given shares of a column lie.
+
+    Parameters
+    ----------
+    df : dask, pandas or cuDF DataFrame
+        With the column.
+    column : str
+        A column of numbers; null and NaN are left out.
+    q : float, or sequence of float
+        From 0 to 1. Several are answered in the same passes.
+    where : str or Where, optional
+        Only rows for which this is true.
+
+    Returns
+    -------
+    float or int, or a list of them
+        Values that occur: of n, the one of rank max(1, ⌈q n⌉) from below (NumPy's ``inverted_cdf``). int for a column
+        of integers; None where there is no value.
+
+    Raises
+    ------
+    WhereError
+        Where the expression has a mistake.
+    SelectionError
+        If the column is missing or not of numbers, or a q is out of range.
+
+    References
+    ----------
+    .. [1] Hyndman and Fan, "Sample Quantiles in Statistical Packages", 1996: definition 1.
+    """
+    several = isinstance(q, Sequence | np.ndarray) and not isinstance(q, str)
+    shares = [share(item, "q") for item in (q if several else [q])]  # type: ignore[union-attr]
+    order, before = value_order(df, column), Settled(backend_of(df).name)
+    if where is not None:
+        step = parse_where(where) if isinstance(where, str) else where
+        before = replace(before, cuts=(settle_step(df, before, step),))
+    as_int = pa.types.is_integer(arrow_type(df, column))
+
+    def rank(share: Fraction, n: int) -> int:
+        return max(1, math.ceil(share * n))
+
+    parts, among = partitions(df, [*before.columns, column]), Among(before, order, (column,))
+    n, places = find_ranks(parts, among, lambda n: sorted({rank(s, n) for s in shares}) if n else [])
+    values = [order.value(places[rank(share, n)].key) if n else None for share in shares]
+    values = [int(v) if as_int and v is not None else v for v in values]
+    return values if several else values[0]
+
+
+def funnel(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool = True) -> pd.DataFrame:
+    """Count how many rows each step of a selection keeps and removes, by itself and in its turn.
+
+    Parameters
+    ----------
+    df, steps, ok_only
+        As for `settle_steps`. An expression is split at its top-level ``and``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for all rows, then one for each condition: ``condition`` (its text), ``alone`` (rows that it keeps by
+        itself), ``left`` (rows after it and all before it), ``removed_alone`` and ``removed`` (rows that it takes away,
+        by itself and in its turn). By itself means of the rows that are ``ok``, if `ok_only`.
+
+    Raises
+    ------
+    WhereError, SelectionError
+        As `settle_steps` does.
+
+    Notes
+    -----
+    Conditions are counted in one pass over the columns that they use; each step that ranks reads its column before,
+    once for `alone` and once for `left`.
+    """
+    start = start_of(df, ok_only)
+    conditions = settle_conditions(df, steps, ok_only=ok_only)
+    alone = [condition.alone for condition in conditions]
+    sequence = replace(start, cuts=(*start.cuts, *(condition.cut for condition in conditions)))
+    columns = [name for cut in [*sequence.cuts, *alone] for name in cut.columns] or df.columns[:1]
+    rows, left, own = tree(partitions(df, columns), _survivors, _sum, start, sequence.cuts, alone)
+    left = [rows, *left]
+    first = 1 + len(start.cuts)  # left[first - 1] rows are ok
+    table = pd.DataFrame({"condition": ["all rows", *(cut.text for cut in sequence.cuts)], "left": left})
+    table.insert(1, "alone", [*left[:first], *own])
+    table["removed_alone"] = [rows, *left[: first - 1], *[left[first - 1]] * len(own)] - table["alone"]
+    table["removed"] = [rows, *left[:-1]] - table["left"]
+    return table
+
+
+def _survivors(frame: Any, start: Settled, cuts: Sequence[Any], alone: Sequence[Any]) -> tuple[int, Any, Any]:
+    """Count the rows of a partition, those left after each cut, and those that each keeps by itself."""
+    left, own = [], []
+    keep = np.ones(len(frame), bool)
+    for cut in start.cuts:
+        keep &= kept(frame, cut)
+        left.append(keep.sum())
+    first, base = keep, frame if keep.all() else frame[keep]
+    for cut, single in zip(cuts[len(start.cuts) :], alone, strict=True):
+        one = first.copy()
+        one[first] = kept(base, single)
+        keep = keep & (one if cut is single else kept(frame, cut))
+        left.append(keep.sum())
+        own.append(one.sum())
+    return len(frame), np.array(left, np.int64), np.array(own, np.int64)
+
+
+def _sum(found: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+    return tuple(sum(column) for column in zip(*found, strict=True))

@@ -1,0 +1,1 @@
+"""Rows that are most like a text, an image or a row."""

@@ -1,0 +1,248 @@
+"""What is searched for, as vectors: texts and images by the model that made a table, rows by their own embeddings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from .. import config
+from ..engine.backend import get_backend
+from ..images.decode import dali_problem
+from ..models.encoders import Encoder, EncoderSpec, ModelError, load_encoder, resolve_encoder
+from ..models.text_tower import load_text_encoder, require_text_tower
+from ..steps import score
+from ..storage import files
+from .scan import SearchError, unit
+
+__all__ = [
+    "Query",
+    "image_queries",
+    "table_encoder",
+    "table_provenance",
+    "text_queries",
+    "vector_queries",
+]
+
+_UNKNOWN = (
+    "nothing tells which model made the embeddings (a score table of `score` or `curate` does, read from its files): "
+    "name it, as model= and pretrained= (--model, --pretrained)"
+)
+
+#: What tells one set of weights from another; a tag or name counts only where no hash does.
+_WEIGHTS = ("weights_sha256", "backbone_sha256", "starter_sha256")
+_NAMES = ("model", "pretrained", *_WEIGHTS)
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """One thing to search for.
+
+    Attributes
+    ----------
+    kind : {"text", "image", "like", "embedding"}
+        What it is.
+    label : str
+        The text, the image's URL, the row's shard and key, or a number.
+    vector : numpy.ndarray
+        (d,) float64, of unit length.
+    own : (int, int), optional
+        Partition and row that it was taken from, which is not among its results.
+    """
+
+    kind: Literal["text", "image", "like", "embedding"]
+    label: str
+    vector: np.ndarray
+    own: tuple[int, int] | None = None
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def table_provenance(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what the files of a table say of their making, of which all must name one model.
+
+    Parameters
+    ----------
+    urls : sequence of str
+        Score files.
+    storage_options : mapping, optional
+        For the fsspec file system.
+
+    Returns
+    -------
+    dict
+        Provenance of the first file; empty for a table of other origin.
+
+    Raises
+    ------
+    SearchError
+        If the embeddings are of several models.
+    """
+    first = score.file_provenance(urls[0], storage_options) or {}
+    known = {name: first.get("encoder", {}).get(name) for name in _NAMES}
+    for url in urls[1:]:
+        made = (score.file_provenance(url, storage_options) or {}).get("encoder", {})
+        other = next((name for name in _NAMES if made.get(name) != known[name]), None)
+        if other is not None:
+            raise SearchError(
+                f"the embeddings of {urls[0]} were made with {other} {known[other]!r}, those of {url} with "
+                f"{made.get(other)!r}: search in the files of one model at a time"
+            )
+    return first
+
+
+def table_encoder(made: Mapping[str, Any], model: str | None = None, pretrained: str | None = None) -> EncoderSpec:
+    """Settle which model embeds the queries: the one that a table names, unless another is given.
+
+    Parameters
+    ----------
+    made : mapping
+        Provenance of the table; empty where it has none.
+    model, pretrained : str, optional
+        As for `embed`. A table that was made with a checkpoint of your own does not tell where it lies: `pretrained`
+        does.
+
+    Raises
+    ------
+    SearchError
+        If neither names one.
+    ModelError
+        If there is no such model or checkpoint.
+    """
+    recorded = made.get("encoder", {})
+    name = model or recorded.get("model")
+    if name is None:
+        raise SearchError(_UNKNOWN)
+    same = name.replace("/", "-") == str(recorded.get("model", "")).replace("/", "-")
+    weights = pretrained or (recorded.get("pretrained") if same else None) or None
+    try:
+        return resolve_encoder(name, weights, recorded.get("dtype"))
+    except ModelError as err:
+        if pretrained is None and weights is not None and recorded.get("weights_sha256"):
+            raise ModelError(
+                f"the table was made with the checkpoint {weights!r} (sha256 {recorded['weights_sha256']}): give its "
+                f"path, as pretrained= (--pretrained). {err}"
+            ) from err
+        raise
+
+
+def _loaded(spec: EncoderSpec, made: Mapping[str, Any], device: str) -> Encoder:
+    """Load a model that must be the table's."""
+    encoder = load_encoder(spec, device)
+    recorded, here = made.get("encoder", {}), encoder.provenance
+    hashed = [name for name in _WEIGHTS if name in recorded and name in here]
+    for name in ["model", *(hashed or ["pretrained"])]:
+        if name in recorded and recorded[name] != here.get(name):
+            raise ModelError(
+                f"the table's embeddings were made with {name} {recorded[name]!r}, the query's would be with "
+                f"{here.get(name)!r}: cosines between them mean nothing. Name the same model and weights"
+            )
+    return encoder
+
+
+# --- queries --------------------------------------------------------------------------------------
+
+
+def text_queries(texts: Sequence[str], spec: EncoderSpec, made: Mapping[str, Any], device: str) -> list[Query]:
+    """Embed texts.
+
+    Raises
+    ------
+    SearchError
+        For an empty text.
+    ModelError
+        If the model has no text tower, or is not the table's.
+    """
+    empty = [text for text in texts if not (isinstance(text, str) and text.strip())]
+    if empty:
+        raise SearchError(f"text={empty[0]!r}: say what to look for, such as 'a red car'")
+    require_text_tower(spec, "a search by text (one by image= or like= does not)")
+    _loaded(spec, made, device)
+    vectors = load_text_encoder(spec, device).encode_texts(list(texts)).cpu().numpy()
+    return [Query("text", text, vector) for text, vector in zip(texts, unit(vectors), strict=True)]
+
+
+def image_queries(
+    urls: Sequence[str | os.PathLike[str]],
+    spec: EncoderSpec,
+    made: Mapping[str, Any],
+    backend: str,
+    storage_options: Mapping[str, Any],
+) -> list[Query]:
+    """Embed image files, on the very way that the table's rows went: an image file is a shard of one image.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    SearchError
+        If it cannot be decoded.
+    ModelError
+        If the model is not the table's.
+    """
+    names = [str(files.local_path(u)) if files.is_local(u) else u for u in [os.fspath(url) for url in urls]]
+    frame = get_backend(backend)
+    _loaded(spec, made, frame.device)
+    rows = pa.table(
+        {
+            "shard": pa.array(names, pa.string()),
+            "offset": pa.array([0] * len(names), pa.int64()),
+            "nbytes": pa.array([_size(name, storage_options) for name in names], pa.int64()),
+            "status": pa.array(["ok"] * len(names), pa.string()),
+            "error_message": pa.nulls(len(names), pa.string()),
+        }
+    )
+    done = score.embed_partition(frame.from_arrow(rows), _embed_spec(spec, made.get("decode", {}), storage_options))
+    for row in frame.to_host(done, ["shard", "status", "error_message"]).to_pylist():
+        if row["status"] != "ok":
+            raise SearchError(f"image {row['shard']}: {row['error_message']} ({row['status']})")
+    vectors, _ = frame.matrix(done["embedding"])
+    return [Query("image", name, vector) for name, vector in zip(names, unit(vectors.cpu().numpy()), strict=True)]
+
+
+def _size(url: str, storage_options: Mapping[str, Any]) -> int:
+    with files.opened(url, storage_options) as file:
+        return file.seek(0, os.SEEK_END)
+
+
+def _embed_spec(spec: EncoderSpec, decode: Mapping[str, Any], storage_options: Mapping[str, Any]) -> score.EmbedSpec:
+    decoder = decode.get("decoder", config.get("decoder"))
+    return score.EmbedSpec(
+        spec,
+        config.get("batch-size"),
+        decoder="auto" if decoder == "dali" and dali_problem() else decoder,
+        max_pixels=decode.get("max_pixels", config.get("max-pixels")),
+        adjust_orientation=bool(decode.get("adjust_orientation", config.get("adjust-orientation"))),
+        storage_options=storage_options,
+    )
+
+
+def vector_queries(embedding: Any) -> list[Query]:
+    """Take vectors as they are.
+
+    Parameters
+    ----------
+    embedding : array_like
+        (d,) or (m, d), of any length but 0.
+
+    Raises
+    ------
+    SearchError
+        For anything else.
+    """
+    try:
+        vectors = np.atleast_2d(np.asarray(embedding, np.float64))
+    except (TypeError, ValueError) as err:
+        raise SearchError(f"embedding= is no array of numbers ({err}): give one of shape (d,) or (m, d)") from err
+    if vectors.ndim != 2 or not vectors.shape[1]:
+        raise SearchError(f"embedding= has the shape {np.shape(embedding)}: give one of (d,) or (m, d)")
+    vectors = unit(vectors)
+    wrong = np.flatnonzero(~np.isfinite(vectors).all(1))
+    if len(wrong):
+        raise SearchError(f"embedding= has no direction in row {wrong[0]}: all is zero, or a number is not finite")
+    return [Query("embedding", f"embedding {i}", vector) for i, vector in enumerate(vectors, 1)]

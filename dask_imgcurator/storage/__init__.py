@@ -1,0 +1,1 @@
+"""Files and tars on any fsspec URL."""
