@@ -138,7 +138,7 @@ def make_shards(folder: Path, shards: int, per_shard: int, distinct: int) -> dic
 
 def run_machine(settings: Settings) -> Found:
     """What this is measured on."""
-    from dask_imgcurator.checks.doctor import gpu_facts
+    from dask_imgcurator.checks.gpu import gpu_facts
 
     yield "versions", common.versions()
     yield "gpu", asdict(gpu_facts())
