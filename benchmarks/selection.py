@@ -89,7 +89,7 @@ def write_file(path: Path, part: int, rows: int, embeddings: bool) -> None:
 
 def ours(folder: str, question: str) -> Any:
     """Ask this library."""
-    from dask_imgcurator.exports.exports import to_list
+    from dask_imgcurator import export
     from dask_imgcurator.select.selection import funnel, quantile, sample, top_fraction
     from dask_imgcurator.steps.collection import read_scores
 
@@ -104,7 +104,7 @@ def ours(folder: str, question: str) -> Any:
     if question == "sample":
         return len(sample(df, 10_000, where="status == 'ok'")["key"].compute())
     with tempfile.TemporaryDirectory() as out:
-        return to_list(df[df["clip_score"] >= 0.3], Path(out) / "keys.txt").rows
+        return export(df[df["clip_score"] >= 0.3], Path(out) / "keys.txt", "list").rows
 
 
 def theirs(folder: str, question: str, threads: int) -> Any:
@@ -154,7 +154,7 @@ def ask(who: str, question: str, folder: str, threads: int) -> dict[str, Any]:
     """Ask one question in this process."""
     import duckdb  # noqa: F401
 
-    import dask_imgcurator.exports.exports
+    import dask_imgcurator.exports.base
     import dask_imgcurator.select.selection  # noqa: F401
 
     idle = peak()

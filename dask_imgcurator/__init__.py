@@ -9,7 +9,7 @@ from . import config as _config  # noqa: F401  (registers the defaults)
 from .duplicates.deduplication import dedup, duplicate_groups, find_duplicates
 from .duplicates.index import build_index
 from .engine.cluster import start_client
-from .exports.exports import export
+from .exports.base import export
 from .jobs.job import curate, score_shards, write_selection
 from .jobs.pages import compare_selections, write_report
 from .jobs.tables import add_columns, drop_duplicates, export_scores, select_rows

@@ -18,20 +18,31 @@ import pyarrow.parquet as pq
 import pytest
 
 from dask_imgcurator.engine.backend import get_backend
-from dask_imgcurator.exports.exports import (
-    FORMATS,
-    ExportError,
-    export,
-    to_clip_retrieval,
-    to_datacomp,
-    to_laion,
-    to_list,
-    to_uid_subset,
-)
-from dask_imgcurator.exports.exports import exports as module
+from dask_imgcurator.exports import lists
+from dask_imgcurator.exports.base import Exported, ExportError, export, formats
 from dask_imgcurator.select.selection import apply_steps
 
 WIDTH = 16
+
+
+def to_clip_retrieval(df: Any, out: Any, **options: Any) -> Exported:
+    return export(df, out, "clip-retrieval", **options)
+
+
+def to_datacomp(df: Any, out: Any, **options: Any) -> Exported:
+    return export(df, out, "datacomp", **options)
+
+
+def to_uid_subset(df: Any, out: Any, **options: Any) -> Exported:
+    return export(df, out, "datacomp-subset", **options)
+
+
+def to_laion(df: Any, out: Any, **options: Any) -> Exported:
+    return export(df, out, "laion", **options)
+
+
+def to_list(df: Any, out: Any, column: str = "key", **options: Any) -> Exported:
+    return export(df, out, "list", column=column, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +51,10 @@ def one_thread_at_a_time() -> Iterator[None]:
         yield
 
 
-def table(n: int = 60, seed: int = 0, failed: tuple[int, ...] = (3, 17)) -> pd.DataFrame:
+def table(n: int = 60, seed: int = 0, failed: tuple[int, ...] = (3, 17), width: int = WIDTH) -> pd.DataFrame:
     """A score table in which each row's values tell which row it is."""
     rng = np.random.default_rng(seed)
-    vectors = [rng.normal(size=WIDTH).astype("f4").tolist() for _ in range(n)]
+    vectors = [rng.normal(size=width).astype("f4").tolist() for _ in range(n)]
     bad = set(failed)
     columns = {
         "key": pa.array([f"{i:05d}" for i in range(n)]),
@@ -216,7 +227,7 @@ def documented_subset(uids: list[str]) -> bytes:
 def test_the_subset_is_the_documented_one_byte_for_byte(
     tmp_path: Path, wave: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_WAVE", wave)
+    monkeypatch.setattr(lists, "_WAVE", wave)
     frame = table()
     frame.loc[0, "uid"] = "ff" * 16
     frame.loc[1, "uid"] = "F" * 15 + "E" + "0" * 16
@@ -367,7 +378,7 @@ def test_an_earlier_export_is_replaced_only_if_asked(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / "metadata" / ".partial-0123abcd-metadata_7.parquet"
+    left = tmp_path / ".partial-0123abcd" / "ffff"
     left.parent.mkdir()
     left.write_bytes(b"half")
     to_clip_retrieval(table(), tmp_path)
@@ -393,6 +404,57 @@ def test_another_file_system() -> None:
     to_uid_subset(frame, "memory://set/s.npy")
     assert fs.cat_file("/set/s.npy") == documented_subset(ok(frame)["uid"].tolist())
     fs.store.clear()
+
+
+# --- each row its own embedding -------------------------------------------------------------------
+
+
+def score_folder(folder: Path, files: int = 24) -> Path:
+    """Score files of several lengths, some rows failed; of wide vectors, so that Dask fuses files for other columns."""
+    folder.mkdir()
+    for i in range(files):
+        rows = 5 + i % 7
+        frame = table(rows, seed=i, failed=(i % rows,), width=256).assign(shard=f"{i}.tar")
+        frame["key"] = [f"{i:03d}-{j}" for j in range(rows)]
+        get_backend("pandas").write_parquet(frame, str(folder / f"{i:03d}.parquet"), {})
+    return folder
+
+
+@pytest.mark.parametrize("form", ["read_parquet", "shuffled"])
+@pytest.mark.parametrize("scheduler", ["sync", "threads"])
+def test_each_row_has_its_own_vector(tmp_path: Path, form: str, scheduler: str) -> None:
+    folder = score_folder(tmp_path / "scores")
+    df = dd.read_parquet(folder, dtype_backend="pyarrow")
+    with dask.config.set(scheduler=scheduler):
+        # What makes a partition number of one projection that of another's other rows.
+        assert len(df[["key"]].map_partitions(len).compute()) < df.npartitions
+        if form == "shuffled":
+            df = df.shuffle("key", npartitions=5)
+        assert to_clip_retrieval(df, tmp_path / "clip").rows == to_datacomp(df, tmp_path / "dc", arch="b32").rows
+        to_list(df, tmp_path / "keys.txt")
+    source = ok(pd.concat([pd.read_parquet(path) for path in sorted(folder.iterdir())])).set_index("key")
+    found: dict[str, np.ndarray] = {}
+    keys = []
+    for path in sorted((tmp_path / "clip" / "metadata").iterdir()):
+        vectors = np.load(
+            tmp_path / "clip" / "img_emb" / path.name.replace("metadata", "img_emb").replace("parquet", "npy")
+        )
+        metadata = pd.read_parquet(path)
+        found |= dict(zip(metadata["image_path"], vectors, strict=True))
+        keys += metadata["image_path"].tolist()
+        assert metadata["uid"].tolist() == source.loc[metadata["image_path"], "uid"].tolist()
+    uids: dict[str, np.ndarray] = {}
+    for path in sorted((tmp_path / "dc").glob("*.parquet")):
+        with np.load(path.with_suffix(".npz")) as arrays:
+            uids |= dict(zip(pd.read_parquet(path)["uid"], arrays["b32_img"], strict=True))
+    assert len(keys) == len(source) and found.keys() == set(source.index) and uids.keys() == set(source["uid"])
+    for key, row in source.iterrows():
+        expected = np.asarray(row["embedding"], "f4").astype("f2")
+        assert (found[key] == expected).all() and (uids[row["uid"]] == expected).all()
+    listed = (tmp_path / "keys.txt").read_text().split()
+    assert sorted(listed) == sorted(source.index)
+    if form == "read_parquet":
+        assert listed == keys == source.index.tolist()
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -442,7 +504,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
 def test_export_after_a_selection(tmp_path: Path) -> None:
     df = apply_steps(split(table()), ["top 50% by aesthetic_score", "sample 10"])
     expected = df.compute()["key"].tolist()
-    for format_, about in FORMATS.items():
+    for format_, about in formats().items():
         options = {"arch": "b32"} if format_ == "datacomp" else {}
         assert export(df, tmp_path / format_ / "x", format_, **options).rows == 10
         assert about.folder == (tmp_path / format_ / "x").is_dir()
@@ -464,7 +526,7 @@ def test_only_what_is_written_is_read() -> None:
     df = dd.from_map(load, range(2), meta=frame.iloc[:0])
     to_list(df, "memory://only/keys.txt", overwrite=True)
     to_laion(df, "memory://only/laion", overwrite=True)
-    assert len(calls) == 2 + 2 * 2
+    assert len(calls) == 2 + 2
     assert not any("embedding" in columns for columns in calls)
-    assert all(len(columns) <= 2 for columns in calls[:4])
+    assert all(set(columns) == {"key", "status"} for columns in calls[:2])
     fsspec.filesystem("memory").store.clear()

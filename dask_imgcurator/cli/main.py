@@ -545,6 +545,19 @@ def add(scores: tuple[str, ...], out: str, quiet: bool, prompts: tuple[str, ...]
         summary.stdout().print(f"added {', '.join(added)}: {out}", highlight=False, soft_wrap=True)
 
 
+class _Formats(click.Choice):
+    """The export formats, looked up when the command needs them: that imports much."""
+
+    def __init__(self) -> None:
+        self.case_sensitive = True
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        from ..exports.base import formats
+
+        return tuple(formats())
+
+
 @cli.command("export")
 @_scores_argument
 @click.option("--out", required=True, metavar="PATH", help="Folder; a file for datacomp-subset and list.")
@@ -552,7 +565,7 @@ def add(scores: tuple[str, ...], out: str, quiet: bool, prompts: tuple[str, ...]
     "--format",
     "format_",
     required=True,
-    type=click.Choice(["clip-retrieval", "datacomp", "datacomp-subset", "laion", "list"]),
+    type=_Formats(),
     help="Whose layout.",
 )
 @click.option("--where", metavar="EXPR", help="Only the rows that the expression takes.")
@@ -801,13 +814,13 @@ def parity(shards: tuple[str, ...], record: str | None, quiet: bool, **options: 
     own transform and model. Prints how far they differ, and how many images only one of them would keep at each
     threshold (without any given: aesthetic_score >= 5 and nsfw_score < 0.5). Runs in one process, without a cluster.
     """
-    from ..checks.parity import compare as run
+    from ..checks.parity import ParityOptions, compare
     from ..storage.files import write_whole
 
     if record is not None and not Path(record).parent.is_dir():
         raise click.BadParameter(f"there is no folder {Path(record).parent}", param_hint="--json")
     with _display(quiet) as monitor:
-        result = run(list(shards), monitor=monitor, **_given(options))
+        result = compare(list(shards), ParityOptions(**_given(options)), monitor=monitor)
     if record is not None:
         with write_whole(record) as file:
             file.write(json.dumps(result.record(), ensure_ascii=False).encode() + b"\n")

@@ -1,6 +1,6 @@
 """The cheap half as whole jobs on a score table: choose rows, drop duplicates, add columns, write other layouts.
 
-Each takes a score table (a folder of files, one a shard) and leaves the files of its result under the same names, so
+Each takes a score table (a folder of files, one per shard) and leaves the files of its result under the same names, so
 that any of them goes on from the result of another. No image is read.
 """
 
@@ -10,102 +10,68 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import dask
+import dask.dataframe as dd
 import pyarrow as pa
-from distributed import Client, as_completed, get_client
+from distributed import Client
 
 from ..duplicates import deduplication
 from ..duplicates import index as dedup_index
-from ..engine.backend import get_backend, resolve_name
-from ..engine.runner import JobError, lend_client
+from ..engine.backend import resolve_name
+from ..engine.run import Place, place, results, run, waves
 from ..exports import exports
 from ..models import head_files
 from ..monitor import Monitor
 from ..results import Counts
 from ..schema import kinds_of_schema
 from ..select import selection
-from ..select import where as filters
-from ..steps import collection, own_heads, score, text_steps
+from ..select.settle import Settled
+from ..select.steps import Step, parse_sample, parse_top
+from ..select.where import filter_frame, parse_where
+from ..steps import captions
+from ..steps import heads as steps_heads
+from ..steps.prompts import score_prompts
+from ..steps.read import URLPath
+from ..steps.score_table import file_provenance, file_schema, score_urls, scores_from_files, write_score_file
 from ..storage import files
-
-__all__ = [
-    "Place",
-    "Table",
-    "add_columns",
-    "drop_duplicates",
-    "export_scores",
-    "opened",
-    "select_rows",
-    "steps_of",
-]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a job runs and by what it reads; every field is optional.
-
-    Attributes
-    ----------
-    storage_options : mapping
-        For the fsspec file systems of the tables.
-    backend : {"auto", "cudf", "pandas"}
-        Of the frames; by default `imgcurator.backend`.
-    client, scheduler, n_workers
-        A `distributed.Client`, the address of a scheduler, or a new cluster with so many worker processes. By default
-        threads of this process do it: there is no model to load, and most of the work lets go of the interpreter.
-    monitor : Monitor
-        Is told how the run goes on.
-    """
-
-    storage_options: Mapping[str, Any] | None = None
-    backend: str | None = None
-    client: Client | None = None
-    scheduler: str | None = None
-    n_workers: int | None = None
-    monitor: Monitor = field(default_factory=Monitor)
 
 
 @dataclass(frozen=True)
 class Table:
-    """An open score table.
-
-    Attributes
-    ----------
-    urls : list of str
-        Its files.
-    read : ScoreFiles
-        How they are read.
-    df : dask DataFrame
-        A partition a file.
-    schema : pyarrow.Schema
-        Of the first file.
-    """
+    """An open score table: its files, how they are read, and a lazy frame with a partition for each of them."""
 
     urls: list[str]
-    read: score.ScoreFiles
+    backend: str
+    storage_options: Mapping[str, Any]
     df: Any
-    schema: pa.Schema
+    schema: pa.Schema  # of the first file
+    client: Client | None
 
     @property
     def encoder(self) -> dict[str, Any]:
         """What the table's first file records of the model; empty for tables of other origin."""
-        provenance = score.file_provenance(self.urls[0], self.read.storage_options) or {}
+        provenance = file_provenance(self.urls[0], self.storage_options) or {}
         return dict(provenance.get("encoder", {}))
 
 
 @contextmanager
-def opened(scores: collection.URLPath, place: Place, light: bool = True) -> Iterator[Table]:
-    """Open a score table, with a Dask client to compute on; `light`: no model will be loaded there."""
-    backend = resolve_name(place.backend)
-    options = dict(place.storage_options or {})
-    urls = collection.score_urls(scores, options)
-    schema = score.file_schema(urls[0], options)
-    read = score.ScoreFiles(backend, tuple(schema.names), options)
-    with lend_client(place.client, place.scheduler, place.n_workers, backend, [], place.monitor, light=light):
-        yield Table(urls, read, collection.scores_from_files(urls, options, backend), schema)
+def opened(
+    scores: URLPath,
+    storage_options: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    client: Place = None,
+    monitor: Monitor | None = None,
+    light: bool = True,
+) -> Iterator[Table]:
+    """Open a score table, with a place to compute on; `light`: no model will be loaded there."""
+    name = resolve_name(backend)
+    options = dict(storage_options or {})
+    urls = score_urls(scores, options)
+    schema = file_schema(urls[0], options)
+    with place(client, name, monitor or Monitor(), light) as lent:
+        yield Table(urls, name, options, scores_from_files(urls, options, name), schema, lent)
 
 
 def _targets(table: Table, out: str | os.PathLike[str]) -> list[str]:
@@ -120,45 +86,64 @@ def _targets(table: Table, out: str | os.PathLike[str]) -> list[str]:
     return targets
 
 
-def _write(df: Any, table: Table, targets: Sequence[str], note: Mapping[str, Any]) -> list[int]:
-    """Write each partition as a file; returns their rows."""
-    parts = df.to_delayed()
-    write = dask.delayed(_write_part, pure=False)
-    jobs = [
-        write(part, url, target, table.read, note) for part, url, target in zip(parts, table.urls, targets, strict=True)
-    ]
-    client = get_client()
-    futures = client.compute(jobs)
-    try:
-        for future in as_completed(futures):
-            if future.status == "error":
-                error = future.exception()
-                raise JobError(f"{type(error).__name__}: {error}") from error
-        return list(client.gather(futures))
-    finally:
-        client.cancel(futures, force=True)
+@dataclass(frozen=True)
+class Target:
+    """A file of a result, and the file of the table that it comes from."""
+
+    source: str
+    url: str
 
 
-def _write_part(frame: Any, url: str, target: str, read: score.ScoreFiles, note: Mapping[str, Any]) -> int:
-    provenance = score.file_provenance(url, read.storage_options) or {}
+def _write(
+    df: dd.DataFrame,
+    table: Table,
+    targets: Sequence[str],
+    note: Mapping[str, Any],
+    settled: Settled | None = None,
+) -> list[Counts]:
+    """Write the kept rows of each partition as a file, and count what was there, in order."""
+    pairs = {str(i): Target(*pair) for i, pair in enumerate(zip(table.urls, targets, strict=True))}
+
+    def build(names: Sequence[str]) -> dd.DataFrame:
+        part = df.partitions[int(names[0]) : int(names[-1]) + 1] if len(names) < len(pairs) else df
+        each = [pairs[name] for name in names]
+        return results(part, _write_partition, table.backend, table.storage_options, note, settled, label="write", each=each)
+
+    found = dict(run(table.client, waves(list(pairs), build), "writing", label=lambda name: pairs[name].url))
+    return [found[name] for name in pairs]
+
+
+def _write_partition(
+    frame: Any,
+    target: Target,
+    backend: str,
+    storage_options: Mapping[str, Any],
+    note: Mapping[str, Any],
+    settled: Settled | None,
+) -> Counts:
+    provenance = file_provenance(target.source, storage_options) or {}
     for name, value in note.items():
         provenance[name] = {**provenance.get(name, {}), **value} if isinstance(value, dict) else value
-    metadata = {score.METADATA_KEY: json.dumps(provenance, sort_keys=True)}
-    get_backend(read.backend).write_parquet(frame, target, metadata, read.storage_options)
-    return len(frame)
+    counts = Counts(len(frame)) if settled is None else settled.count(frame)
+    kept = frame if settled is None else settled.filter(frame)
+    write_score_file(kept, target.url, provenance, backend, storage_options)
+    return counts
 
 
 # --- choosing -------------------------------------------------------------------------------------
 
 
 def select_rows(
-    scores: collection.URLPath,
+    scores: URLPath,
     out: str | os.PathLike[str],
     where: str | None = None,
     *,
     top: str | Sequence[str] = (),
     sample: str | None = None,
-    **place: Any,
+    storage_options: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    client: Place = None,
+    monitor: Monitor | None = None,
 ) -> Counts:
     """Copy the rows of a score table that are chosen to another.
 
@@ -175,8 +160,15 @@ def select_rows(
         another.
     sample : str, optional
         Of what is left then, a random part: ``"10000"``, ``"10% seed 1"``, ``"20 by cluster"``.
-    **place
-        See `Place`.
+    storage_options : mapping, optional
+        For the fsspec file systems of both tables.
+    backend : {"auto", "cudf", "pandas"}, optional
+        Of the frames; by default `imgcurator.backend`.
+    client : distributed.Client, str, or int, optional
+        Where to run: a client, the address of a scheduler, or a number of new worker processes. By default threads of
+        this process do it: there is no model to load.
+    monitor : Monitor, optional
+        Is told how the run goes on.
 
     Returns
     -------
@@ -193,35 +185,18 @@ def select_rows(
         If `out` is the score table itself.
     """
     ranked = steps_of(top, sample)
-    with opened(scores, Place(**place)) as table:
-        steps = ranked if where is None else [filters.parse_where(where, kinds_of_schema(table.schema)), *ranked]
+    with opened(scores, storage_options, backend, client, monitor) as table:
+        steps = ranked if where is None else [parse_where(where, kinds_of_schema(table.schema)), *ranked]
         targets = _targets(table, out)
-        settled = selection.settle_steps(table.df, steps)
-        counts = _counts(table, steps)
-        _write(settled.filter(table.df), table, targets, {"selected": {"steps": [step.text for step in steps]}})
-    return counts
+        settled = selection.settle(table.df, steps, alone=True)
+        note = {"selected": {"steps": [step.text for step in steps]}}
+        return Counts.sum(_write(table.df, table, targets, note, settled))
 
 
-def steps_of(top: str | Sequence[str], sample: str | None) -> list[selection.Step]:
+def steps_of(top: str | Sequence[str], sample: str | None) -> list[Step]:
     """Read the steps of a selection that rank or draw; mistakes in what is written are told before anything starts."""
-    steps: list[selection.Step] = [selection.parse_top(t) for t in ([top] if isinstance(top, str) else top)]
-    return steps if sample is None else [*steps, selection.parse_sample(sample)]
-
-
-def _counts(table: Table, steps: Sequence[selection.Step]) -> Counts:
-    by_status: dict[str, int] = {}
-    if "status" in table.df.columns:
-        found = table.df["status"].value_counts().compute()
-        host = found.to_pandas() if hasattr(found, "to_pandas") else found
-        by_status = {str(name): int(n) for name, n in host.items()}
-    funnel = selection.funnel(table.df, steps)
-    own = funnel[~funnel["condition"].isin(["all rows"])]
-    conditions = [
-        {"condition": row["condition"], "alone": int(row["alone"]), "left": int(row["left"])}
-        for row in own.to_dict("records")
-        if not str(row["condition"]).startswith("status")
-    ]
-    return Counts(int(funnel["left"].iloc[0]), by_status, int(funnel["left"].iloc[-1]), conditions)
+    steps: list[Step] = [parse_top(t) for t in ([top] if isinstance(top, str) else top)]
+    return steps if sample is None else [*steps, parse_sample(sample)]
 
 
 # --- duplicates -----------------------------------------------------------------------------------
@@ -245,12 +220,15 @@ class Deduplicated:
 
 
 def drop_duplicates(
-    scores: collection.URLPath,
+    scores: URLPath,
     out: str | os.PathLike[str] | None = None,
     *,
     groups: str | os.PathLike[str] | None = None,
     index: str | os.PathLike[str] | None = None,
-    place: Place | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    client: Place = None,
+    monitor: Monitor | None = None,
     **options: Any,
 ) -> Deduplicated:
     """Find the duplicates of a score table and write it without them.
@@ -265,8 +243,8 @@ def drop_duplicates(
         Parquet file for the table of groups: which rows, which of them is kept, how similar.
     index : str or path, optional
         Folder for an index of what is left, to compare later tables with (`against`).
-    place : Place, optional
-        Where it runs.
+    storage_options, backend, client, monitor
+        As for `select_rows`.
     **options
         As for `deduplication.find_duplicates`: ``tiers``, ``eps``, ``max_distance``, ``keep``, ``rule``, ``against`` …
 
@@ -280,15 +258,15 @@ def drop_duplicates(
     ValueError
         If several `eps` are given with `out` or `index`; and as `deduplication.find_duplicates` does.
     """
-    place = place or Place()
+    monitor = monitor or Monitor()
     eps = options.get("eps", 0.05)
     if not isinstance(eps, int | float) and len(set(eps)) > 1 and (out is not None or index is not None):
         raise ValueError(f"eps={list(eps)}: to drop rows, name one; without a folder to write to, all are counted")
-    with opened(scores, place) as table:
+    with opened(scores, storage_options, backend, client, monitor) as table:
         df = table.df[table.df["status"] == "ok"] if "status" in table.df.columns else table.df
         targets = _targets(table, out) if out is not None else []
         if table.encoder.get("model") == "starter" and "semantic" in (options.get("tiers") or deduplication.TIERS):
-            place.monitor.note(
+            monitor.note(
                 "The starter's embeddings lie close together: its semantic duplicates at the usual eps are mostly "
                 "other pictures. Look at the groups, or use the tiers exact and perceptual."
             )
@@ -297,15 +275,16 @@ def drop_duplicates(
         rows = len(table.df[["key"]])  # not of the frame: Dask would read its embeddings
         kept = int(counts[-1]["remaining"]) if counts else rows
         if groups is not None:
-            with files.write_whole(os.fspath(groups), place.storage_options) as file:
+            with files.write_whole(os.fspath(groups), storage_options) as file:
                 found.groups().to_parquet(file, index=False)
         left = found.drop(df)
         if out is not None:
             note = {k: v for k, v in options.items() if k != "against" or isinstance(v, str)}
-            kept = sum(_write(left, table, targets, {"deduplicated": json.loads(json.dumps(note, default=str))}))
+            note = {"deduplicated": json.loads(json.dumps(note, default=str))}
+            kept = sum(counts.rows for counts in _write(left, table, targets, note))
         if index is not None:
             dedup_index.build_index(
-                left, index, provenance=table.encoder or None, storage_options=place.storage_options
+                left, index, provenance=table.encoder or None, storage_options=storage_options
             )
     return Deduplicated(rows, kept, counts)
 
@@ -314,7 +293,7 @@ def drop_duplicates(
 
 
 def add_columns(
-    scores: collection.URLPath,
+    scores: URLPath,
     out: str | os.PathLike[str],
     *,
     heads: Sequence[str | os.PathLike[str]] = (),
@@ -325,7 +304,10 @@ def add_columns(
     aesthetic_head: str | None = None,
     nsfw_head: str | None = None,
     weights_dir: str | os.PathLike[str] | None = None,
-    place: Place | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    client: Place = None,
+    monitor: Monitor | None = None,
 ) -> list[str]:
     """Add columns to a score table, from its embeddings and captions; no image is decoded.
 
@@ -336,19 +318,19 @@ def add_columns(
     out : str or path
         Folder for the larger table.
     heads : sequence of str or path
-        Heads of your own: files, or registered names; see `text_steps.score_head`.
+        Heads of your own: files, or registered names; see `steps_heads.score_head`.
     clip_score : bool
         Cosine of caption and image, by the text tower of the table's own model.
     prompts : mapping, optional
-        See `text_steps.score_prompts`.
+        See `score_prompts`.
     caption_stats, language : bool
         Length of captions; and their language.
     aesthetic_head, nsfw_head : str, optional
         A published head, see `score_aesthetic`.
     weights_dir : path, optional
         Folder with the published heads.
-    place : Place, optional
-        Where it runs.
+    storage_options, backend, client, monitor
+        As for `select_rows`; texts need a model, which new worker processes load.
 
     Returns
     -------
@@ -360,30 +342,30 @@ def add_columns(
     ValueError
         If nothing is asked for, or a text is compared with embeddings of an unknown model.
     """
-    place = place or Place()
-    with opened(scores, place, light=not (clip_score or prompts)) as table:
+    light = not (clip_score or prompts)
+    with opened(scores, storage_options, backend, client, monitor, light=light) as table:
         df, there, added = table.df, set(table.df.columns), {}
         encoder = table.encoder
-        for head in map(own_heads.resolve_head, heads):
+        for head in map(steps_heads.resolve_head, heads):
             if head.column in added:
                 raise ValueError(f"two heads give the column {head.column!r}: save one with another column name")
             if head.column not in there:
-                df = text_steps.score_head(df, head)
+                df = steps_heads.score_head(df, head)
                 added[head.column] = head_files.provenance(head)
         if aesthetic_head and "aesthetic_score" not in there:
-            df = collection.score_aesthetic(df, aesthetic_head, weights_dir=weights_dir)
+            df = steps_heads.score_aesthetic(df, aesthetic_head, weights_dir=weights_dir)
             added["aesthetic_score"] = {"head": aesthetic_head}
         if nsfw_head and "nsfw_score" not in there:
-            df = collection.score_nsfw(df, nsfw_head, weights_dir=weights_dir)
+            df = steps_heads.score_nsfw(df, nsfw_head, weights_dir=weights_dir)
             added["nsfw_score"] = {"head": nsfw_head}
         if clip_score and "clip_score" not in there:
-            df = text_steps.score_clip(df, *_text_model(encoder))
+            df = captions.score_clip(df, *_text_model(encoder))
             added["clip_score"] = {"encoder": encoder}
         if prompts and (missing := {n: p for n, p in prompts.items() if f"{n}_score" not in there}):
-            df = text_steps.score_prompts(df, missing, *_text_model(encoder))
+            df = score_prompts(df, missing, *_text_model(encoder))
             added |= {f"{name}_score": {"prompts": p, "encoder": encoder} for name, p in missing.items()}
         if (caption_stats or language) and "caption_words" not in there:
-            df = text_steps.caption_stats(df, language=language)
+            df = captions.caption_stats(df, language=language)
             added |= {name: {} for name in df.columns if str(name).startswith("caption_") and name not in there}
         new = [name for name in df.columns if name not in there]
         if not new:
@@ -407,14 +389,17 @@ def _text_model(encoder: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def export_scores(
-    scores: collection.URLPath,
+    scores: URLPath,
     out: str | os.PathLike[str],
     format: str,
     where: str | None = None,
     *,
-    place: Place | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    client: Place = None,
+    monitor: Monitor | None = None,
     **options: Any,
-) -> exports.Exported:
+) -> Exported:
     """Write a score table in the layout of another project.
 
     Parameters
@@ -422,19 +407,19 @@ def export_scores(
     scores : str, path, or sequence of them
         Score table, as for `read_scores`.
     out : str or path
-        Folder or file, see `exports.export`.
+        Folder or file, see `export`.
     format : str
-        See `exports.FORMATS`.
+        Name of the format, see `export`.
     where : str, optional
         Expression on the columns: only these rows.
-    place : Place, optional
-        Where it runs.
+    storage_options, backend, client, monitor
+        As for `select_rows`.
     **options
         Of the format.
 
     Returns
     -------
-    exports.Exported
+    Exported
         The files, and their rows.
 
     Raises
@@ -442,9 +427,8 @@ def export_scores(
     ExportError, WhereError
         For an unknown format, rows that it cannot hold, or a mistake in the expression.
     """
-    place = place or Place()
-    with opened(scores, place) as table:
+    with opened(scores, storage_options, backend, client, monitor) as table:
         df = table.df
         if where is not None:
-            df = filters.filter_frame(df, filters.parse_where(where, kinds_of_schema(table.schema)).text)
-        return exports.export(df, out, format, storage_options=place.storage_options, **options)
+            df = filter_frame(df, parse_where(where, kinds_of_schema(table.schema)))
+        return export(df, out, format, storage_options=storage_options, **options)

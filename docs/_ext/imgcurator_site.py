@@ -16,8 +16,8 @@ from typing import Any
 import dask_imgcurator as dic
 from dask_imgcurator import schema
 from dask_imgcurator.checks import samples
-from dask_imgcurator.exports import exports
-from dask_imgcurator.images import decode
+from dask_imgcurator.exports import base as exports
+from dask_imgcurator.images import formats
 from dask_imgcurator.models import heads
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "gallery",
         "explorer",
         "search_index",
-        "exports",
+        "exports.base",
     ),
     "More": (),
 }
@@ -54,7 +54,7 @@ FURTHER: Mapping[str, tuple[str, ...]] = {
         "deciding.Deduplicated",
         "duplicates.Duplicates",
         "dedup_index.Index",
-        "exports.Exported",
+        "exports.base.Exported",
         "head_files.HeadFile",
         "comparison.Compared",
         "search_index.SearchIndex",
@@ -74,17 +74,17 @@ FURTHER: Mapping[str, tuple[str, ...]] = {
         "deduplication.find_duplicates",
         "head_files.read_head",
         "head_files.convert_pth",
-        "exports.to_clip_retrieval",
-        "exports.to_datacomp",
-        "exports.to_laion",
-        "exports.to_list",
-        "exports.to_uid_subset",
+        "exports.clip_retrieval.clip_retrieval",
+        "exports.datacomp.datacomp",
+        "exports.datacomp.datacomp_subset",
+        "exports.laion.laion",
+        "exports.lists.list_",
     ),
     "Checks and samples": ("verify.verify", "parity.compare", "samples.make_sample_shards"),
     "Errors": (
         "backend.BackendError",
         "dedup_rows.DedupError",
-        "exports.ExportError",
+        "exports.base.ExportError",
         "heads.HeadError",
         "models.ModelError",
         "text.PromptError",
@@ -161,7 +161,7 @@ def statuses() -> str:
 
 def image_formats() -> str:
     """What is decoded, and by whom."""
-    rows = [(title, who, f"`{package}`" if package else "") for title, who, package in decode.format_table()]
+    rows = [(title, who, f"`{package}`" if package else "") for title, who, package in formats.format_table()]
     return table(["format", "decoded by (with `decoder: dali`)", "needs"], rows)
 
 
@@ -191,7 +191,7 @@ def export_formats() -> str:
     """What `export` writes."""
     return table(
         ["format", "what is written", "`--out` is"],
-        [(f"`{n}`", escaped(f.about), "a folder" if f.folder else "a file") for n, f in exports.FORMATS.items()],
+        [(f"`{n}`", escaped(f.about), "a folder" if f.folder else "a file") for n, f in exports.formats().items()],
     )
 
 

@@ -1,0 +1,45 @@
+"""The values of a column, one a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import IO, Any
+
+import pyarrow as pa
+
+from ..engine.backend import backend_of, is_dask
+from ..engine.run import reduce
+from ..schema import kind_of
+from ..select.ranks import arrow_type
+from .base import ExportError, concatenated, export_format, only_ok, require, with_status
+
+_WAVE = 256  # partitions whose values are in memory at a time
+
+
+def values_of(df: Any, column: str) -> Iterator[pa.ChunkedArray]:
+    """Yield the values of a column that are not null, in order, partition by partition."""
+    df = with_status(df, [column])
+    starts = range(0, df.npartitions, _WAVE) if is_dask(df) else ()
+    for some in [df.partitions[start : start + _WAVE] for start in starts] or [df]:
+        yield from reduce(some, _known, concatenated, column)
+
+
+def _known(frame: Any, column: str) -> list[pa.ChunkedArray]:
+    return [backend_of(frame).to_host(only_ok(frame), [column])[column].drop_null()]
+
+
+@export_format("list", "one key, or value of another column, a line", folder=False)
+def list_(df: Any, file: IO[bytes], column: str = "key") -> int:
+    """Write the values of a column of text or integers, one a line, in UTF-8; rows where it is null are left out."""
+    require(df, column, "list")
+    type_ = arrow_type(df, column)
+    if not (kind_of(type_) == "string" or pa.types.is_integer(type_) or pa.types.is_null(type_)):
+        raise ExportError(f"column {column!r} holds {type_}: a list is of text or integers")
+    rows = 0
+    for values in values_of(df, column):
+        for value in map(str, values.to_pylist()):
+            if "\n" in value or "\r" in value:
+                raise ExportError(f"column {column!r} holds {value!r}, which is more than one line: leave it out")
+            file.write(value.encode() + b"\n")
+        rows += len(values)
+    return rows
