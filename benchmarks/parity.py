@@ -17,28 +17,27 @@ import common
 import dask
 from rich.console import Console
 
-from dask_imgcurator.checks.parity import Parity, compare
-from dask_imgcurator.cli.main import summary
-
-__all__ = ["measure"]
+from dask_imgcurator.checks.parity import ParityOptions, compare
+from dask_imgcurator.checks.parity_record import Parity
+from dask_imgcurator.cli.summary import print_parity
 
 
 def measure(args: argparse.Namespace) -> Parity:
     """Run the comparison."""
     head = "auto" if args.heads else "none"
+    options = ParityOptions(
+        model=args.model,
+        pretrained=args.pretrained,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        backend=args.backend,
+        limit=args.limit,
+        aesthetic_head=head,
+        nsfw_head=head,
+        weights_dir=args.weights_dir,
+    )
     with dask.config.set({"imgcurator.decoder": args.decoder}):
-        return compare(
-            args.shards,
-            model=args.model,
-            pretrained=args.pretrained,
-            dtype=args.dtype,
-            batch_size=args.batch_size,
-            backend=args.backend,
-            limit=args.limit,
-            aesthetic_head=head,
-            nsfw_head=head,
-            weights_dir=args.weights_dir,
-        )
+        return compare(args.shards, options)
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def main() -> None:
     about = common.machine()
     with common.plain_errors():
         result = measure(args)
-    summary.print_parity(result, Console(stderr=True))
+    print_parity(result, Console(stderr=True))
     print(json.dumps({"benchmark": "parity", "machine": about, "versions": common.versions(), **result.record()}))
 
 

@@ -23,9 +23,14 @@ from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageDraw
 
-from dask_imgcurator.checks.parity import ALL, Figure, Parity, compare
+from dask_imgcurator.checks.parity import ParityOptions
+from dask_imgcurator.checks.parity import compare as compare_with
+from dask_imgcurator.checks.parity_record import ALL, Figure, Parity
 from dask_imgcurator.cli.main import cli
-from dask_imgcurator.images.decode import Decoder, ImageInfo, Preprocess, dali_problem
+from dask_imgcurator.images.dali import dali_problem
+from dask_imgcurator.images.decoder import Decoder
+from dask_imgcurator.images.pillow import ImageInfo
+from dask_imgcurator.images.preprocess import Preprocess
 from dask_imgcurator.models.encoders import ModelError, load_encoder, resolve_encoder, starter
 from dask_imgcurator.monitor import Monitor
 
@@ -47,6 +52,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("configs") / f"{TINY}.json"
     path.write_text(json.dumps(TINY_CONFIG))
     open_clip.add_model_config(path)
+
+
+def compare(urlpath: Any, monitor: Monitor | None = None, **options: Any) -> Parity:
+    return compare_with(urlpath, ParityOptions(**options), monitor=monitor)
 
 
 # --- pictures ---------------------------------------------------------------------------------------
@@ -329,22 +338,22 @@ def test_the_worst_images_are_named_with_both_scores(made: Shards, result: Parit
     by = truth(made)
     cosine = dict(zip(made.good, (by.ours.double() * by.theirs.double()).sum(1).tolist(), strict=True))
     scores = dict(zip(made.good, zip(*by.score("aesthetic"), strict=True), strict=True))
-    assert [one["cosine"] for one in result.worst] == pytest.approx(sorted(cosine.values())[:5], abs=2e-6)
+    assert [one.cosine for one in result.worst] == pytest.approx(sorted(cosine.values())[:5], abs=2e-6)
     for one in result.worst:
-        assert one["cosine"] == pytest.approx(cosine[one["image"]], abs=2e-6)
-        assert one["scores"]["aesthetic_score"] == pytest.approx(scores[one["image"]], abs=1e-5)
+        assert one.cosine == pytest.approx(cosine[one.image], abs=2e-6)
+        assert one.scores["aesthetic_score"] == pytest.approx(scores[one.image], abs=1e-5)
 
 
 def test_who_can_decode_what(made: Shards, result: Parity) -> None:
     assert (result.shards, result.shards_read) == (2, 2)
     assert result.images == result.images_there == len(made.good) + len(made.others)
     assert result.decodable == {"both": len(made.good), "neither": 2, "only ours": 1, "only open_clip": 1}
-    sided = {one["image"]: one for one in result.one_sided}
-    assert {name: one["decodable"] for name, one in sided.items()} == {
+    sided = {one.image: one for one in result.one_sided}
+    assert {name: one.decodable for name, one in sided.items()} == {
         name: who for name, who in made.others.items() if who != "neither"
     }
-    assert "1500 x 1000 pixels, more than the limit of 1,000,000" in sided["00001.tar:large"]["reason"]
-    assert "open_clip would resize 1 x 70000 to 64 x 4480000" in sided["00001.tar:sliver"]["reason"]
+    assert "1500 x 1000 pixels, more than the limit of 1,000,000" in sided["00001.tar:large"].reason
+    assert "open_clip would resize 1 x 70000 to 64 x 4480000" in sided["00001.tar:sliver"].reason
 
 
 def test_default_decisions(made: Shards, result: Parity) -> None:
@@ -370,16 +379,16 @@ def test_a_threshold_between_both_scores_of_an_image_flips_it(made: Shards) -> N
         found = compare(
             made.folder, **TINY_OPTIONS, dtype="bfloat16", min_aesthetic=threshold, where="width >= 100 and height > 0"
         )
-    assert found.settings["dtype"] == "bfloat16"
+    assert found.settings.dtype == "bfloat16"
     wide, decision, both = found.decisions
     assert (wide.where, wide.flips) == ("width >= 100 and height > 0", 0)
     widths = {name: Image.open(io.BytesIO(data)).width for name, data in made.good.items()}
     assert wide.kept == wide.kept_by_open_clip == sum(width >= 100 for width in widths.values())
-    assert (decision.flips, [e["image"] for e in decision.examples]) == (len(flipped), flipped[:5])
+    assert (decision.flips, [e.image for e in decision.examples]) == (len(flipped), flipped[:5])
     assert (decision.kept, decision.kept_by_open_clip) == ((ours >= threshold).sum(), (theirs >= threshold).sum())
-    example_ = next(e for e in decision.examples if e["image"] == list(made.good)[at])
-    assert example_["kept"] == (ours[at] >= threshold)
-    assert example_["scores"] == {"aesthetic_score": pytest.approx([ours[at], theirs[at]], abs=1e-4)}
+    example_ = next(e for e in decision.examples if e.image == list(made.good)[at])
+    assert example_.kept == (ours[at] >= threshold)
+    assert example_.scores == {"aesthetic_score": pytest.approx([ours[at], theirs[at]], abs=1e-4)}
     assert (both.where, both.flips) == (ALL, sum(widths[name] >= 100 for name in flipped))
 
 
@@ -398,7 +407,7 @@ def compared(folder: Path, limit: int) -> tuple[Parity, list[str]]:
     """At most five images, all of which are then among the worst."""
     found = compare(folder, **TINY_OPTIONS, limit=limit)
     assert found.images == found.decodable["both"] == sum(g.images for n, g in found.groups.items() if n == "all")
-    return found, sorted(one["image"] for one in found.worst)
+    return found, sorted(one.image for one in found.worst)
 
 
 def test_the_limit_is_spread_over_the_shards(tmp_path: Path) -> None:
@@ -425,7 +434,7 @@ def test_of_many_shards_some_are_opened(tmp_path: Path) -> None:
 def test_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
     urls = [small(tmp_path / name, [1]) / "00.tar" for name in "ab"]
     found = compare(urls, **TINY_OPTIONS)
-    assert sorted(one["image"] for one in found.worst) == [f"{url}:00" for url in urls]
+    assert sorted(one.image for one in found.worst) == [f"{url}:00" for url in urls]
 
 
 def test_a_damaged_shard_is_told_and_the_others_are_compared(tmp_path: Path) -> None:
@@ -459,7 +468,7 @@ def test_without_heads_pixels_and_embeddings_are_left(tmp_path: Path) -> None:
 def test_the_starter_behind_open_clips_transform(tmp_path: Path) -> None:
     folder = small(tmp_path, [1])
     found = compare(folder, model="starter", backend="pandas")
-    assert found.settings["model"] == "starter"
+    assert found.settings.model == "starter"
     assert set(found.groups["all"].scores) == {"aesthetic_score", "nsfw_score"}
     encoder = load_encoder(resolve_encoder("starter"))
     data = encode(waves(40, 30, 0))
@@ -504,7 +513,7 @@ def test_the_command_prints_what_compare_finds(made: Shards, tmp_path: Path) -> 
     assert found["groups"]["all"]["cosine_min"] == pytest.approx(expected.groups["all"].cosine.min, abs=1e-6)
     assert "9 of 14 images, in 2 shards" in done.stdout
     assert "nsfw_score < 0.25" in done.stdout
-    assert expected.worst[0]["image"] in done.stdout
+    assert expected.worst[0].image in done.stdout
     assert f"{expected.groups['all'].pixel_mean.mean:.3f}" in done.stdout
     assert "random weights" in done.stderr
 

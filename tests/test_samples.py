@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dask_imgcurator.checks.samples import BROKEN_KINDS, KINDS, PICTURES, SampleShards, make_sample_shards
+from dask_imgcurator.checks.pictures import BROKEN_KINDS, KINDS, PICTURES
+from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
 
 pytestmark = pytest.mark.skipif(
     find_spec("skimage") is None or find_spec("sklearn") is None, reason="the demo extra is not installed"

@@ -63,7 +63,7 @@ def _gpu() -> Iterator[Finding]:
 
 def _decoder() -> Iterator[Finding]:
     from ..engine.backend import gpu_problem
-    from ..images.decode import dali_problem
+    from ..images.dali import dali_problem
 
     pillow = "Pillow, open_clip's own pixels"
     if problem := dali_problem():

@@ -12,30 +12,16 @@ import pyarrow.parquet as pq
 from ..steps import score, write
 from ..storage import files, shards
 
-__all__ = ["verify"]
+Options = Mapping[str, Any] | None
 
 
 def verify(
-    folder: str, *, storage_options: Mapping[str, Any] | None = None, source_options: Mapping[str, Any] | None = None
+    folder: str, *, storage_options: Options = None, source_options: Options = None
 ) -> Iterator[tuple[str, str | None]]:
-    """Compare curated shards with the tars that they were copied from, byte for byte, and the score table with both.
+    """Compare curated shards with the tars they were copied from, byte for byte, and the score table with both.
 
-    Parameters
-    ----------
-    folder : str
-        What `curate` left, or a folder of curated shards.
-    storage_options, source_options : mapping, optional
-        For the fsspec file systems of the folder and of the source shards.
-
-    Yields
-    ------
-    (str, str or None)
-        What was looked at, and what is wrong with it; None where it is right.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds no curated shards and no record of a run.
+    `folder` is what `curate` left, or holds curated shards; the options are for its file system and for that of the
+    sources. Yields what was looked at, and what is wrong with it: None where it is right.
     """
     record = files.read_text(files.join(folder, "run.json"), storage_options)
     curated = files.join(folder, "shards") if record is not None else folder
@@ -46,48 +32,32 @@ def verify(
     for stem in stems:
         stats = json.loads(files.read_text(files.join(curated, f"{stem}_stats.json"), storage_options) or "{}")
         kept += stats.get("count", 0)
-        yield f"{stem}.tar", _shard_problem(curated, stem, stats, dict(storage_options or {}), source_options)
+        url = files.join(curated, f"{stem}.tar")
+        try:
+            with shards.hold_shard(url, storage_options):
+                problem = _shard_problem(url, stats.get("sha256"), storage_options, source_options)
+        except (write.WriteError, OSError) as err:
+            problem = str(err)
+        yield f"{stem}.tar", problem
     if record is not None:
         yield "run.json", _record_problem(folder, json.loads(record), kept, storage_options)
 
 
-def _shard_problem(
-    folder: str,
-    stem: str,
-    stats: Mapping[str, Any],
-    storage_options: Mapping[str, Any],
-    source_options: Mapping[str, Any] | None,
-) -> str | None:
-    url = files.join(folder, f"{stem}.tar")
-    try:
-        with shards.hold_shard(url, storage_options):
-            return _differences(url, files.join(folder, f"{stem}.parquet"), stats, storage_options, source_options)
-    except (write.WriteError, OSError) as err:
-        return str(err)
-
-
-def _differences(
-    url: str,
-    table: str,
-    stats: Mapping[str, Any],
-    storage_options: Mapping[str, Any],
-    source_options: Mapping[str, Any] | None,
-) -> str | None:
-    with shards.open_shard(url, storage_options) as file:
+def _shard_problem(url: str, sha256: str | None, options: Options, source_options: Options) -> str | None:
+    with shards.open_shard(url, options) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-    with files.opened(table, storage_options) as file:
+    if digest != sha256:
+        return f"sha256 is {digest}, its _stats.json says {sha256}"
+    with files.opened(url.removesuffix(".tar") + ".parquet", options) as file:
         rows = pq.read_table(file).to_pylist()
-    if digest != stats.get("sha256"):
-        return f"sha256 is {digest}, its _stats.json says {stats.get('sha256')}"
-    index = shards.index_shard(url, storage_options)
+    index = shards.index_shard(url, options)
     if index.error is not None:
         return index.error
     if len(index.samples) != len(rows):
         return f"it holds {len(index.samples)} samples, its Parquet file {len(rows)} rows"
     sources = write.source_members(rows, dict(source_options or {}))
     for row, sample, members in zip(rows, index.samples, sources, strict=True):
-        extents = [(m.offset, m.nbytes) for m in sample.members]
-        pieces = shards.read_extents(url, extents, storage_options, whole=True)
+        pieces = shards.read_extents(url, [(m.offset, m.nbytes) for m in sample.members], options, whole=True)
         copied = list(zip((m.name for m in sample.members), pieces, strict=True))
         if copied != members:
             return f"sample {row['key']!r} differs from its source in {row['shard']}"
@@ -97,22 +67,20 @@ def _differences(
     return None
 
 
-def _record_problem(
-    folder: str, record: Mapping[str, Any], kept: int, storage_options: Mapping[str, Any] | None
-) -> str | None:
+def _record_problem(folder: str, record: Mapping[str, Any], kept: int, options: Options) -> str | None:
     if record.get("kept") != kept:
         return f"it says that {record.get('kept')} samples were kept, the curated shards hold {kept}"
     by_shard: dict[str, str] = {}
-    samples = 0
-    for url in files.list_files(files.join(folder, "scores"), ".parquet", storage_options):
-        provenance = score.file_provenance(url, storage_options)
+    for url in files.list_files(files.join(folder, "scores"), ".parquet", options):
+        provenance = score.file_provenance(url, options)
         if provenance is None:
             return f"{url} cannot be read, or is not a score file of this library"
         by_shard[provenance.get("shard", "")] = url
+    samples = 0
     for shard in record["arguments"]["shards"]:
         if shard not in by_shard:
             return f"there are no scores of {shard}"
-        with files.opened(by_shard[shard], storage_options) as file:
+        with files.opened(by_shard[shard], options) as file:
             samples += pq.read_metadata(file).num_rows
     if samples != record.get("samples"):
         return f"it says that there are {record.get('samples')} samples, the score table holds {samples}"

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..checks.parity import ALL, Parity
+from ..checks.parity_record import ALL, Parity
 from ..engine.backend import get_backend
 from ..jobs.tables import Deduplicated
 from ..report.render import plain
@@ -118,7 +118,7 @@ def print_kinds(result: RunResult, manifest: Mapping[str, Mapping[str, Any]]) ->
     """Show for the demo what became of each kind of planted image."""
     import pyarrow.parquet as pq
 
-    from ..checks.samples import KINDS
+    from ..checks.pictures import KINDS
 
     kept: set[str] = set()
     for shard in result.written:
@@ -162,13 +162,13 @@ def print_parity(result: Parity, console: Console | None = None) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     settings = result.settings
-    model = " ".join(filter(None, (settings["model"], settings["pretrained"])))
-    say(f"{model}: {settings['dtype']} with {settings['decoder']} on {settings['device']}; open_clip: float32, Pillow")
+    model = " ".join(filter(None, (settings.model, settings.pretrained)))
+    say(f"{model}: {settings.dtype} with {settings.decoder} on {settings.device}; open_clip: float32, Pillow")
     read = "" if result.shards_read == result.shards else f"{result.shards_read:,} of "
     say(f"{result.images:,} of {result.images_there:,} images, in {read}{result.shards:,} shards")
     say("can be decoded by: " + ", ".join(f"{who} {n:,}" for who, n in result.decodable.items()))
     for failed in result.one_sided:
-        say(f"  {failed['decodable']}: {failed['image']}: {failed['reason']}")
+        say(f"  {failed.decodable}: {failed.image}: {failed.reason}")
     if not result.groups["all"].images:
         say("No image could be compared.")
         return
@@ -179,8 +179,8 @@ def print_parity(result: Parity, console: Console | None = None) -> None:
         console.print(_decisions(result))
     for decision in result.decisions:
         for one in decision.examples if decision.where != ALL else []:
-            values = ", ".join(f"{column} {_pair(*pair)}" for column, pair in one["scores"].items())
-            say(f"  {decision.where}: {one['image']}: {values}")
+            values = ", ".join(f"{column} {_pair(*pair)}" for column, pair in one.scores.items())
+            say(f"  {decision.where}: {one.image}: {values}")
     console.print(_worst(result))
     pixels = result.groups["all"]
     say(f"largest difference of an image's mean: {pixels.pixel_mean.max:.3f}, {pixels.pixel_mean.max_image}")
@@ -216,8 +216,8 @@ def _drifts(result: Parity) -> Table:
 def _worst(result: Parity) -> Table:
     table = _numbers("lowest cosine", "cosine", "pixels¹: mean", "max", "decoded by")
     for one in result.worst:
-        figures = f"{one['cosine']:.6f}", f"{one['pixel_mean']:.3f}", f"{one['pixel_max']:.1f}"
-        table.add_row(one["image"], *figures, one["decoder"])
+        figures = f"{one.cosine:.6f}", f"{one.pixel_mean:.3f}", f"{one.pixel_max:.1f}"
+        table.add_row(one.image, *figures, one.decoder)
     return table
 
 
