@@ -191,8 +191,9 @@ def run_decode(settings: Settings) -> Found:
     """Bytes in memory to pixels, images a second: DALI on the card by the share of its JPEG engines, and on the CPU."""
     import torch
 
-    from dask_imgcurator.images import decode
-    from dask_imgcurator.images.decode import Decoder
+    from dask_imgcurator.images import dali as dali_module
+    from dask_imgcurator.images.decoder import Decoder
+    from dask_imgcurator.images.pillow import inspect
 
     preprocess = settings.encoder().preprocess
     threads = len(os.sched_getaffinity(0))
@@ -204,7 +205,7 @@ def run_decode(settings: Settings) -> Found:
         if settings.device != "cpu":
             tries = [(f"DALI mixed, engines {load:g}", "cuda", "mixed", load) for load in (0.9, 0.0, 0.5, 1.0)] + tries
         for label, device, dali, load in tries:
-            decode.HW_DECODER_LOAD = load
+            dali_module.HW_DECODER_LOAD = load
             decoder = Decoder(preprocess, settings.batch_size, device, dali, threads)
 
             def work(decoder: Any = decoder, images: list[bytes] = images) -> float:
@@ -218,7 +219,7 @@ def run_decode(settings: Settings) -> Found:
         if settings.device != "cpu":
             torch.cuda.empty_cache()
         sizes["header check alone"] = common.rate(
-            lambda images=images: sum(1 for i in images if decode.inspect(i)), settings.seconds / 2
+            lambda images=images: sum(1 for i in images if inspect(i)), settings.seconds / 2
         )
         yield name, sizes
 

@@ -21,7 +21,7 @@ from distributed import Client
 
 import dask_imgcurator as dic
 from dask_imgcurator import config
-from dask_imgcurator.images.decode import Decoder
+from dask_imgcurator.images.decoder import Decoder
 from dask_imgcurator.jobs.job import Monitor, Progress
 from dask_imgcurator.models.encoders import EncoderSpec, load_encoder
 from dask_imgcurator.steps.score import settle_decoder

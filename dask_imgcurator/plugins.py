@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from .images.decode import Preprocess
+    from .images.preprocess import Preprocess
 
 __all__ = ["ENCODERS", "HEADS", "OwnEncoder", "PluginError", "load", "package_of", "registered"]
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 __all__ = [
     "COLUMNS",
+    "MEASURES",
     "STATUSES",
     "Column",
     "arrow_schema",
@@ -45,6 +46,10 @@ class Column:
         Whether a row may lack it.
     meaning : str
         One line, for the documentation.
+    lower_is_better : bool
+        Whether a cut keeps what lies below it.
+    scale : {"linear", "log", "probability"}
+        Of its histogram.
     """
 
     name: str
@@ -52,6 +57,8 @@ class Column:
     step: Step
     nullable: bool
     meaning: str
+    lower_is_better: bool = False
+    scale: Literal["linear", "log", "probability"] = "linear"
 
 
 COLUMNS: Mapping[str, Column] = {
@@ -72,6 +79,7 @@ COLUMNS: Mapping[str, Column] = {
             "read",
             False,
             "length of the image member's data, bytes; 0 where there is no image",
+            scale="log",
         ),
         Column(
             "sample_offset",
@@ -91,21 +99,33 @@ COLUMNS: Mapping[str, Column] = {
         Column("caption", pa.string(), "read", True, "the `.txt` member, or the JSON field that `caption=` names"),
         Column("status", pa.string(), "read", False, "`ok`, or why there is no embedding (see the statuses)"),
         Column("error_message", pa.string(), "read", True, "null when `status` is `ok`"),
-        Column("width", pa.int32(), "embed", True, "pixels, as decoded (EXIF orientation not applied)"),
-        Column("height", pa.int32(), "embed", True, "pixels, as decoded (EXIF orientation not applied)"),
+        Column("width", pa.int32(), "embed", True, "pixels, as decoded (EXIF orientation not applied)", scale="log"),
+        Column("height", pa.int32(), "embed", True, "pixels, as decoded (EXIF orientation not applied)", scale="log"),
         Column("sha256", pa.string(), "embed", True, "of the image member's bytes, hexadecimal"),
         Column("embedding", pa.list_(pa.float32()), "embed", True, "L2-normalised image embedding"),
         Column("aesthetic_score", pa.float32(), "aesthetic", True, "aesthetic score, about 1 (poor) to 10 (good)"),
-        Column("nsfw_score", pa.float32(), "nsfw", True, "probability, 0 (safe) to 1 (not safe for work)"),
+        Column(
+            "nsfw_score",
+            pa.float32(),
+            "nsfw",
+            True,
+            "probability, 0 (safe) to 1 (not safe for work)",
+            lower_is_better=True,
+            scale="probability",
+        ),
         Column("clip_score", pa.float32(), "text", True, "cosine of the caption's and the image's embeddings"),
+        # A measure has a function of its name in images/quality.py.
         Column("brightness", pa.float32(), "measure", True, "mean gray value, 0 (black) to 1 (white)"),
         Column("contrast", pa.float32(), "measure", True, "percentile 99 less percentile 1 of the gray value, 0 to 1"),
-        Column("blur", pa.float32(), "measure", True, "0 (sharp) to 1 (blurred)"),
+        Column("blur", pa.float32(), "measure", True, "0 (sharp) to 1 (blurred)", lower_is_better=True),
         Column("entropy", pa.float32(), "measure", True, "of the gray values, 0 (flat) to 8 bits"),
         Column("colourfulness", pa.float32(), "measure", True, "0 (gray), 15 (slight), 59 (quite) to 109 (extreme)"),
         Column("phash", pa.string(), "measure", True, "perceptual hash, 64 bits, hexadecimal"),
     )
 }
+
+#: Columns of technical quality that are numbers.
+MEASURES = tuple(c.name for c in COLUMNS.values() if c.step == "measure" and c.type == pa.float32())
 
 #: Every value of the `status` column.
 STATUSES: Mapping[str, str] = {

@@ -24,18 +24,12 @@ from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, ResizeKeepRatio, image_transform_v2
 from PIL import Image, ImageOps
 
-from dask_imgcurator.images import decode
-from dask_imgcurator.images.decode import (
-    BadImage,
-    Batch,
-    Decoder,
-    Geometry,
-    ImageInfo,
-    Preprocess,
-    dali_problem,
-    inspect,
-    pil_pixels,
-)
+from dask_imgcurator.images import dali, pillow, preprocess
+from dask_imgcurator.images.dali import dali_problem
+from dask_imgcurator.images.decoder import Batch, Decoder
+from dask_imgcurator.images.formats import BadImage
+from dask_imgcurator.images.pillow import ImageInfo, decode, inspect
+from dask_imgcurator.images.preprocess import Geometry, Preprocess
 
 needs_dali = pytest.mark.skipif(dali_problem() is not None, reason=str(dali_problem()))
 
@@ -159,7 +153,7 @@ def test_a_sliver_keeps_a_pixel_where_open_clip_fails() -> None:
     with pytest.raises(ValueError, match="height and width must be"):
         theirs(cfg, sliver)
     assert ours(cfg).geometry(1, 2000) == Geometry(1, 32, 0, -15)
-    pixels = pil_pixels(encode(sliver, "PNG"), ours(cfg))
+    pixels = decode(encode(sliver, "PNG"), ours(cfg))[0]
     padding = theirs(cfg, Image.new("RGB", (32, 32)))
     different = (pixels != padding).any(0).any(0).nonzero().flatten().tolist()
     assert different == [15]
@@ -397,7 +391,7 @@ def test_bytes_behind_the_end_do_no_harm() -> None:
     data = encode(picture(64, 48))
     for tail in (b"\0" * 700, b"\r\n", random.Random(1).randbytes(100), FORMATS["PNG"]):
         assert inspect(data + tail) == inspect(data)
-        assert torch.equal(pil_pixels(data + tail, ours(SMALL)), theirs(SMALL, data))
+        assert torch.equal(decode(data + tail, ours(SMALL))[0], theirs(SMALL, data))
 
 
 def test_a_thumbnails_end_is_not_the_images_end() -> None:
@@ -531,10 +525,10 @@ def test_the_window_of_a_sliver_is_that_of_the_whole(
         image = noise(mode, width, height)
         for resize_mode in ("shortest", "squash", "longest"):
             cfg = PreprocessCfg(size=size, interpolation=interpolation, resize_mode=resize_mode)
-            monkeypatch.setattr(decode, "WHOLE_PIXELS", 1 << 40)
-            whole = decode._resize_and_cut(image, ours(cfg))
-            monkeypatch.setattr(decode, "WHOLE_PIXELS", 0)
-            window = decode._resize_and_cut(image, ours(cfg))
+            monkeypatch.setattr(preprocess, "WHOLE_PIXELS", 1 << 40)
+            whole = pillow.resize_and_cut(image, ours(cfg))
+            monkeypatch.setattr(preprocess, "WHOLE_PIXELS", 0)
+            window = pillow.resize_and_cut(image, ours(cfg))
             assert (window.mode, window.size) == (whole.mode, whole.size)
             a, b = (np.asarray(im.convert("RGB")).astype(int) for im in (whole, window))
             # Single precision moves what lies between two levels, or (for a palette) between two pixels; where alpha
@@ -554,7 +548,7 @@ def test_only_what_grows_is_cut_first() -> None:
         (3000, 3000, False),
     ):
         g = ours(PreprocessCfg(size=224)).geometry(width, height)
-        assert decode._grows_too_far(width, height, g) == far
+        assert g.grows_too_far(width, height) == far
 
 
 def test_a_sliver_costs_little_memory() -> None:
@@ -562,7 +556,8 @@ def test_a_sliver_costs_little_memory() -> None:
     code = """
     import io, resource
     from PIL import Image
-    from dask_imgcurator.images.decode import Decoder, Preprocess
+    from dask_imgcurator.images.decoder import Decoder
+    from dask_imgcurator.images.preprocess import Preprocess
 
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize((1, 65500)).save(buffer, "JPEG")
@@ -621,13 +616,16 @@ def refused() -> list[bytes]:
 
 
 @needs_dali
-def test_an_image_that_only_dali_refuses_goes_to_pillow_alone() -> None:
-    """Its neighbours keep DALI's pixels, wherever it stands."""
+@pytest.mark.parametrize("named", [True, False])
+def test_an_image_that_only_dali_refuses_goes_to_pillow_alone(named: bool) -> None:
+    """Its neighbours keep DALI's pixels, wherever it stands, and whether or not DALI names it."""
     blobs = jpegs(9, seed=700)
 
     class Refusing(Decoder):
-        def _run_dali(self, given: Any, rows: list[int], batch: Batch) -> bool:
-            return not any(given[i] == odd for i in rows) and super()._run_dali(given, rows, batch)
+        def _run_dali(self, given: Any, rows: list[int], batch: Batch) -> None:
+            if refused := [k for k, i in enumerate(rows) if given[i] == odd]:
+                raise dali.Refused(refused[0] if named else None)
+            super()._run_dali(given, rows, batch)
 
     expected = Decoder(ours(SMALL), 9)(blobs).pixels
     for at, odd in enumerate(blobs):
@@ -692,6 +690,31 @@ def test_a_batch_that_dali_refuses(refused: list[bytes], capfd: pytest.CaptureFi
 
 
 @needs_dali
+def test_dali_is_built_anew_once_for_each_image_that_it_names(
+    refused: list[bytes], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Halving 16 images would take four steps, and a pipeline for each."""
+    built: list[int] = []
+    build = dali.Pipeline._build
+
+    def count(self: dali.Pipeline) -> Any:
+        built.append(1)
+        return build(self)
+
+    monkeypatch.setattr(dali.Pipeline, "_build", count)
+    good = jpegs(14, seed=800)
+    expected = Decoder(ours(SMALL), 16)(good).pixels
+    for bad in (refused[:1], refused[:2], []):
+        built.clear()
+        blobs = [*good[:9], *bad, *good[9:]]
+        batch = Decoder(ours(SMALL), 16)(blobs)
+        assert batch.good == [i for i in range(len(blobs)) if blobs[i] not in bad]
+        assert torch.equal(batch.pixels[batch.good], expected)
+        assert len(built) == 1 + len(bad)
+    capfd.readouterr()
+
+
+@needs_dali
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_any_damage_costs_one_image(seed: int, capfd: pytest.CaptureFixture[str]) -> None:
@@ -713,7 +736,7 @@ def test_any_damage_costs_one_image(seed: int, capfd: pytest.CaptureFixture[str]
         assert torch.equal(batch.pixels[[0, 2, 3]], expected), (seed, attempt)
         assert {0, 2, 3} <= set(batch.good)
         if 1 in batch.good:  # Then Pillow can decode it too.
-            assert pil_pixels(bytes(data), ours(SMALL)).shape == (3, 48, 48)
+            assert decode(bytes(data), ours(SMALL))[0].shape == (3, 48, 48)
     capfd.readouterr()
 
 
@@ -722,7 +745,8 @@ def test_bad_images_that_are_found_before_leave_stderr_clean_and_the_process_ali
     code = """
     import io, random
     from PIL import Image
-    from dask_imgcurator.images.decode import Decoder, Preprocess
+    from dask_imgcurator.images.decoder import Decoder
+    from dask_imgcurator.images.preprocess import Preprocess
 
     buffer = io.BytesIO()
     Image.linear_gradient("L").convert("RGB").save(buffer, "JPEG")

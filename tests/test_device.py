@@ -16,7 +16,8 @@ from PIL import Image
 
 from dask_imgcurator.engine.backend import get_backend
 from dask_imgcurator.engine.device import Graphed, graphs_problem, is_out_of_memory, memory_options, release, to_device
-from dask_imgcurator.images.decode import Batch, Decoder, Preprocess
+from dask_imgcurator.images.decoder import Batch, Decoder
+from dask_imgcurator.images.preprocess import Preprocess
 from dask_imgcurator.models.encoders import Encoder, EncoderSpec, ModelError
 from dask_imgcurator.steps import score
 from dask_imgcurator.steps.score import EmbedSpec, ReadSpec, embed_partition, index_partition

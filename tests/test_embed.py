@@ -25,7 +25,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 import dask_imgcurator as dic
-from dask_imgcurator.images.decode import dali_problem
+from dask_imgcurator.images.dali import dali_problem
 from dask_imgcurator.models.encoders import resolve_encoder
 from dask_imgcurator.steps.score import EmbedSpec, ReadSpec, embed_partition, index_partition
 

@@ -21,17 +21,12 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageCms, ImageOps, features
 
-from dask_imgcurator.images import decode
-from dask_imgcurator.images.decode import (
-    FORMATS,
-    BadImage,
-    Decoder,
-    ImageInfo,
-    Preprocess,
-    dali_problem,
-    format_table,
-    inspect,
-)
+from dask_imgcurator.images import formats
+from dask_imgcurator.images.dali import dali_problem
+from dask_imgcurator.images.decoder import Decoder
+from dask_imgcurator.images.formats import FORMATS, BadImage, format_table
+from dask_imgcurator.images.pillow import ImageInfo, inspect
+from dask_imgcurator.images.preprocess import Preprocess
 
 CFG = PreprocessCfg(size=96)
 PLUGINS = {"HEIF": "pillow_heif", "JXL": "pillow_jxl"}
@@ -530,9 +525,9 @@ def test_other_formats_are_left_out_by_name(data: bytes) -> None:
 
 @pytest.fixture
 def plugins_anew() -> Iterator[None]:
-    decode._problem.cache_clear()
+    formats._problem.cache_clear()
     yield
-    decode._problem.cache_clear()
+    formats._problem.cache_clear()
 
 
 HEADS = {
@@ -572,7 +567,7 @@ def test_plugins_are_imported_when_their_format_is_met_and_not_before() -> None:
     import subprocess
 
     code = (
-        "import sys; from dask_imgcurator.images.decode import Decoder, Preprocess; "
+        "import sys; from dask_imgcurator.images.decoder import Decoder, Preprocess; "
         "Decoder(Preprocess((48, 48), (0.5,) * 3, (0.5,) * 3), 1, dali_device=None)([sys.stdin.buffer.read()]); "
         "print(sorted({'pillow_heif', 'pillow_jxl'} & set(sys.modules)))"
     )

@@ -18,7 +18,11 @@ import torch
 
 import dask_imgcurator as dic
 from dask_imgcurator.engine.backend import get_backend
-from dask_imgcurator.images.decode import BadImage, Decoder, ImageInfo, Preprocess, dali_problem
+from dask_imgcurator.images.dali import dali_problem
+from dask_imgcurator.images.decoder import Decoder
+from dask_imgcurator.images.formats import BadImage
+from dask_imgcurator.images.pillow import ImageInfo
+from dask_imgcurator.images.preprocess import Preprocess
 from dask_imgcurator.models.encoders import EncoderSpec, load_encoder, resolve_encoder
 from dask_imgcurator.models.heads import HEADS, load_head
 from dask_imgcurator.steps import score

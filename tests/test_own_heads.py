@@ -27,7 +27,7 @@ from dask.base import tokenize
 import dask_imgcurator as dic
 from dask_imgcurator import plugins
 from dask_imgcurator.engine.backend import get_backend
-from dask_imgcurator.images.decode import Preprocess
+from dask_imgcurator.images.preprocess import Preprocess
 from dask_imgcurator.models.encoders import ModelError, load_encoder, resolve_encoder
 from dask_imgcurator.models.encoders import encoders as models
 from dask_imgcurator.models.head_files import HeadFile, convert_pth, provenance, read_head, save_head
@@ -286,7 +286,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 ENCODERS = """
 import torch
-from dask_imgcurator.images.decode import Preprocess
+from dask_imgcurator.images.preprocess import Preprocess
 
 class Grid:
     width = 12
@@ -333,7 +333,8 @@ def test_an_encoder_by_name(site: Path, tmp_path: Path) -> None:
 
 def test_heads_by_name(site: Path, tmp_path: Path) -> None:
     head = head_at(tmp_path)
-    code = f"from dask_imgcurator.models.head_files import read_head\nPATH = {head.path!r}\nlazy = lambda: read_head(PATH)\n"
+    code = "from dask_imgcurator.models.head_files import read_head\n"
+    code += f"PATH = {head.path!r}\nlazy = lambda: read_head(PATH)\n"
     install(site, "dic_heads", code, {plugins.HEADS: {"as-path": "dic_heads:PATH", "as-call": "dic_heads:lazy"}})
     frame = frame_of(random(3, 8))
     expected = dic.score_head(frame, head)

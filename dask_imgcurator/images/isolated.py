@@ -15,26 +15,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, cast
 
-from .decode import BadImage, Batch, Decoder, Preprocess
-
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["IsolatedDecoder"]
+from .decoder import Batch, Decoder
+from .formats import BadImage
+from .preprocess import Preprocess
 
 #: Seconds after which a batch that is still not decoded counts as one that never will be.
 PATIENCE = 600.0
 
 
 class IsolatedDecoder:
-    """A `Decoder` whose work is done by a child process; takes the same arguments.
-
-    Notes
-    -----
-    The child is started at the first batch, and after each crash. Not safe for use by several threads at once.
-    """
+    """A `Decoder` whose work is done by a child process, which is started at the first batch and after each crash."""
 
     def __init__(self, preprocess: Preprocess, batch_size: int, device: str = "cpu", **options: Any) -> None:
         self.preprocess, self.device = preprocess, device
@@ -42,7 +34,7 @@ class IsolatedDecoder:
         self._child: subprocess.Popen[bytes] | None = None
 
     def __call__(self, blobs: Sequence[bytes | BadImage]) -> Batch:
-        """Decode a batch; see `Decoder`. An image that kills the child is a `BadImage`."""
+        """Decode a batch; an image that kills the child is a `BadImage`."""
         import torch
 
         try:
@@ -52,12 +44,8 @@ class IsolatedDecoder:
                 # What takes no image to decode: the zeros of one that failed.
                 return Decoder(**self._arguments)([BadImage("decode_error", f"the decoder {crash} on this image")])
         batches = [self([blob]) for blob in blobs]
-        return Batch(
-            torch.cat([b.pixels for b in batches]),
-            [info for b in batches for info in b.infos],
-            _cat([b.small for b in batches]),
-            _cat([b.gray for b in batches]),
-        )
+        tensors = map(torch.cat, zip(*(batch.tensors for batch in batches), strict=True))
+        return Batch.of(tensors, [info for batch in batches for info in batch.infos])
 
     def _ask(self, blobs: Sequence[bytes | BadImage]) -> Batch:
         import torch
@@ -72,15 +60,13 @@ class IsolatedDecoder:
         watch.start()
         try:
             _send(child.stdin, list(blobs))
-            infos, *arrays = pickle.load(_pipe(child.stdout))
+            infos, arrays = pickle.load(cast(IO[bytes], child.stdout))
         except (OSError, EOFError, pickle.UnpicklingError):
             self.close()
             raise _Crash(child.returncode) from None
         finally:
             watch.cancel()
-        pixels, small, gray = (None if a is None else torch.from_numpy(a).to(self.device) for a in arrays)
-        assert pixels is not None
-        return Batch(pixels, infos, small, gray)
+        return Batch.of((torch.from_numpy(array).to(self.device) for array in arrays), infos)
 
     def close(self) -> None:
         """End the child."""
@@ -89,7 +75,7 @@ class IsolatedDecoder:
         child, self._child = self._child, None
         for pipe in (child.stdin, child.stdout):
             with contextlib.suppress(OSError):
-                _pipe(pipe).close()
+                cast(IO[bytes], pipe).close()
         try:
             child.wait(5)
         except subprocess.TimeoutExpired:
@@ -98,6 +84,8 @@ class IsolatedDecoder:
 
 
 class _Crash(Exception):
+    """How the child ended."""
+
     def __init__(self, returncode: int) -> None:
         if returncode >= 0:
             super().__init__(f"ended with exit code {returncode}")
@@ -105,21 +93,10 @@ class _Crash(Exception):
             super().__init__(f"crashed ({signal.Signals(-returncode).name})")
 
 
-def _cat(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
-    import torch
-
-    present = [t for t in tensors if t is not None]
-    return torch.cat(present) if present else None
-
-
-def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
-    assert pipe is not None
-    return pipe
-
-
 def _send(pipe: IO[bytes] | None, value: Any) -> None:
-    pickle.dump(value, _pipe(pipe), protocol=pickle.HIGHEST_PROTOCOL)
-    _pipe(pipe).flush()
+    assert pipe is not None
+    pickle.dump(value, pipe, protocol=pickle.HIGHEST_PROTOCOL)
+    pipe.flush()
 
 
 def _serve() -> None:
@@ -133,8 +110,7 @@ def _serve() -> None:
         decoder = Decoder(**pickle.load(sys.stdin.buffer))
         while True:
             batch = decoder(pickle.load(sys.stdin.buffer))
-            arrays = (None if t is None else t.cpu().numpy() for t in (batch.pixels, batch.small, batch.gray))
-            _send(answers, (batch.infos, *arrays))
+            _send(answers, (batch.infos, [tensor.cpu().numpy() for tensor in batch.tensors]))
 
 
 if __name__ == "__main__":

@@ -1,108 +1,74 @@
 """Technical quality and perceptual hash of an image, from what its one decode gives.
 
 All are taken of the whole image, not of the model's crop, brought to a small size first: `SIDE` x `SIDE` pixels (RGB,
-bilinear with antialiasing, the aspect ratio given up) for the measures, 32 x 32 (gray, Lanczos) for the hash. So they
-are comparable between images of all sizes, and cost little beside the encoder. Definitions are those of published
-libraries; on the small image they agree with them.
+bilinear with antialiasing, the aspect ratio given up) for the measures, `HASH_SIDE` x `HASH_SIDE` (gray, Lanczos) for
+the hash. So they are comparable between images of all sizes, and cost little beside the encoder. Definitions are those
+of published libraries; on the small image they agree with them.
+
+A measure is a column of the step ``measure`` in `dask_imgcurator.schema` and a function of its name here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..schema import MEASURES
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-__all__ = ["HASH_SIDE", "MEASURES", "SIDE", "View", "measure", "phash", "view"]
-
 SIDE = 256
 HASH_SIDE = 32
 
-#: Columns of `measure`, in order.
-MEASURES = ("brightness", "contrast", "blur", "entropy", "colourfulness")
 
-
-@dataclass(frozen=True)
-class View:
-    """The small images of one image.
-
-    Attributes
-    ----------
-    small : numpy.ndarray
-        uint8 (3, SIDE, SIDE), RGB.
-    gray : numpy.ndarray
-        uint8 (HASH_SIDE, HASH_SIDE).
-    """
-
-    small: np.ndarray
-    gray: np.ndarray
-
-
-def view(image: Image) -> View:
-    """Make the small images of a decoded one, by Pillow."""
+def views(image: Image) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make the small images of a decoded one, by Pillow: uint8 (3, SIDE, SIDE) and (HASH_SIDE, HASH_SIDE)."""
+    import torch
     from PIL.Image import Resampling
 
-    rgb = image.convert("RGB").resize((SIDE, SIDE), Resampling.BILINEAR)
-    gray = image.convert("L").resize((HASH_SIDE, HASH_SIDE), Resampling.LANCZOS)
-    return View(np.asarray(rgb).transpose(2, 0, 1).copy(), np.asarray(gray))
+    rgb = np.array(image.convert("RGB").resize((SIDE, SIDE), Resampling.BILINEAR))
+    gray = np.array(image.convert("L").resize((HASH_SIDE, HASH_SIDE), Resampling.LANCZOS))
+    return torch.from_numpy(rgb).permute(2, 0, 1), torch.from_numpy(gray)
 
 
-def measure(small: torch.Tensor) -> torch.Tensor:
-    """Measure a batch of small images.
-
-    Parameters
-    ----------
-    small : torch.Tensor
-        uint8 (n, 3, SIDE, SIDE), RGB.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 (n, 5) on the same device, columns as `MEASURES`:
-
-        - ``brightness``: mean of the gray value, 0 black to 1 white (`skimage.color.rgb2gray`);
-        - ``contrast``: distance of the gray value's percentiles 1 and 99, 0 flat to 1 (what
-          `skimage.exposure.is_low_contrast` compares with its threshold, in 8 bits);
-        - ``blur``: 0 sharp to 1 blurred (`skimage.measure.blur_effect`; Crete et al. 2007, doi 10.1117/12.702790);
-        - ``entropy``: of the histogram of gray values, 0 to 8 bits (`skimage.measure.shannon_entropy`);
-        - ``colourfulness``: 0 gray, 15 slight, 59 quite, 109 extreme (M3 of Hasler and Süsstrunk 2003,
-          doi 10.1117/12.477378).
-    """
-    import torch
-
-    rgb = small.float()
-    weights = torch.tensor([0.2125, 0.7154, 0.0721], device=small.device).reshape(1, 3, 1, 1)
-    gray = (rgb * weights).sum(1, keepdim=True) / 255
-    histogram = _histogram((gray * 255).round().to(torch.int64))
-    columns = [
-        gray.mean((1, 2, 3)),
-        _contrast(histogram),
-        _blur(gray),
-        _entropy(histogram),
-        _colourfulness(rgb),
-    ]
-    return torch.stack([column.float() for column in columns], 1)
+# --- measures: from a batch of images to a number each ------------------------------------------------
 
 
-def _histogram(gray: torch.Tensor) -> torch.Tensor:
-    """Count the values 0 to 255 of each image: (n, 256)."""
-    import torch
+class Images:
+    """A batch of small images as the measures want them."""
 
-    flat = gray.reshape(len(gray), -1)
-    counts = torch.zeros((len(gray), 256), dtype=torch.int64, device=gray.device)
-    return counts.scatter_add_(1, flat, torch.ones_like(flat))
+    def __init__(self, small: torch.Tensor) -> None:
+        import torch
+
+        #: 0 to 255, float32 (n, 3, SIDE, SIDE).
+        self.rgb = small.float()
+        weights = torch.tensor([0.2125, 0.7154, 0.0721], device=small.device).reshape(1, 3, 1, 1)
+        #: 0 to 1, float32 (n, SIDE, SIDE), as `skimage.color.rgb2gray`.
+        self.gray = (self.rgb * weights).sum(1) / 255
+
+    @cached_property
+    def histogram(self) -> torch.Tensor:
+        """How often each image has the gray values 0 to 255: int64 (n, 256)."""
+        import torch
+
+        values = (self.gray * 255).round().to(torch.int64).flatten(1)
+        counts = torch.zeros((len(values), 256), dtype=torch.int64, device=values.device)
+        return counts.scatter_add_(1, values, torch.ones_like(values))
 
 
-def _contrast(histogram: torch.Tensor) -> torch.Tensor:
-    """Percentiles as NumPy has them: between two values of the sorted pixels, linearly."""
-    import torch
+def brightness(images: Images) -> torch.Tensor:
+    """Mean of the gray value."""
+    return images.gray.mean((1, 2))
 
-    upto = histogram.cumsum(1)
+
+def contrast(images: Images) -> torch.Tensor:
+    """Distance of percentiles 1 and 99 (`skimage.exposure.is_low_contrast`), linear between values, as NumPy."""
+    upto = images.histogram.cumsum(1)
     last = SIDE * SIDE - 1
 
     def percentile(q: float) -> torch.Tensor:
@@ -111,25 +77,26 @@ def _contrast(histogram: torch.Tensor) -> torch.Tensor:
         a, b = ((upto <= index).sum(1).double() for index in (low, high))
         return a + (b - a) * (position - low)
 
-    return torch.sub(percentile(0.99), percentile(0.01)) / 255
+    return (percentile(0.99) - percentile(0.01)) / 255
 
 
-def _entropy(histogram: torch.Tensor) -> torch.Tensor:
+def blur(images: Images) -> torch.Tensor:
+    """How little of the edges is lost when the image is blurred once more; the worse of both directions.
+
+    `skimage.measure.blur_effect`; Crete et al. 2007, doi 10.1117/12.702790.
+    """
     import torch
 
-    return torch.special.entr(histogram.double() / (SIDE * SIDE)).sum(1) / np.log(2)
-
-
-def _blur(gray: torch.Tensor) -> torch.Tensor:
-    """How little of the edges is lost when the image is blurred once more; the worse of both directions."""
-    import torch
-
-    worst = torch.zeros(len(gray), device=gray.device)
-    for image in (gray[:, 0], gray[:, 0].transpose(1, 2)):
+    worst = torch.zeros(len(images.gray), device=images.gray.device)
+    for image in (images.gray, images.gray.transpose(1, 2)):
         sharp, soft = _edges(image), _edges(_mean_of_11(image))
         total, lost = sharp.sum((1, 2)), (sharp - soft).clamp_min(0).sum((1, 2))
         worst = torch.maximum(worst, (total - lost).abs() / total)
     return worst
+
+
+#: Keeps a flat image from a division by zero; scikit-image's.
+_EPSILON = float(np.spacing(1))
 
 
 def _edges(image: torch.Tensor) -> torch.Tensor:
@@ -153,31 +120,38 @@ def _mean_of_11(image: torch.Tensor) -> torch.Tensor:
     return ((upto[:, 2 * reach + 1 :] - upto[:, : -2 * reach - 1]) / (2 * reach + 1)).float()
 
 
-#: Keeps a flat image from a division by zero; scikit-image's.
-_EPSILON = float(np.spacing(1))
+def entropy(images: Images) -> torch.Tensor:
+    """Of the histogram (`skimage.measure.shannon_entropy`)."""
+    import torch
+
+    return torch.special.entr(images.histogram.double() / (SIDE * SIDE)).sum(1) / np.log(2)
 
 
-def _colourfulness(rgb: torch.Tensor) -> torch.Tensor:
-    r, g, b = rgb.double().unbind(1)
+def colourfulness(images: Images) -> torch.Tensor:
+    """M3 of Hasler and Süsstrunk 2003, doi 10.1117/12.477378."""
+    r, g, b = images.rgb.double().unbind(1)
     rg, yb = r - g, (r + g) / 2 - b
     spread = (rg.var((1, 2), correction=0) + yb.var((1, 2), correction=0)).sqrt()
     return spread + 0.3 * (rg.mean((1, 2)) ** 2 + yb.mean((1, 2)) ** 2).sqrt()
 
 
+#: Fails at import where the table has a measure that is not defined here.
+_FUNCTIONS: Mapping[str, Callable[[Images], torch.Tensor]] = {name: globals()[name] for name in MEASURES}
+
+
+def measure(small: torch.Tensor) -> torch.Tensor:
+    """Measure a batch of small images, uint8 (n, 3, SIDE, SIDE): float32 (n, measures), columns as `MEASURES`."""
+    import torch
+
+    images = Images(small)
+    return torch.stack([function(images).float() for function in _FUNCTIONS.values()], 1)
+
+
 def phash(gray: torch.Tensor) -> list[str]:
-    """Hash small gray images: 64 bits that change little with the image.
+    """Hash small gray images, uint8 (n, HASH_SIDE, HASH_SIDE): 64 bits that change little with the image.
 
-    Parameters
-    ----------
-    gray : torch.Tensor
-        uint8 (n, HASH_SIDE, HASH_SIDE).
-
-    Returns
-    -------
-    list of str
-        16 hexadecimal digits each: algorithm, order of the bits and notation of ``imagehash.phash`` (the signs of the
-        64 lowest coefficients of the cosine transform, against their median). Computed on the tensor's device; the
-        host sees the 8 bytes of each.
+    Algorithm, order of the bits and notation (16 hexadecimal digits) of ``imagehash.phash``: the signs of the 64 lowest
+    coefficients of the cosine transform, against their median. The host sees the 8 bytes of each only.
     """
     import torch
 
@@ -193,7 +167,6 @@ def phash(gray: torch.Tensor) -> list[str]:
     return [row.tobytes().hex() for row in packed.cpu().numpy()]
 
 
-@cache
 def provenance() -> dict[str, Any]:
     """What a score table records of the measures."""
     return {"side": SIDE, "hash_side": HASH_SIDE, "columns": list(MEASURES), "version": 1}

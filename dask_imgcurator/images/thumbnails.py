@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..storage import shards
-from .decode import inspect
-
-__all__ = ["SIDE", "Place", "make_thumbnails", "thumbnail"]
+from .pillow import inspect, opened
 
 #: Where an image lies: URL of its shard, and offset.
 Place = tuple[str, int]
@@ -29,24 +26,10 @@ def make_thumbnails(
     upright: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> dict[Place, str]:
-    """Make ``data:`` URIs of rows' images, shard by shard.
+    """Make ``data:`` URIs of rows (with ``shard``, ``offset`` and ``nbytes``), shard by shard.
 
-    Parameters
-    ----------
-    rows : iterable of mapping
-        With ``shard``, ``offset`` and ``nbytes``.
-    side : int
-        Of the longer side, pixels; smaller images stay as they are.
-    upright : bool
-        Whether the orientation that a photograph's EXIF data name is applied.
-    storage_options : mapping, optional
-        For the fsspec file systems of the shards.
-
-    Returns
-    -------
-    dict
-        URI by shard and offset. Rows whose picture cannot be made are not in it: their shard is gone, or their bytes
-        are damaged, of an unknown kind or of too many pixels.
+    Rows whose picture cannot be made are left out: their shard is gone, or their bytes are damaged, of an unknown kind
+    or of too many pixels.
     """
     by_shard: dict[str, dict[int, int]] = {}
     for row in rows:
@@ -66,36 +49,24 @@ def make_thumbnails(
 
 
 def thumbnail(data: bytes, side: int = SIDE, upright: bool = False) -> str | None:
-    """Make the ``data:`` URI of one image.
+    """Make the ``data:`` URI of an image file, its longer side at most `side`; None if it cannot be made.
 
-    Parameters
-    ----------
-    data : bytes
-        The image file.
-    side, upright
-        As for `make_thumbnails`.
-
-    Returns
-    -------
-    str or None
-        A WebP of its pixels alone: no EXIF data, no profile; None if it cannot be made.
+    `upright` applies the orientation that its EXIF data name.
     """
     from PIL import Image, ImageOps
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            inspect(data, _MAX_PIXELS)
-            with Image.open(io.BytesIO(data)) as image:
-                image.draft("RGB", (2 * side, 2 * side))
-                small = ImageOps.exif_transpose(image) if upright else image
-                small.thumbnail((side, side))
-                rgba = small.convert("RGBA")
-            # Nothing of the file but its pixels goes on: no EXIF, no profile.
-            flat = Image.new("RGB", rgba.size, "white")
-            flat.paste(rgba, mask=rgba.getchannel("A"))
-            out = io.BytesIO()
-            flat.save(out, "WEBP", quality=75)
+        inspect(data, _MAX_PIXELS)
+        with opened(data) as image:
+            image.draft("RGB", (2 * side, 2 * side))
+            small = ImageOps.exif_transpose(image) if upright else image
+            small.thumbnail((side, side))
+            rgba = small.convert("RGBA")
+        # Nothing of the file but its pixels goes on: no EXIF, no profile.
+        flat = Image.new("RGB", rgba.size, "white")
+        flat.paste(rgba, mask=rgba.getchannel("A"))
+        out = io.BytesIO()
+        flat.save(out, "WEBP", quality=75)
     except Exception:  # bytes of strangers can raise nearly anything in Pillow's plugins
         return None
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import config, plugins
 from ..engine.device import Graphed, full_float32, graphs_problem, is_out_of_memory, release
-from ..images.decode import Preprocess
+from ..images.preprocess import Preprocess
 from . import starter
 
 if TYPE_CHECKING:

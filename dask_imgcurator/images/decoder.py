@@ -1,0 +1,190 @@
+"""Bytes to pixels: each image of a batch by DALI or by Pillow, bad ones set aside.
+
+DALI fails a whole batch for one bad image and may take the process with it, so every image is looked at first: its
+container is read by Pillow and, for JPEG, its markers are walked to the first scan. What DALI refuses all the same goes
+to Pillow, that image alone, so that nobody's pixels depend on a neighbour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..engine.device import to_device
+from . import dali, pillow
+from .formats import BadImage
+from .pillow import ImageInfo
+from .preprocess import Preprocess
+from .quality import HASH_SIDE, SIDE
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+@dataclass
+class Batch:
+    """Decoded images, in the order of their bytes."""
+
+    #: float32 (n, 3, height, width) on the backend's device, normalised; zero where an image failed.
+    pixels: torch.Tensor
+    infos: list[ImageInfo | BadImage]
+    #: Views of the whole images for `quality`, if the decoder was asked for them: uint8 (n, 3, SIDE, SIDE) and
+    #: (n, HASH_SIDE, HASH_SIDE).
+    small: torch.Tensor | None = None
+    gray: torch.Tensor | None = None
+
+    @property
+    def good(self) -> list[int]:
+        """Positions of the images that were decoded."""
+        return [i for i, info in enumerate(self.infos) if isinstance(info, ImageInfo)]
+
+    @classmethod
+    def of(cls, tensors: Iterable[torch.Tensor], infos: list[ImageInfo | BadImage]) -> Batch:
+        """Make a batch of its `tensors`."""
+        pixels, *views = tensors
+        return cls(pixels, infos, *views)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Pixels and, if there are any, views."""
+        return [t for t in (self.pixels, self.small, self.gray) if t is not None]
+
+
+@dataclass(eq=False)
+class Decoder:
+    """Decodes batches for one model on one device; one thread at a time may use it.
+
+    `dali_device` is where DALI decodes (``"cpu"`` or ``"mixed"``); with None, Pillow decodes everything.
+    """
+
+    preprocess: Preprocess
+    batch_size: int
+    device: str = "cpu"
+    dali_device: str | None = "cpu"
+    threads: int = 1
+    max_pixels: int | None = None
+    adjust_orientation: bool = False
+    views: bool = False
+    _pipeline: dali.Pipeline | None = field(default=None, init=False)
+    _pool: ThreadPoolExecutor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._fits = self.batch_size
+
+    def __call__(self, blobs: Sequence[bytes | BadImage]) -> Batch:
+        """Decode a batch; a `BadImage` (something that could not even be read) keeps its place."""
+        import torch
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+            return torch.zeros((len(blobs), *shape), dtype=dtype, device=self.device)
+
+        batch = Batch(zeros(3, *self.preprocess.size, dtype=torch.float32), [self._inspect(blob) for blob in blobs])
+        if self.views:
+            batch.small, batch.gray = zeros(3, SIDE, SIDE), zeros(HASH_SIDE, HASH_SIDE)
+        rows: dict[str, list[int]] = {"dali": [], "pillow": []}
+        for i in batch.good:
+            rows[self._info(batch, i).decoder].append(i)
+        self._by_pillow(blobs, rows["pillow"], batch)
+        self._by_dali(blobs, rows["dali"], batch)
+        return batch
+
+    @staticmethod
+    def _info(batch: Batch, row: int) -> ImageInfo:
+        info = batch.infos[row]
+        assert isinstance(info, ImageInfo)
+        return info
+
+    def _inspect(self, blob: bytes | BadImage) -> ImageInfo | BadImage:
+        if isinstance(blob, BadImage):
+            return blob
+        try:
+            info = pillow.inspect(blob, self.max_pixels)
+        except BadImage as bad:
+            return bad
+        size = self._upright(info)
+        # 1 x 65,500 pixels are few, but not when the shorter side is brought to 224.
+        odd = min(size) < dali.SHORTEST_SIDE or self.preprocess.geometry(*size).grows_too_far(*size)
+        return replace(info, decoder="pillow") if odd or self.dali_device is None else info
+
+    def _upright(self, info: ImageInfo) -> tuple[int, int]:
+        """Width and height of the image that is resized."""
+        turned = self.adjust_orientation and info.orientation in (5, 6, 7, 8)
+        return (info.height, info.width) if turned else (info.width, info.height)
+
+    # --- DALI -------------------------------------------------------------------------------------
+
+    def _by_dali(self, blobs: Sequence[Any], rows: list[int], batch: Batch) -> None:
+        """Decode by DALI, and by Pillow what it refuses: the image that it names, or those that halving finds."""
+        waiting = [rows]
+        while waiting:
+            rows = waiting.pop()
+            named = None
+            if len(rows) <= self._fits:
+                try:
+                    self._run_dali(blobs, rows, batch)
+                    continue
+                except dali.Refused as refused:
+                    named = 0 if len(rows) == 1 else refused.place
+                    if refused.out_of_memory:
+                        self._fits = max(1, len(rows) // 2)
+            if named is None:
+                middle = len(rows) // 2
+                waiting += [rows[middle:], rows[:middle]]
+            else:
+                i = rows[named]
+                batch.infos[i] = replace(self._info(batch, i), decoder="pillow")
+                self._by_pillow(blobs, [i], batch)
+                waiting.append(rows[:named] + rows[named + 1 :])
+
+    def _run_dali(self, blobs: Sequence[Any], rows: list[int], batch: Batch) -> None:
+        if not rows:
+            return
+        if self._pipeline is None:
+            options = self.threads, self.adjust_orientation, self.views
+            self._pipeline = dali.Pipeline(self.preprocess, self.batch_size, str(self.dali_device), *options)
+        sizes = [self._upright(self._info(batch, i)) for i in rows]
+        self._pipeline([blobs[i] for i in rows], sizes, batch.tensors, self._places(rows))
+
+    # --- Pillow -----------------------------------------------------------------------------------
+
+    def _by_pillow(self, blobs: Sequence[Any], rows: list[int], batch: Batch) -> None:
+        import torch
+
+        def decode(i: int) -> list[torch.Tensor] | BadImage:
+            try:
+                return pillow.decode(blobs[i], self.preprocess, self.adjust_orientation, self.views)
+            except BadImage as bad:
+                return bad
+
+        decoded: dict[int, list[torch.Tensor]] = {}
+        for i, result in zip(rows, self._side_by_side(decode, rows), strict=True):
+            if isinstance(result, BadImage):
+                info = self._info(batch, i)
+                result.width, result.height = info.width, info.height
+                batch.infos[i] = result
+            else:
+                decoded[i] = result
+        if decoded:
+            places = self._places(list(decoded))
+            for target, values in zip(batch.tensors, zip(*decoded.values(), strict=True), strict=True):
+                target[places] = to_device(torch.stack(values), self.device)
+
+    def _side_by_side(self, function: Callable[[int], T], rows: list[int]) -> Iterator[T]:
+        """Apply a function in threads: Pillow and torchvision let go of the interpreter while they compute."""
+        if self.threads == 1 or len(rows) < 2:
+            return map(function, rows)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pillow")
+        return self._pool.map(function, rows)
+
+    def _places(self, rows: list[int]) -> Any:
+        """Index of some images of a batch that nobody waits for: a list would be copied to a card with a wait."""
+        import torch
+
+        if rows == list(range(rows[0], rows[-1] + 1)):
+            return slice(rows[0], rows[-1] + 1)
+        return to_device(torch.tensor(rows), self.device)
