@@ -1,22 +1,19 @@
 """Fit the numbers of the starter model (``dask_imgcurator/data/starter.npz``) and say how good they are.
 
-    python tools/fit_starter.py --pairs ../shared/starter/pairs.npz
+    python tools/fit_starter.py --pairs pairs.npz
 
-The pairs are, for each picture, the backbone's features (N, 2560), the real CLIP ViT-B/32 embedding (N,
-512), the published heads' scores of that embedding, and the source of the picture. Two ridge regressions
-are fitted:
+``pairs.npz`` holds, for each picture, the backbone's features (N, 2560), the real CLIP ViT-B/32 embedding (N, 512), the
+published heads' scores of that embedding, and the source of the picture. Two ridge regressions are fitted:
 
-* map: features -> CLIP embedding. Each half of the features (means, maxima) is scaled to a fixed length, so
-  that neither drowns the other, and busy pictures do not count for more.
-* heads: *real* CLIP embedding -> score. They are used on the starter's own embedding, where only their bias
-  is moved so that the mean score is right. Fitted on the starter's embeddings of the training pictures
-  instead, they lose up to 0.02 of r on new sources, for the map has seen these pictures and its embeddings
-  of them are too good; fitted on out-of-fold embeddings they lose as much or more, for each fold has a map
-  of its own.
+* map: features -> CLIP embedding. Each half of the features (means, maxima) is scaled to a fixed length, so that
+  neither drowns the other, and busy pictures do not count for more.
+* heads: *real* CLIP embedding -> score. They are used on the starter's own embedding, where only their bias is moved so
+  that the mean score is right. Fitted on the starter's embeddings of the training pictures instead, they lose up to
+  0.02 of r on new sources, for the map has seen these pictures; on out-of-fold embeddings they lose as much or more.
 
-Cross-validation runs the same two fits on each training part. The *plain* folds mix the sources, so that
-most test pictures have close relatives in the training part; in the *grouped* folds a source is either
-trained on or tested on, which is nearer to what a user's own pictures are.
+Cross-validation runs the same two fits on each training part. The *plain* folds mix the sources, so that most test
+pictures have close relatives in the training part; in the *grouped* folds a source is either trained on or tested on,
+which is nearer to what a user's own pictures are.
 """
 
 from __future__ import annotations
@@ -41,24 +38,12 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pictures as the backbone and as CLIP see them; all float64.
+    """Pictures as the backbone and as CLIP see them; all float64."""
 
-    Attributes
-    ----------
-    features : numpy.ndarray
-        (N, 2560), spatial means and spatial maxima.
-    clip : numpy.ndarray
-        (N, 512), unit length.
-    scores : numpy.ndarray
-        (N, 2), aesthetic score and logit of the NSFW score.
-    source : numpy.ndarray
-        (N,), name of each picture's source.
-    """
-
-    features: np.ndarray
-    clip: np.ndarray
-    scores: np.ndarray
-    source: np.ndarray
+    features: np.ndarray  # (N, 2560), spatial means and spatial maxima
+    clip: np.ndarray  # (N, 512), unit length
+    scores: np.ndarray  # (N, 2), aesthetic score and logit of the NSFW score
+    source: np.ndarray  # (N,), name of each picture's source
 
     def __getitem__(self, rows: np.ndarray) -> Pairs:
         return Pairs(self.features[rows], self.clip[rows], self.scores[rows], self.source[rows])
@@ -96,13 +81,7 @@ def lengths(width: int) -> np.ndarray:
 
 
 def fit(pairs: Pairs) -> Arrays:
-    """Fit the map and both heads.
-
-    Returns
-    -------
-    dict of str to numpy.ndarray
-        The arrays of ``starter.npz`` (see ``dask_imgcurator/starter.py``), in their final precision.
-    """
+    """Fit the map and both heads: the arrays of ``starter.npz``, in their final precision."""
     scale = lengths(pairs.features.shape[1])
     model = ridge(halves(pairs.features) * scale, pairs.clip, MAP_ALPHA)
     arrays = {
@@ -125,20 +104,12 @@ def embed(arrays: Arrays, features: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What models say about pictures that they were not fitted on; row i is picture i.
+    """What models say about pictures that they were not fitted on; row i is picture i."""
 
-    Attributes
-    ----------
-    embedding, mean_vector : numpy.ndarray
-        (N, 512): the starter's embeddings, and the training part's mean CLIP embedding.
-    by_heads, by_features : numpy.ndarray
-        (N, 2): scores by the heads from the embedding, and by a ridge straight from the features.
-    """
-
-    embedding: np.ndarray
-    mean_vector: np.ndarray
-    by_heads: np.ndarray
-    by_features: np.ndarray
+    embedding: np.ndarray  # (N, 512), of the starter
+    mean_vector: np.ndarray  # (N, 512), mean CLIP embedding of the training part
+    by_heads: np.ndarray  # (N, 2), scores by the heads from the embedding
+    by_features: np.ndarray  # (N, 2), scores by a ridge straight from the features
 
 
 def cross_validate(pairs: Pairs, splitter: Any) -> Predictions:

@@ -20,8 +20,6 @@ from PIL import Image, ImageDraw, ImageFilter
 
 import dask_imgcurator as dic
 
-__all__: list[str] = []
-
 COUNT, WIDE = 240, 1160
 
 
@@ -52,14 +50,13 @@ def write_shards(folder: Path) -> None:
             for i in range(shard, COUNT, 4):
                 file = io.BytesIO()
                 landscape(rng).save(file, "JPEG", quality=90)
-                data = file.getvalue()
-                caption = f"hills in the evening, number {i}".encode()
-                for name, member in ((f"{i:05d}.jpg", data[: len(data) // 2] if i % 29 == 7 else data),) + (
-                    (f"{i:05d}.txt", caption),
-                ):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(member)
-                    tar.addfile(info, io.BytesIO(member))
+                image = file.getvalue()
+                if i % 29 == 7:
+                    image = image[: len(image) // 2]
+                for ext, data in (("jpg", image), ("txt", f"hills in the evening, number {i}".encode())):
+                    info = tarfile.TarInfo(f"{i:05d}.{ext}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
 
 
 def main() -> None:
@@ -72,14 +69,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         write_shards(Path(scratch))
         dic.score_shards(f"{scratch}/*.tar", f"{scratch}/hills/scores", model="starter", backend="pandas")
-        page_url = dic.write_report(
-            f"{scratch}/hills/scores",
-            f"{scratch}/report.html",
-            "aesthetic_score >= 4.6 and width >= 200",
-        )
+        where = "aesthetic_score >= 4.6 and width >= 200"
+        report = dic.write_report(f"{scratch}/hills/scores", f"{scratch}/report.html", where)
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDE, "height": 900})
-        page.goto(Path(page_url).as_uri())
+        page.goto(Path(report).as_uri())
         # The first row of histograms does for a look.
         page.evaluate("document.querySelectorAll('.figures > figure:nth-child(n + 4)').forEach(f => f.remove())")
         bottom = page.locator("ul.wall").first.bounding_box()
