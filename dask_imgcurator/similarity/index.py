@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ..duplicates.neighbours import BRUTE_FORCE_ROWS
-from ..steps import collection, score
+from ..steps import read as collection, score_table as score
 from ..storage import files, shards
 from .queries import table_provenance
 from .scan import RowScan, SearchError, best_partition, compared, keep_best

@@ -15,7 +15,7 @@ from ..engine.backend import get_backend
 from ..images.dali import dali_problem
 from ..models.encoders import Encoder, EncoderSpec, ModelError, load_encoder, resolve_encoder
 from ..models.text_tower import load_text_encoder, require_text_tower
-from ..steps import score
+from ..steps import score_table as score
 from ..storage import files
 from .scan import SearchError, unit
 

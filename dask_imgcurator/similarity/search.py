@@ -22,13 +22,12 @@ import pandas as pd
 import pyarrow as pa
 
 from ..engine.backend import backend_of, get_backend, is_dask, resolve_name
-from ..engine.runner import lend_client
 from ..jobs.plan import model_notes
-from ..jobs.tables import Place
+from ..engine.run import Place
 from ..report.search_page import write_search_page
 from ..select import where as filters
-from ..select.ranks import IDENTITY, partitions, tree
-from ..steps import collection
+from ..select.ranks import IDENTITY
+from ..engine import frames as collection
 from .index import SearchIndex, open_search_index
 from .queries import Query, image_queries, table_encoder, table_provenance, text_queries, vector_queries
 from .scan import (
