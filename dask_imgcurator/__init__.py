@@ -10,8 +10,9 @@ from .duplicates.deduplication import dedup, duplicate_groups, find_duplicates
 from .duplicates.index import build_index
 from .engine.cluster import start_client
 from .exports.base import export
-from .jobs.job import curate, score_shards, write_selection
+from .jobs.curate import curate, write_selection
 from .jobs.pages import compare_selections, write_report
+from .jobs.score import score_shards
 from .jobs.tables import add_columns, drop_duplicates, export_scores, select_rows
 from .models.head_files import save_head
 from .report.explorer import explore
@@ -20,8 +21,13 @@ from .select.selection import apply_steps, funnel, quantile, sample, top_count, 
 from .select.where import filter_frame
 from .similarity.index import build_search_index
 from .similarity.search import search
-from .steps.collection import embed, read_scores, read_webdataset, score_aesthetic, score_nsfw, to_webdataset
-from .steps.text_steps import caption_stats, embed_text, score_clip, score_head, score_prompts
+from .steps.captions import caption_stats, embed_text, score_clip
+from .steps.embed import embed
+from .steps.heads import score_aesthetic, score_head, score_nsfw
+from .steps.prompts import score_prompts
+from .steps.read import read_webdataset
+from .steps.score_table import read_scores
+from .steps.write import to_webdataset
 
 __all__ = [
     "add_columns",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
-
-__all__ = ["Counts", "RunResult", "Selection"]
 
 
 @dataclass
@@ -23,8 +22,8 @@ class RunResult:
         Rows by ``status``.
     kept : int or None
         Samples written; None where nothing was selected.
-    funnel : list of dict
-        For each condition: ``condition``, ``alone`` and ``left`` (rows that pass it alone, and with all before it).
+    funnel : list of ConditionCount
+        What each condition keeps.
     shards_scored, shards_taken_over : int
         Source shards of this run, and of earlier ones.
     images_scored, scoring_seconds : int, float
@@ -45,7 +44,7 @@ class RunResult:
     samples: int = 0
     by_status: dict[str, int] = field(default_factory=dict)
     kept: int | None = None
-    funnel: list[dict[str, Any]] = field(default_factory=list)
+    funnel: list[ConditionCount] = field(default_factory=list)
     shards_scored: int = 0
     shards_taken_over: int = 0
     images_scored: int = 0
@@ -58,59 +57,57 @@ class RunResult:
 
 
 @dataclass
+class ConditionCount:
+    """How many readable rows a condition keeps.
+
+    Attributes
+    ----------
+    condition : str
+        Its text.
+    alone : int
+        Rows that pass it by itself.
+    left : int
+        Rows that pass it and all conditions before it.
+    """
+
+    condition: str
+    alone: int
+    left: int
+
+
+@dataclass
 class Counts:
     """How many rows a selection keeps.
 
     Attributes
     ----------
-    rows, kept : int
-        Of the table, and of these kept.
+    rows, readable, kept : int
+        Of the table, of these readable (``status`` is ``ok``), and of these kept.
     by_status : dict
-        Rows by ``status``.
-    funnel : list of dict
-        As in `RunResult`.
+        Rows by ``status``, commonest first.
+    funnel : list of ConditionCount
+        What each condition keeps.
     """
 
-    rows: int
-    by_status: dict[str, int]
-    kept: int
-    funnel: list[dict[str, Any]]
+    rows: int = 0
+    readable: int = 0
+    kept: int = 0
+    by_status: dict[str, int] = field(default_factory=dict)
+    funnel: list[ConditionCount] = field(default_factory=list)
 
-
-@dataclass
-class Selection:
-    """Which rows of which score files are kept."""
-
-    urls: list[str]
-    where: str | None
-    located: list[dict[str, Any]]
-
-    @property
-    def kept(self) -> int:
-        """Number of kept rows."""
-        return sum(len(part["keys"]) for part in self.located)
-
-    @property
-    def rows(self) -> int:
-        """Number of rows in all."""
-        return sum(part["rows"] for part in self.located)
-
-    @property
-    def by_status(self) -> dict[str, int]:
-        """Rows by ``status``, commonest first."""
-        total: Counter[str] = Counter()
-        for part in self.located:
-            total.update(part["by_status"])
-        return dict(total.most_common())
-
-    @property
-    def funnel(self) -> list[dict[str, Any]]:
-        """Each condition with the rows that pass it alone, and after those before it."""
-        out: list[dict[str, Any]] = []
-        for part in self.located:
-            for i, step in enumerate(part["funnel"]):
-                if i == len(out):
-                    out.append({"condition": step["condition"], "alone": 0, "left": 0})
-                out[i]["alone"] += step["alone"]
-                out[i]["left"] += step["left"]
-        return out
+    @staticmethod
+    def sum(parts: Iterable[Counts]) -> Counts:
+        """Add up the counts of partitions."""
+        total, statuses = Counts(), Counter[str]()
+        for part in parts:
+            total.rows += part.rows
+            total.readable += part.readable
+            total.kept += part.kept
+            statuses.update(part.by_status)
+            if not total.funnel:
+                total.funnel = [ConditionCount(step.condition, 0, 0) for step in part.funnel]
+            for step, more in zip(total.funnel, part.funnel, strict=False):  # an empty part has none
+                step.alone += more.alone
+                step.left += more.left
+        total.by_status = dict(statuses.most_common())
+        return total

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,12 +21,13 @@ from ..images.dali import dali_problem
 from ..images.decoder import Batch, Decoder
 from ..images.formats import BadImage
 from ..images.preprocess import Preprocess
-from ..jobs.tasks import ScorePlan
-from ..models import heads, starter
-from ..models.encoders import EncoderSpec, _quiet_open_clip, load_encoder, needs_quick_gelu
+from ..jobs.plan import ScorePlan
+from ..models import heads, open_clip, starter
+from ..models.encoders import EncoderSpec, load_encoder
 from ..schema import arrow_schema
 from ..select.where import parse_where
-from ..steps import score
+from ..steps.heads import score_partition
+from ..steps.stream import batch_size_of, settle_decoder
 from ..storage import shards
 from .parity_record import ALL, EXAMPLES, Decision, Flip, ImageDifference, OneSided, Pair, Parity, ParitySettings
 
@@ -50,33 +50,21 @@ class OpenClip:
     @classmethod
     def load(cls, spec: EncoderSpec, device: str) -> OpenClip:
         """Load a model; the starter, which open_clip does not have, is ours behind open_clip's transform."""
-        import open_clip
         import torch
+        from open_clip.transform import PreprocessCfg, image_transform_v2
 
+        spec = replace(spec, dtype="float32")
         if spec.is_starter:
-            cfg = open_clip.transform.PreprocessCfg(**starter.PREPROCESS)
-            transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
-            return cls(transform, load_encoder(EncoderSpec("starter", dtype="float32"), device))
-
-        random = re.fullmatch(r"random:(\d+)", spec.pretrained)
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _quiet_open_clip():
-            warnings.simplefilter("ignore")
-            if random:
-                torch.manual_seed(int(random[1]))
-            model, _, transform = open_clip.create_model_and_transforms(
-                spec.model,
-                pretrained=None if random else spec.pretrained or None,
-                precision="fp32",
-                device=device,
-                force_quick_gelu=needs_quick_gelu(spec.model, spec.pretrained),
+            return cls(
+                image_transform_v2(PreprocessCfg(**starter.PREPROCESS), is_train=False), load_encoder(spec, device)
             )
-        model.eval()
+        model = open_clip.load(spec, device).model
 
         @torch.inference_mode()
         def encode(pixels: torch.Tensor) -> torch.Tensor:
             return model.encode_image(pixels.to(device), normalize=True)
 
-        return cls(transform, encode)
+        return cls(image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False), encode)
 
     def decode(self, data: bytes | BadImage, preprocess: Preprocess) -> torch.Tensor | str:
         """Decode and preprocess an image; the reason where that fails."""
@@ -118,7 +106,7 @@ class Decisions:
         """Scores by column, and which rows each decision keeps."""
         frame = rows.assign(embedding=self.backend.matrix_column(embedding, np.arange(len(rows)), rows.index))
         for use in self.uses:
-            frame = score.score_partition(frame, use)
+            frame = score_partition(frame, use)
         masks = {f"where {i}": where.mask(frame) for i, where in enumerate(self.wheres)}
         columns = [use.column for use in self.uses]
         table = self.backend.to_host(frame.assign(**masks), [*columns, *masks])
@@ -140,7 +128,7 @@ class BothWays:
         self.decisions = Decisions(plan, expressions, self.encoder.width)
         self.open_clip = OpenClip.load(embed.encoder, device)
         self.std = torch.tensor(self.encoder.preprocess.std).reshape(3, 1, 1)
-        self.batch_size = embed.batch_size or (16 if device == "cpu" else 512)
+        self.batch_size = batch_size_of(embed, self.backend)
         self.decoder_kind = _decoder_to_compare(embed.decoder, self.backend.decoder_device)
         self.decoder = Decoder(
             self.encoder.preprocess,
@@ -153,10 +141,12 @@ class BothWays:
         )
         self._last: torch.Tensor | None = None
 
-    def start(self, model: str, pretrained: str | None) -> Parity:
+    def start(self) -> Parity:
         """Give a result in which nothing stands yet."""
-        dtype, device = self.encoder.spec.dtype, self.backend.device
-        settings = ParitySettings(model, pretrained, dtype, self.decoder_kind, device, self.batch_size)
+        ours, device = self.encoder.spec, self.backend.device
+        settings = ParitySettings(
+            ours.model, ours.pretrained or None, ours.dtype, self.decoder_kind, device, self.batch_size
+        )
         return Parity(settings, decisions=[Decision(name) for name in self.decisions.names])
 
     def batch(self, rows: Any, shard: str, result: Parity) -> None:
@@ -254,4 +244,4 @@ def _decoder_to_compare(name: str, device: str) -> str:
     """DALI where it is installed: on a CPU a run takes Pillow unless it is told otherwise, and nothing would differ."""
     if name == "auto" and dali_problem() is None:
         return "dali"
-    return score.settle_decoder(name, device)
+    return settle_decoder(name, device)

@@ -5,18 +5,16 @@ By default our encoder is float32 too, so that what is left is the difference of
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..engine.backend import get_backend
-from ..jobs.plan import choose_heads, choose_model
-from ..jobs.tasks import ScorePlan
-from ..models import weights
+from ..engine.frames import host_column
+from ..jobs.plan import ScoreOptions, make_plan
 from ..monitor import Monitor, Progress
 from ..select.where import combine, parse_where
-from ..steps import collection, score
+from ..steps.read import ReadSpec, URLPath, index_partition
 from ..storage import shards
 from .both_ways import BothWays
 from .parity_record import Parity
@@ -29,30 +27,18 @@ DEFAULTS = {"aesthetic_score": "aesthetic_score >= 5", "nsfw_score": "nsfw_score
 
 
 @dataclass(frozen=True)
-class ParityOptions:
+class ParityOptions(ScoreOptions):
     """What `compare` compares, as the options of ``dask-imgcurator parity``."""
 
-    model: str | None = None
-    pretrained: str | None = None
+    dtype: str | None = "float32"  # of our encoder; open_clip's is always float32
+    measures: bool = False
     where: str | Sequence[str] = ()
     min_aesthetic: float | None = None
     max_nsfw: float | None = None
     limit: int = 1000  # images, spread over the shards
-    dtype: str = "float32"  # of our encoder; open_clip's is always float32
-    batch_size: int | None = None
-    aesthetic_head: str = "auto"
-    nsfw_head: str = "auto"
-    weights_dir: str | os.PathLike[str] | None = None
-    columns: Sequence[str] | Mapping[str, str] = ()
-    caption: str | None = None
-    image: str | Sequence[str] = ()
-    backend: str | None = None
-    storage_options: Mapping[str, Any] | None = None
 
 
-def compare(
-    urlpath: collection.URLPath, options: ParityOptions | None = None, *, monitor: Monitor | None = None
-) -> Parity:
+def compare(urlpath: URLPath, options: ParityOptions | None = None, *, monitor: Monitor | None = None) -> Parity:
     """Compare this library's pixels, embeddings, scores and decisions with open_clip's own, on the user's images.
 
     Runs in the calling process, a batch at a time. A model, head or expression that cannot be used is told before any
@@ -62,33 +48,15 @@ def compare(
     if options.limit < 1:
         raise ValueError(f"limit={options.limit}: it must be at least 1")
     urls = shards.expand(urlpath, options.storage_options)
-    model, pretrained = choose_model(options.model, options.pretrained, monitor)
-    plan = _plan(urls, model, pretrained, options, monitor)
-    expressions = _expressions(options, plan.columns)
-    if model == "starter":
+    plan, _ = make_plan(urls, options, None, monitor)
+    expressions = _expressions(options, plan.kinds)
+    if plan.embed.encoder.is_starter:
         monitor.note("open_clip does not have the starter: its transform is compared, before this library's own model.")
-    elif str(pretrained).startswith("random"):
-        monitor.note(
-            f"{model} has random weights ({pretrained}): all images look alike to it, and scores mean nothing."
-        )
     ways = BothWays(plan, expressions)
-    result = ways.start(model, pretrained)
+    result = ways.start()
     result.shards, result.notes = len(urls), monitor.notes
     _run(ways, urls, _choose(urls, plan.read, options.limit, result, monitor), result, monitor)
     return result
-
-
-def _plan(
-    urls: Sequence[str], model: str, pretrained: str | None, options: ParityOptions, monitor: Monitor
-) -> ScorePlan:
-    weights_dir = weights.resolve_dir(options.weights_dir)
-    return ScorePlan(
-        collection.read_spec(
-            urls, options.columns, options.caption, options.storage_options, options.backend, options.image
-        ),
-        collection.embed_spec(model, pretrained, options.batch_size, options.dtype, options.storage_options),
-        choose_heads(model, pretrained, options.aesthetic_head, options.nsfw_head, weights_dir, monitor),
-    )
 
 
 def _expressions(options: ParityOptions, kinds: Mapping[str, str]) -> list[str]:
@@ -107,7 +75,7 @@ def _run(ways: BothWays, urls: Sequence[str], frames: Sequence[Any], result: Par
     state = Progress(expected=sum(map(len, frames)), total_shards=len(frames))
     monitor.scoring(len(frames), 0)
     for frame in frames:
-        label = labels[collection.host_column(frame.iloc[:1], "shard")[0]]
+        label = labels[host_column(frame.iloc[:1], "shard")[0]]
         for start in range(0, len(frame), ways.batch_size):
             ways.batch(frame.iloc[start : start + ways.batch_size], label, result)
             state.images, state.errors = result.images, result.images - result.decodable["both"]
@@ -118,7 +86,7 @@ def _run(ways: BothWays, urls: Sequence[str], frames: Sequence[Any], result: Par
 # --- which images ---------------------------------------------------------------------------------
 
 
-def _choose(urls: Sequence[str], read: score.ReadSpec, limit: int, result: Parity, monitor: Monitor) -> list[Any]:
+def _choose(urls: Sequence[str], read: ReadSpec, limit: int, result: Parity, monitor: Monitor) -> list[Any]:
     """Choose images, spread over the shards and within each: one frame of rows with an image a shard.
 
     At most `limit` rows a shard are held, and shards beyond the first `SHARDS` are opened only while images lack.
@@ -126,10 +94,11 @@ def _choose(urls: Sequence[str], read: score.ReadSpec, limit: int, result: Parit
     wanted = min(SHARDS, limit)
     frames: list[Any] = []
     counts: list[int] = []
-    for url in _spread_first(urls, wanted):
+    first = [urls[i] for i in _spread(len(urls), wanted)]
+    for url in dict.fromkeys([*first, *urls]):
         if len(counts) >= wanted and sum(counts) >= limit:
             break
-        frame = score.index_partition((url,), read)
+        frame = index_partition((url,), read)
         status = get_backend(read.backend).to_host(frame, ["status", "error_message"]).to_pydict()
         broken = [m for m, what in zip(status["error_message"], status["status"], strict=True) if what == "read_error"]
         if broken:
@@ -140,13 +109,6 @@ def _choose(urls: Sequence[str], read: score.ReadSpec, limit: int, result: Parit
     result.shards_read, result.images_there = len(counts), sum(counts)
     shares = _shares(counts, limit)
     return [frame.iloc[_spread(len(frame), share)] for frame, share in zip(frames, shares, strict=True) if share]
-
-
-def _spread_first(urls: Sequence[str], count: int) -> Iterator[str]:
-    """Give some shards from all over the list, then the others."""
-    first = set(_spread(len(urls), count))
-    yield from (urls[i] for i in sorted(first))
-    yield from (url for i, url in enumerate(urls) if i not in first)
 
 
 def _spread(count: int, wanted: int) -> list[int]:

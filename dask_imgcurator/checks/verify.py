@@ -9,8 +9,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from ..steps import score, write
-from ..storage import files, shards
+from ..steps import write
+from ..steps.score_table import file_provenance
+from ..storage import files, shards, tar_copy
 
 Options = Mapping[str, Any] | None
 
@@ -36,7 +37,7 @@ def verify(
         try:
             with shards.hold_shard(url, storage_options):
                 problem = _shard_problem(url, stats.get("sha256"), storage_options, source_options)
-        except (write.WriteError, OSError) as err:
+        except (tar_copy.WriteError, OSError) as err:
             problem = str(err)
         yield f"{stem}.tar", problem
     if record is not None:
@@ -55,7 +56,7 @@ def _shard_problem(url: str, sha256: str | None, options: Options, source_option
         return index.error
     if len(index.samples) != len(rows):
         return f"it holds {len(index.samples)} samples, its Parquet file {len(rows)} rows"
-    sources = write.source_members(rows, dict(source_options or {}))
+    sources = tar_copy.source_members(rows, dict(source_options or {}))
     for row, sample, members in zip(rows, index.samples, sources, strict=True):
         pieces = shards.read_extents(url, [(m.offset, m.nbytes) for m in sample.members], options, whole=True)
         copied = list(zip((m.name for m in sample.members), pieces, strict=True))
@@ -72,7 +73,7 @@ def _record_problem(folder: str, record: Mapping[str, Any], kept: int, options: 
         return f"it says that {record.get('kept')} samples were kept, the curated shards hold {kept}"
     by_shard: dict[str, str] = {}
     for url in files.list_files(files.join(folder, "scores"), ".parquet", options):
-        provenance = score.file_provenance(url, options)
+        provenance = file_provenance(url, options)
         if provenance is None:
             return f"{url} cannot be read, or is not a score file of this library"
         by_shard[provenance.get("shard", "")] = url

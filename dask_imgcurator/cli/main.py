@@ -47,9 +47,9 @@ def _plain_errors(resumes: Callable[[], bool] = lambda: False) -> Iterator[None]
     `resumes` says whether the command that failed goes on from what is finished when it is given again.
     """
     from ..engine.backend import BackendError
-    from ..engine.runner import JobError
+    from ..engine.run import JobError
     from ..models.weights import WeightsError
-    from ..steps.write import WriteError
+    from ..storage.tar_copy import WriteError
 
     def kept(space: str) -> str:
         return f"{space}What is finished is kept: the same command goes on from there." if resumes() else ""
@@ -339,7 +339,7 @@ def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> No
 
     Kept samples keep all their members, byte for byte. Stop it whenever you like: the same command goes on from there.
     """
-    from ..jobs.job import curate as run
+    from ..jobs.curate import curate as run
 
     with _display(quiet) as monitor:
         result = run(list(shards), out, monitor=monitor, **_given(_remote(options)))
@@ -361,7 +361,7 @@ def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> Non
     \b
     dask-imgcurator score 'laion/*.tar' --out run/scores --model ViT-B-32 --pretrained openai
     """
-    from ..jobs.job import score_shards as run
+    from ..jobs.score import score_shards as run
 
     with _display(quiet) as monitor:
         result = run(list(shards), out, monitor=monitor, **_given(_remote(options)))
@@ -429,7 +429,7 @@ def write(
     dask-imgcurator write run/selected --out run/shards
     dask-imgcurator write run/scores --min-aesthetic 5 --out run/shards
     """
-    from ..jobs.job import write_selection as run
+    from ..jobs.curate import write_selection as run
     from ..select.where import combine
 
     where = combine(where, min_aesthetic, max_nsfw)
@@ -495,8 +495,8 @@ def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[floa
     from ..jobs.tables import drop_duplicates as run
 
     with _display(quiet) as monitor:
-        given, place = _placed(options, monitor)
-        found = run(list(scores), out, place=place, eps=eps[0] if len(eps) == 1 else list(eps), **given)
+        given = _asked(options)
+        found = run(list(scores), out, monitor=monitor, eps=eps[0] if len(eps) == 1 else list(eps), **given)
     if not quiet:
         summary.print_duplicates(found, out)
 
@@ -539,8 +539,8 @@ def add(scores: tuple[str, ...], out: str, quiet: bool, prompts: tuple[str, ...]
             )
         asked.setdefault(name.strip(), []).append(text.strip())
     with _display(quiet) as monitor:
-        given, place = _placed(options, monitor)
-        added = run(list(scores), out, prompts=asked or None, place=place, **given)
+        given = _asked(options)
+        added = run(list(scores), out, prompts=asked or None, monitor=monitor, **given)
     if not quiet:
         summary.stdout().print(f"added {', '.join(added)}: {out}", highlight=False, soft_wrap=True)
 
@@ -582,8 +582,8 @@ def export_(scores: tuple[str, ...], out: str, format_: str, where: str | None, 
     from ..jobs.tables import export_scores as run
 
     with _display(quiet) as monitor:
-        given, place = _placed(options, monitor)
-        written = run(list(scores), out, format_, where, place=place, **given)
+        given = _asked(options)
+        written = run(list(scores), out, format_, where, monitor=monitor, **given)
     if not quiet:
         console = summary.stdout()
         console.print(f"{written.rows:,} rows in {len(written.files):,} files: {out}", highlight=False, soft_wrap=True)
@@ -718,26 +718,17 @@ def report_(
     if not compare and not scores:
         raise click.UsageError("name a score table, or two selections with --compare A B")
     with _display(quiet) as monitor:
-        given, place = _placed(options, monitor)
+        given = _asked(options)
+        given.pop("backend", None)  # pages are made of a few rows, in pandas
         if compare:
-            found = compare_selections(
-                *compare, out, list(scores) or None, storage_options=place.storage_options, **given
-            )
+            given.pop("client", None)  # nothing is computed that needs a cluster
+            found = compare_selections(*compare, out, list(scores) or None, **given)
             words = f"{found.both:,} in both, {found.only_a:,} only in A, {found.only_b:,} only in B: {out}"
         else:
-            write_report(list(scores), out, where, top=top, sample=sample, groups=groups, place=place, **given)
+            write_report(list(scores), out, where, top=top, sample=sample, groups=groups, monitor=monitor, **given)
             words = f"report: {out}"
     if not quiet:
         summary.stdout().print(words, highlight=False, soft_wrap=True)
-
-
-def _placed(options: dict[str, Any], monitor: Monitor) -> tuple[dict[str, Any], Any]:
-    """Part the options into those of the command and where it runs."""
-    from ..jobs.tables import Place
-
-    names = ("storage_options", "backend", "scheduler", "n_workers")
-    place = Place(monitor=monitor, **{name: options.pop(name) for name in names})
-    return {k: v for k, v in _given(options).items() if v is not False}, place
 
 
 @cli.command()
@@ -758,7 +749,7 @@ def demo(out: str, count: int, quiet: bool, **options: Any) -> None:
     keeps the good ones and leaves the result to look at.
     """
     from ..checks import samples
-    from ..jobs.job import curate as run
+    from ..jobs.curate import curate as run
 
     console = summary.stdout()
     where = "aesthetic_score >= 5 and width >= 160 and height >= 160"
@@ -877,8 +868,19 @@ def main() -> None:
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that were given; the functions have their own defaults."""
-    return {name: value for name, value in options.items() if value not in (None, ())}
+    """Options that were given, where to run as one of them; the functions have their own defaults."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    scheduler, n_workers = given.pop("scheduler", None), given.pop("n_workers", None)
+    if scheduler is not None and n_workers is not None:
+        raise click.UsageError(
+            f"--n-workers is for a new cluster; the scheduler at {scheduler} has its own workers: give one of them"
+        )
+    return given | ({"client": scheduler or n_workers} if scheduler or n_workers else {})
+
+
+def _asked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without flags that were not given."""
+    return {name: value for name, value in _given(options).items() if value is not False}
 
 
 @contextlib.contextmanager

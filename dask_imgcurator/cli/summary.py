@@ -17,11 +17,11 @@ from ..checks.parity_record import ALL, Parity
 from ..engine.backend import get_backend
 from ..jobs.tables import Deduplicated
 from ..report.render import plain
-from ..results import Counts, RunResult, Selection
+from ..results import Counts, RunResult
 from ..schema import STATUSES
 from ..select.where import parse_where
 from ..similarity.index import SearchIndex
-from ..steps import collection
+from ..steps.score_table import read_scores
 
 __all__ = [
     "make_table",
@@ -70,11 +70,11 @@ def print_run(result: RunResult) -> None:
     before = result.by_status.get("ok", 0)
     for step in result.funnel:
         table.add_row(
-            f"  dropped by {step['condition']}",
-            f"{before - step['left']:,}",
-            _share(before - step["left"], result.samples),
+            f"  dropped by {step.condition}",
+            f"{before - step.left:,}",
+            _share(before - step.left, result.samples),
         )
-        before = step["left"]
+        before = step.left
     if result.kept is not None:
         table.add_row("kept", f"{result.kept:,}", _share(result.kept, result.samples), style="bold")
     console.print(table)
@@ -100,7 +100,7 @@ def written_line(written: list[dict[str, Any]], folder: str) -> str:
     return f"curated shards: {len(written):,} with {count:,} samples, {nbytes / 1e6:,.1f} MB: {folder}"
 
 
-def print_selection(selection: Selection | Counts, out: str) -> None:
+def print_selection(selection: Counts, out: str) -> None:
     console = stdout()
     table = _numbers("", "rows", "alone")
     table.add_row("in the score table", f"{selection.rows:,}", "")
@@ -108,7 +108,7 @@ def print_selection(selection: Selection | Counts, out: str) -> None:
     if ok != selection.rows:
         table.add_row("readable and scored", f"{ok:,}", "")
     for step in selection.funnel:
-        table.add_row(f"  and {step['condition']}", f"{step['left']:,}", f"{step['alone']:,}")
+        table.add_row(f"  and {step.condition}", f"{step.left:,}", f"{step.alone:,}")
     table.add_row("kept", f"{selection.kept:,}", _share(selection.kept, selection.rows), style="bold")
     console.print(table)
     console.print(f"in {out}", highlight=False, soft_wrap=True)
@@ -141,7 +141,7 @@ def print_kinds(result: RunResult, manifest: Mapping[str, Mapping[str, Any]]) ->
 def _reasons(result: RunResult) -> dict[str, str]:
     """Why each sample of the demo was dropped: its error, or the first condition that it fails."""
     record = json.loads((Path(result.out) / "run.json").read_text())
-    frame = collection.read_scores(Path(result.out) / "scores", backend="pandas").compute(scheduler="synchronous")
+    frame = read_scores(Path(result.out) / "scores", backend="pandas").compute(scheduler="synchronous")
     reasons = dict(zip(frame["key"], frame["error_message"].fillna(""), strict=True))
     left = frame[frame["status"] == "ok"]
     for part in parse_where(record["arguments"]["where"]).conjuncts():

@@ -33,7 +33,7 @@ class ProcessCache:
                 kept[key] = make()
             kept.move_to_end(key)
             self._bound(kind)
-            return kept[key]  # type: ignore[no-any-return]
+            return kept[key]
 
     @contextmanager
     def lend(self, kind: str, key: Hashable, make: Callable[[], T]) -> Iterator[T]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from threading import BoundedSemaphore
 from typing import Any
 
-from distributed import Client, Worker, WorkerPlugin
+from distributed import Client, Worker, WorkerPlugin, get_worker, secede
 
 from .backend import get_backend, resolve_name
-
-__all__ = ["start_client"]
+from .cache import cache
 
 
 class _NoInterrupt(WorkerPlugin):
@@ -76,3 +78,36 @@ def start_client(
     if n_workers is not None and n_workers < 1:
         raise ValueError(f"n_workers={n_workers}: it must be at least 1")
     return _OwnerClient(get_backend(resolve_name(backend)).make_cluster(n_workers, **kwargs))
+
+
+# --- on a worker ----------------------------------------------------------------------------------
+
+
+def _worker() -> Worker | None:
+    try:
+        return get_worker()
+    except ValueError:  # not in a task of a cluster
+        return None
+
+
+def log_event(topic: str, message: Mapping[str, Any]) -> None:
+    """Send an event to the clients that subscribed to a topic."""
+    if (worker := _worker()) is not None:
+        worker.log_event(topic, dict(message))
+
+
+@contextmanager
+def turn(needed: bool) -> Iterator[None]:
+    """Let as many tasks compute at a time as the worker has threads; those that wait have read their input already.
+
+    A task that computes gives up its place in the worker's queue, so that the worker is sent the next one, which
+    streams its shard in the meantime and waits here.
+    """
+    worker = _worker() if needed else None
+    if worker is None:
+        yield
+        return
+    threads = worker.state.nthreads
+    with cache.get("turn", worker.address, lambda: BoundedSemaphore(threads)):
+        secede()
+        yield

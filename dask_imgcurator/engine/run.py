@@ -8,11 +8,11 @@ merges the results of all partitions on the workers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeAlias
 
 import dask
 import dask.dataframe as dd
@@ -26,7 +26,7 @@ from .backend import is_dask
 from .cluster import start_client
 
 #: Where a job runs: a client, the address of a scheduler, a number of new worker processes, or None (a job's default).
-Place = Client | str | int | None
+Place: TypeAlias = Client | str | int | None
 
 #: Shards in one graph. Larger graphs buy nothing; with two in flight, scheduler and client hold a few thousand tasks.
 WAVE = 1000
@@ -77,26 +77,45 @@ def place(where: Place, backend: str, monitor: Monitor, light: bool = False) -> 
 
 @dataclass(frozen=True)
 class Wave:
-    """A graph: one partition for each name, whose value is a frame made by `result`."""
+    """A graph: a partition for each name, with the result that `results` put there."""
 
     names: Sequence[str]
     frame: dd.DataFrame
 
 
-def result(value: Any) -> pd.DataFrame:
-    """Wrap a small result as a partition: a row with one object."""
-    return pd.DataFrame({"result": pd.Series([value], dtype=object)})
+def waves(names: Sequence[str], build: Callable[[Sequence[str]], dd.DataFrame]) -> Iterator[Wave]:
+    """Cut a job into graphs of `WAVE` partitions."""
+    for start in range(0, len(names), WAVE):
+        part = names[start : start + WAVE]
+        yield Wave(part, build(part))
 
 
-def results(df: Any, function: Callable[..., Any], *args: Any, label: str) -> dd.DataFrame:
-    """Apply a function with a small result to each partition, lazily; `run` gives the results out."""
+def results(
+    df: dd.DataFrame, function: Callable[..., Any], *args: Any, label: str, each: Sequence[Any] | None = None
+) -> dd.DataFrame:
+    """Apply a function with a small result to each partition, lazily: a row with one object, for `run` to give out.
+
+    Its arguments are the partition, the partition's own item of `each` where that is given, and `args`.
+    """
+    meta = _row(None).iloc[:0]
+    if each is None:
+        return df.map_partitions(_to_row, function, *args, meta=meta, enforce_metadata=False, token=label)
+    own = dd.from_map(_row, list(each), meta=meta, enforce_metadata=False, label=f"{label}-items")
     return df.map_partitions(
-        _to_result, function, *args, meta=result(None).iloc[:0], enforce_metadata=False, token=label
+        _to_own_row, own, function, *args, meta=meta, enforce_metadata=False, token=label, align_dataframes=False
     )
 
 
-def _to_result(frame: Any, function: Callable[..., Any], *args: Any) -> pd.DataFrame:
-    return result(function(frame, *args))
+def _row(value: Any) -> pd.DataFrame:
+    return pd.DataFrame({"result": pd.Series([value], dtype=object)})
+
+
+def _to_row(frame: Any, function: Callable[..., Any], *args: Any) -> pd.DataFrame:
+    return _row(function(frame, *args))
+
+
+def _to_own_row(frame: Any, own: pd.DataFrame, function: Callable[..., Any], *args: Any) -> pd.DataFrame:
+    return _row(function(frame, own["result"].iat[0], *args))
 
 
 def run(
@@ -104,45 +123,45 @@ def run(
     waves: Iterable[Wave],
     what: str,
     again: Callable[[Sequence[str]], Wave] | None = None,
-) -> Iterator[tuple[str, Any]]:
+    label: Callable[[str], str] = str,
+) -> Generator[tuple[str, Any], None, None]:
     """Compute graphs, two at a time, and yield the name and result of each partition as it is done.
 
     A partition whose workers died more often than Dask allows is set aside while the others go on, and then done once
     more by the graph that `again` makes. Any other error stops the run with a `JobError`: it would meet the other
-    partitions too (a full disk, a missing file).
+    partitions too (a full disk, a missing file). `what` and `label` say what is done to which partition.
     """
     if client is None:
         yield from _run_in_threads(waves, what)
         return
     lost: list[str] = []
-    yield from _run_on(client, waves, what, lost)
+    yield from _run_on(client, waves, what, label, lost)
     if lost and again is not None:
-        # One at a time: what killed a worker may do so again, and would take neighbours with it.
         retried, lost = lost, []
-        yield from _run_on(client, (again([name]) for name in retried), what, lost)
+        yield from _run_on(client, [again(retried)], what, label, lost)
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise JobError(
-            f"the workers that were {what} {lost[0]}{more} died again and again (out of memory, or a crash in a native "
-            "library); all others are finished. A smaller --batch-size or fewer --n-workers may help."
+            f"the workers that were {what} {label(lost[0])}{more} died again and again (out of memory, or a crash in a "
+            "native library); all others are finished. A smaller --batch-size or fewer --n-workers may help."
         )
 
 
-def _run_on(client: Client, waves: Iterable[Wave], what: str, lost: list[str]) -> Iterator[tuple[str, Any]]:
+def _run_on(
+    client: Client, waves: Iterable[Wave], what: str, label: Callable[[str], str], lost: list[str]
+) -> Iterator[tuple[str, Any]]:
     done: SimpleQueue[Future] = SimpleQueue()
-    running: dict[str, str] = {}  # future's key to partition's name
-    futures: dict[str, Future] = {}
+    running: dict[Any, tuple[str, Future]] = {}
     waiting = iter(waves)
 
     def submit() -> bool:
         wave = next(waiting, None)
         if wave is None:
             return False
-        persisted = client.persist(wave.frame)
-        found = {future.key: future for future in futures_of(persisted)}
-        for name, key in zip(wave.names, persisted.__dask_keys__(), strict=True):
-            running[key], futures[key] = name, found[key]
-        for future in found.values():
+        # A partition's key is the graph's name and the partition's number.
+        futures = sorted(futures_of(client.persist(wave.frame)), key=lambda future: future.key[1])
+        running.update({f.key: (name, f) for name, f in zip(wave.names, futures, strict=True)})
+        for future in futures:
             future.add_done_callback(done.put)
         return True
 
@@ -151,22 +170,23 @@ def _run_on(client: Client, waves: Iterable[Wave], what: str, lost: list[str]) -
         while running:
             if more and len(running) <= WAVE:
                 more = submit()
-            future = done.get()
-            name = running.pop(future.key)
-            del futures[future.key]
-            error = future.exception() if future.status == "error" else None
-            if future.status == "cancelled":
-                raise JobError(f"the cluster went away while {what} {name}")
-            if isinstance(error, KilledWorker):
-                lost.append(name)
-            elif error is not None:
-                raise JobError(f"{what} {name}: {type(error).__name__}: {error}") from error
-            else:
-                yield name, future.result()["result"].iat[0]
-            del future
+            ready = [done.get()]
+            while not done.empty():
+                ready.append(done.get())
+            for name, future in [running.pop(future.key) for future in ready]:
+                error = future.exception() if future.status == "error" else None
+                if future.status == "cancelled":
+                    raise JobError(f"the cluster went away while {what} {label(name)}")
+                if isinstance(error, KilledWorker):
+                    lost.append(name)
+                elif error is not None:
+                    raise JobError(f"{what} {label(name)}: {type(error).__name__}: {error}") from error
+                else:
+                    yield name, future.result()["result"].iat[0]
+            del ready, future  # the scheduler forgets what nobody holds
     finally:
-        if futures:
-            client.cancel(list(futures.values()), force=True)
+        if running:
+            client.cancel([future for _, future in running.values()], force=True)
 
 
 def _run_in_threads(waves: Iterable[Wave], what: str) -> Iterator[tuple[str, Any]]:
@@ -178,13 +198,6 @@ def _run_in_threads(waves: Iterable[Wave], what: str) -> Iterator[tuple[str, Any
         except Exception as err:
             raise JobError(f"{what}: {type(err).__name__}: {err}") from err
         yield from zip(wave.names, found["result"], strict=True)
-
-
-def waves(names: Sequence[str], build: Callable[[Sequence[str]], dd.DataFrame]) -> Iterator[Wave]:
-    """Cut a job into graphs of `WAVE` partitions."""
-    for start in range(0, len(names), WAVE):
-        part = names[start : start + WAVE]
-        yield Wave(part, build(part))
 
 
 def current_client() -> Client | None:
@@ -210,7 +223,7 @@ def reduce(df: Any, function: Callable[..., Any], merge: Callable[[list[Any]], A
         _merge_results,
         aggregate=_merge_results,
         combine=_merge_results,
-        meta=result(None).iloc[:0],
+        meta=_row(None).iloc[:0],
         split_every=_FAN_IN,
         chunk_kwargs={"merge": merge},
         aggregate_kwargs={"merge": merge},
@@ -220,4 +233,4 @@ def reduce(df: Any, function: Callable[..., Any], merge: Callable[[list[Any]], A
 
 
 def _merge_results(frame: pd.DataFrame, merge: Callable[[list[Any]], Any]) -> pd.DataFrame:
-    return result(merge(list(frame["result"])))
+    return _row(merge(list(frame["result"])))

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
+from ..engine.run import Place
+from ..monitor import Monitor
 from ..report import comparison, report
 from ..report.survey import survey
 from ..schema import kinds_of_schema
 from ..select import selection
-from ..select import where as filters
-from ..steps import collection, score
+from ..select.settle import settled_where
+from ..select.where import parse_where
+from ..steps.read import URLPath
+from ..steps.score_table import file_provenance, file_schema, score_urls
 from ..storage import files
 from .plan import model_notes
-from .tables import Place, opened, steps_of
-
-__all__ = ["compare_selections", "write_report"]
+from .tables import opened, steps_of
 
 _GROUP_COLUMNS = {
     "group",
@@ -35,7 +36,7 @@ _GROUP_COLUMNS = {
 
 
 def write_report(
-    scores: collection.URLPath,
+    scores: URLPath,
     out: str | os.PathLike[str],
     where: str | None = None,
     *,
@@ -43,7 +44,9 @@ def write_report(
     sample: str | None = None,
     groups: str | os.PathLike[str] | pd.DataFrame | None = None,
     source_options: Mapping[str, Any] | None = None,
-    place: Place | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    client: Place = None,
+    monitor: Monitor | None = None,
 ) -> str:
     """Write a page that shows what a selection keeps and what it throws away.
 
@@ -59,8 +62,8 @@ def write_report(
         Table of duplicates (`drop_duplicates` with ``groups=``, or `Duplicates.groups`), to show side by side.
     source_options : mapping, optional
         For the fsspec file systems of the source shards, from which thumbnails are made; by default as for the table.
-    place : Place, optional
-        Where it runs.
+    storage_options, client, monitor
+        As for `select_rows`.
 
     Returns
     -------
@@ -85,28 +88,18 @@ def write_report(
     ranked = steps_of(top, sample)
     target = os.fspath(out)
     _check_target(target)
-    # Pages are made of a few rows, in pandas, wherever the selection is computed.
-    place = replace(place or Place(), backend="pandas")
-    options = dict(place.storage_options or {})
+    options = dict(storage_options or {})
     shown = _read_groups(groups, options)
-    with opened(scores, place) as table:
-        steps = [] if where is None else [filters.parse_where(where, kinds_of_schema(table.schema))]
-        conditions = selection.settle_conditions(table.df, [*steps, *ranked])
-        found = survey(table.urls, table.schema, conditions, options)
-        funnel = [
-            {"condition": c.cut.text, "alone": int(alone), "left": int(left)}
-            for c, alone, left in zip(conditions, found.alone, found.left, strict=True)
-        ]
+    # Pages are made of a few rows, in pandas, wherever the selection is computed.
+    with opened(scores, options, "pandas", client, monitor) as table:
+        steps = [] if where is None else [parse_where(where, kinds_of_schema(table.schema))]
+        settled = selection.settle(table.df, [*steps, *ranked], alone=True)
+        found = survey(table.urls, table.schema, settled, options)
         provenance, notes = _provenance(table.urls, options)
+        counts = found.counts
+        kept = counts.kept if settled.conditions else None
         subject = report.Subject(
-            _title(scores),
-            found.rows,
-            found.by_status,
-            found.kept if conditions else None,
-            funnel,
-            "",
-            provenance,
-            notes,
+            _title(scores), counts.rows, counts.by_status, kept, counts.funnel, "", provenance, notes
         )
         html = report.render_report(subject, found, table.urls, options, _or(source_options, options), shown)
     with files.write_whole(target, options) as file:
@@ -118,7 +111,7 @@ def compare_selections(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    scores: collection.URLPath | None = None,
+    scores: URLPath | None = None,
     *,
     storage_options: Mapping[str, Any] | None = None,
     source_options: Mapping[str, Any] | None = None,
@@ -179,7 +172,7 @@ def _or(given: Mapping[str, Any] | None, otherwise: Mapping[str, Any]) -> Mappin
     return otherwise if given is None else given
 
 
-def _title(scores: collection.URLPath) -> str:
+def _title(scores: URLPath) -> str:
     items = [scores] if isinstance(scores, str | os.PathLike) else list(scores)
     names = [os.fspath(item) for item in items]
     names = [str(files.local_path(n).absolute()) if files.is_local(n) else n.rstrip("/") for n in names]
@@ -190,7 +183,7 @@ def _title(scores: collection.URLPath) -> str:
 
 def _provenance(urls: Sequence[str], storage_options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What a table's scores depend on, and what a reader must know first."""
-    made = [score.file_provenance(url, storage_options) or {} for url in urls]
+    made = [file_provenance(url, storage_options) or {} for url in urls]
     # What differs from file to file by nature says nothing of the whole.
     provenance = {k: v for k, v in made[0].items() if all(m.get(k) == v for m in made)}
     encoder = made[0].get("encoder", {})
@@ -205,23 +198,23 @@ def _provenance(urls: Sequence[str], storage_options: Mapping[str, Any]) -> tupl
 
 
 def _side(
-    item: str | os.PathLike[str], scores: collection.URLPath | None, storage_options: Mapping[str, Any]
+    item: str | os.PathLike[str], scores: URLPath | None, storage_options: Mapping[str, Any]
 ) -> tuple[comparison.Side, list[str]]:
     """One selection of two: a score table, or an expression on `scores`."""
     name, where = os.fspath(item), None
     try:
-        urls = collection.score_urls(name, storage_options)
+        urls = score_urls(name, storage_options)
     except (FileNotFoundError, NotADirectoryError):
         if scores is None:
             raise FileNotFoundError(
                 f"no score table at {name!r}: an expression needs the score table that it is on"
             ) from None
-        urls, where = collection.score_urls(scores, storage_options), name
-    schema = score.file_schema(urls[0], storage_options)
-    parsed = None if where is None else filters.parse_where(where, kinds_of_schema(schema))
+        urls, where = score_urls(scores, storage_options), name
+    schema = file_schema(urls[0], storage_options)
+    parsed = None if where is None else parse_where(where, kinds_of_schema(schema))
     provenance, notes = _provenance(urls, storage_options)
     steps = provenance.get("selected", {}).get("steps", []) if where is None else []
-    return comparison.Side(name, urls, schema, selection.conditions_of(parsed), steps), notes
+    return comparison.Side(name, urls, schema, settled_where(parsed), steps), notes
 
 
 def _read_groups(

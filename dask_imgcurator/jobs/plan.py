@@ -1,21 +1,146 @@
-"""Settle, before a run, which model and heads it uses and which file holds the scores of which shard."""
+"""Settle, before shards are scored, what is done to them: model, heads, columns, and the file of each shard."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..models import heads, starter
+from ..engine.backend import get_backend
+from ..images import quality
+from ..models import heads, starter, weights
+from ..models.encoders import load_encoder
 from ..monitor import Monitor
-from ..steps import score
+from ..schema import COLUMNS, kind_of
+from ..select.where import Where, parse_where
+from ..steps.embed import EmbedSpec, embed_spec
+from ..steps.heads import HeadUse
+from ..steps.read import FIELD_TYPES, ReadSpec, read_spec
+from ..steps.score_table import file_provenance
+from ..steps.stream import settle_decoder
 from ..storage import files
 
-__all__ = ["choose_heads", "choose_model", "model_notes", "score_files"]
 
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Arguments of the expensive half; see `curate`."""
+
+    model: str | None = None
+    pretrained: str | None = None
+    columns: Sequence[str] | Mapping[str, str] = ()
+    caption: str | None = None
+    image: str | Sequence[str] = ()
+    aesthetic_head: str = "auto"
+    nsfw_head: str = "auto"
+    weights_dir: str | os.PathLike[str] | None = None
+    batch_size: int | None = None
+    dtype: str | None = None
+    measures: bool = True
+    backend: str | None = None
+    storage_options: Mapping[str, Any] | None = None
+    out_options: Mapping[str, Any] | None = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the record of a run tells of them; storage options may hold credentials."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.endswith("_options")}
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """What is done to each shard; travels to the workers."""
+
+    read: ReadSpec
+    embed: EmbedSpec
+    heads: tuple[HeadUse, ...]
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Columns of the score table and their kinds."""
+        names = [*self.read.schema.names, *self.embed.schema.names, *(u.column for u in self.heads)]
+        own = dict(self.read.fields)
+        types = {n: COLUMNS[n].type if n in COLUMNS else FIELD_TYPES[own[n]] for n in dict.fromkeys(names)}
+        return {name: kind_of(type_) for name, type_ in types.items()}
+
+    def settled(self, provenance: Mapping[str, Any], topic: str) -> ScorePlan:
+        """Return the plan by which all workers use what the first one has, and tell of their progress."""
+        encoder = replace(self.embed.encoder, dtype=provenance["encoder"]["dtype"])
+        embed = replace(self.embed, encoder=encoder, decoder=provenance["decode"]["decoder"], topic=topic)
+        return replace(self, embed=embed)
+
+    @property
+    def isolated(self) -> ScorePlan:
+        """The plan with images decoded in a process of their own."""
+        return replace(self, embed=replace(self.embed, isolate=True))
+
+
+def make_plan(
+    urls: Sequence[str], options: ScoreOptions, where: str | None, monitor: Monitor
+) -> tuple[ScorePlan, Where | None]:
+    """Settle what is done to shards, and read the expression on the columns that they will have."""
+    model, pretrained = choose_model(options.model, options.pretrained, monitor)
+    read = read_spec(urls, options.columns, options.caption, options.storage_options, options.backend, options.image)
+    embed = embed_spec(
+        model,
+        pretrained,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        measures=options.measures,
+        storage_options=options.storage_options,
+    )
+    uses = choose_heads(model, pretrained, options, monitor)
+    plan = ScorePlan(read, embed, uses, dict(options.out_options or {}))
+    # A mistake in the expression is told now, not after the scoring.
+    parsed = parse_where(where, plan.kinds) if where is not None else None
+    if parsed is not None and model == "starter" and "nsfw_score" in parsed.columns:
+        monitor.note(
+            "The starter's nsfw_score stays near 0 for every picture: a condition on it removes next to nothing."
+        )
+    for note in model_notes(model, pretrained):
+        monitor.note(note)
+    return plan, parsed
+
+
+def describe(plan: ScorePlan) -> dict[str, Any]:
+    """Load all that a plan needs, on a worker, and return the provenance of what it will make there."""
+    import torch
+
+    backend = get_backend(plan.read.backend)
+    encoder = load_encoder(plan.embed.encoder, backend.device)
+    used = {}
+    for use in plan.heads:
+        spec = heads.resolve(use.kind, use.head, encoder.width)
+        heads.load_head(spec, use.weights_dir, backend.device, use.round_to)
+        used[use.column] = {**heads.provenance(spec), "round_to": use.round_to}
+    decoder = settle_decoder(plan.embed.decoder, backend.decoder_device)
+    versions = {"dask_imgcurator": version("dask-imgcurator"), "torch": torch.__version__}
+    if decoder == "dali":
+        import nvidia.dali
+
+        versions["dali"] = nvidia.dali.__version__
+    return {
+        "encoder": encoder.provenance,
+        "heads": used,
+        "decode": {
+            "decoder": decoder,
+            "device": backend.decoder_device,
+            "max_pixels": plan.embed.max_pixels,
+            "adjust_orientation": plan.embed.adjust_orientation,
+            "measures": quality.provenance() if plan.embed.measures else None,
+        },
+        "read": {"caption": plan.read.caption, "fields": dict(plan.read.fields), "image": list(plan.read.image)},
+        "versions": versions,
+    }
+
+
+# --- model and heads ------------------------------------------------------------------------------
 
 #: Default model where its weights can be had; elsewhere the starter.
 DEFAULT_MODEL = ("ViT-L-14", "openai")
@@ -83,9 +208,7 @@ def _can_have(model: str, tag: str) -> bool:
     return True
 
 
-def choose_heads(
-    model: str, pretrained: str | None, aesthetic: str, nsfw: str, weights_dir: str | None, monitor: Monitor
-) -> tuple[score.HeadUse, ...]:
+def choose_heads(model: str, pretrained: str | None, options: ScoreOptions, monitor: Monitor) -> tuple[HeadUse, ...]:
     """Settle which heads a model's embeddings go through.
 
     ``auto`` takes the head that was trained on the model: an embedding's width alone would give B/16 the heads of
@@ -93,7 +216,8 @@ def choose_heads(
     """
     family = next((f for name, f in _HEADS_OF.items() if model == name or model.startswith(f"{name}-quickgelu")), None)
     uses = []
-    for kind, asked in (("aesthetic", aesthetic), ("nsfw", nsfw)):
+    weights_dir = weights.resolve_dir(options.weights_dir)
+    for kind, asked in (("aesthetic", options.aesthetic_head), ("nsfw", options.nsfw_head)):
         head = asked
         if asked == "none":
             continue
@@ -118,8 +242,11 @@ def choose_heads(
                 f"The head {head} was trained on OpenAI's weights; "
                 f"with {model} ({pretrained}) its scores are on another scale."
             )
-        uses.append(score.HeadUse(kind, head, "embedding", weights_dir, "float16" if kind == "nsfw" else None))  # type: ignore[arg-type]
+        uses.append(HeadUse(kind, head, "embedding", weights_dir, "float16" if kind == "nsfw" else None))  # type: ignore[arg-type]
     return tuple(uses)
+
+
+# --- files ----------------------------------------------------------------------------------------
 
 
 def score_files(urls: Sequence[str], folder: str, storage_options: Mapping[str, Any] | None) -> dict[str, str]:
@@ -130,7 +257,7 @@ def score_files(urls: Sequence[str], folder: str, storage_options: Mapping[str, 
     """
     taken: dict[str, str] = {}
     for url in files.list_files(folder, ".parquet", storage_options):
-        provenance = score.file_provenance(url, storage_options)
+        provenance = file_provenance(url, storage_options)
         if provenance is not None and "shard" in provenance:
             taken[url.rpartition("/")[2]] = provenance["shard"]
     by_shard = {shard: name for name, shard in taken.items()}

@@ -21,7 +21,7 @@ from ..duplicates import deduplication
 from ..duplicates import index as dedup_index
 from ..engine.backend import resolve_name
 from ..engine.run import Place, place, results, run, waves
-from ..exports import exports
+from ..exports.base import Exported, export
 from ..models import head_files
 from ..monitor import Monitor
 from ..results import Counts
@@ -107,7 +107,9 @@ def _write(
     def build(names: Sequence[str]) -> dd.DataFrame:
         part = df.partitions[int(names[0]) : int(names[-1]) + 1] if len(names) < len(pairs) else df
         each = [pairs[name] for name in names]
-        return results(part, _write_partition, table.backend, table.storage_options, note, settled, label="write", each=each)
+        return results(
+            part, _write_partition, table.backend, table.storage_options, note, settled, label="write", each=each
+        )
 
     found = dict(run(table.client, waves(list(pairs), build), "writing", label=lambda name: pairs[name].url))
     return [found[name] for name in pairs]
@@ -283,9 +285,7 @@ def drop_duplicates(
             note = {"deduplicated": json.loads(json.dumps(note, default=str))}
             kept = sum(counts.rows for counts in _write(left, table, targets, note))
         if index is not None:
-            dedup_index.build_index(
-                left, index, provenance=table.encoder or None, storage_options=storage_options
-            )
+            dedup_index.build_index(left, index, provenance=table.encoder or None, storage_options=storage_options)
     return Deduplicated(rows, kept, counts)
 
 

@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..duplicates.rows import row_ids
 from ..engine.pandas import from_arrow
 from ..images.thumbnails import make_thumbnails
 from ..schema import kind_of
-from ..select.selection import Condition
-from ..select.settle import kept
+from ..select.settle import Settled
 from . import histograms
 from . import render as page
 from .histograms import KEPT, LINEAR, OTHER, OWN, SCALES, Histogram
@@ -40,8 +38,8 @@ class Side:
         Files of its score table.
     schema : pyarrow.Schema
         Of the first of them.
-    conditions : sequence of Condition
-        What keeps a row of the table, besides ``status == 'ok'``.
+    settled : Settled
+        What keeps a row of the table.
     made_by : sequence of str
         Steps by which the table itself was selected, as far as it says.
     """
@@ -49,26 +47,14 @@ class Side:
     name: str
     urls: Sequence[str]
     schema: pa.Schema
-    conditions: Sequence[Condition] = ()
+    settled: Settled = field(default_factory=Settled)
     made_by: Sequence[str] = ()
-
-    @property
-    def columns(self) -> set[str]:
-        """Columns that its conditions use."""
-        return {name for c in self.conditions for name in c.cut.columns}
 
     def kept(self, columns: set[str], storage_options: Mapping[str, Any]) -> Iterator[pa.Table]:
         """Stream the rows that it keeps, with `columns` and those that tell rows apart."""
-        wanted = {*columns, *_IDENTITY, "status", *self.columns}
+        wanted = {*columns, *_IDENTITY, "status", *self.settled.columns}
         for table in read_batches(self.urls, wanted, storage_options):
-            keep = np.ones(table.num_rows, bool)
-            if "status" in table.column_names:
-                keep &= pc.fill_null(pc.equal(table["status"], "ok"), False).to_numpy(zero_copy_only=False)
-            if self.conditions:
-                frame = from_arrow(table.select([n for n in table.column_names if n in self.columns]))
-                for condition in self.conditions:
-                    keep &= kept(frame, condition.cut)
-            yield table.filter(pa.array(keep))
+            yield table.filter(pa.array(self.settled.judge(table).kept))
 
 
 def _ids(table: pa.Table) -> np.ndarray:
@@ -154,7 +140,7 @@ def compare_sides(a: Side, b: Side, storage_options: Mapping[str, Any] | None = 
     ids = [np.sort(np.concatenate([np.zeros(0, np.uint64), *map(_ids, s.kept(set(), options))])) for s in (a, b)]
     numbers = [f.name for s in (a, b) for f in s.schema if kind_of(f.type) == "number"]
     names = [*FIRST, *(n for n in numbers if n.endswith("_score")), "width", "height"]
-    names += [n for s in (a, b) for n in sorted(s.columns)]
+    names += [n for s in (a, b) for n in sorted(s.settled.columns)]
     shown = [n for n in dict.fromkeys(names) if n in numbers]
     out = Compared(histograms={n: Histogram(SCALES.get(n, LINEAR)) for n in shown})
     out.scores = [n for n in shown if n not in ("width", "height")]

@@ -20,8 +20,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from ..engine.backend import Backend, backend_of, get_backend, is_dask
-from ..select.ranks import arrow_type, partitions, tree, value_order
+from ..engine.backend import backend_of, is_dask
+from ..engine.run import reduce
+from ..select.ranks import arrow_type, value_order
 from .gallery import Pictures, frame, require_locators, widgets_of
 from .histograms import LINEAR, LOWER_IS_BETTER, SCALES, Scale
 from .render import CREDITS, NSFW, card, number, share, text, veils_note
@@ -111,14 +112,13 @@ def spread(df: Any, column: str, shown: Sequence[str] = (), *, values: int = _EX
     """
     value_order(df, column)  # raises
     columns = list(dict.fromkeys((column, *shown)))
-    parts = partitions(df, columns)
-    quota = max(64, 4 * rows // len(parts)) if is_dask(df) else rows
-    found: Spread = tree(parts, _spread_of, _Merge(values, rows), backend_of(df).name, column, columns, values, quota)
+    quota = max(64, 4 * rows // df.npartitions) if is_dask(df) else rows
+    found: Spread = reduce(df[columns], _spread_of, _Merge(values, rows), column, columns, values, quota)
     return found
 
 
-def _spread_of(part: Any, backend: str, column: str, columns: list[str], values: int, rows: int) -> Spread:
-    seam: Backend = get_backend(backend)
+def _spread_of(part: Any, column: str, columns: list[str], values: int, rows: int) -> Spread:
+    seam = backend_of(part)
     array = seam.to_host(part, [column])[column]
     known = array.is_valid().to_numpy()
     x = np.asarray(array.cast(pa.float64(), safe=False).fill_null(0).to_numpy(), np.float64)

@@ -14,17 +14,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import dask
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ..engine.backend import Backend, backend_of, get_backend, is_dask
+from ..engine.backend import backend_of, is_dask
+from ..engine.frames import require_columns
+from ..engine.run import reduce
 from ..images.thumbnails import Place, make_thumbnails
 from ..schema import kind_of
-from ..select.ranks import ValueOrder, arrow_type, partitions, tree, value_order
+from ..select.ranks import ValueOrder, arrow_type, value_order
 from ..select.where import Where, filter_frame
-from ..steps.collection import require_columns
 from .histograms import LOWER_IS_BETTER
 from .render import PARTS_CSS, ROW, card, many, plain, text, veils_note
 
@@ -169,21 +169,18 @@ class _InOrder:
     columns: list[str]
     total: int | None = None
     _rows: list[dict[str, Any]] = field(default_factory=list)
-    _parts: list[Any] | None = None
+    _read: int = 0
 
     def take(self, start: int, stop: int) -> list[dict[str, Any]]:
         if not is_dask(self.df):
             self.total = len(self.df)
             return _to_host(self.df.iloc[start:stop], self.columns).to_pylist()
-        if self._parts is None:
-            self._parts = partitions(self.df, self.columns)
-        ahead = 1
-        while len(self._rows) < stop and self._parts:
-            batch, self._parts = self._parts[:ahead], self._parts[ahead:]
-            for table in dask.compute(*[dask.delayed(_to_host)(part, self.columns) for part in batch]):
-                self._rows += table.to_pylist()
-            ahead = min(2 * ahead, 64)
-        self.total = None if self._parts else len(self._rows)
+        narrow, ahead = self.df[self.columns], 1
+        while len(self._rows) < stop and self._read < narrow.npartitions:
+            some = narrow.partitions[self._read : self._read + ahead]
+            self._rows += reduce(some, _to_host, _joined, self.columns).to_pylist()
+            self._read, ahead = self._read + ahead, min(2 * ahead, 64)
+        self.total = len(self._rows) if self._read >= narrow.npartitions else None
         return self._rows[start:stop]
 
 
@@ -200,8 +197,8 @@ class _Sorted:
     def take(self, start: int, stop: int) -> list[dict[str, Any]]:
         if self.total is None or len(self._rows) < min(stop, self.total):
             most = max(stop + (_AHEAD - 1) * (stop - start), 2 * len(self._rows))
-            parts = partitions(self.df, self.columns)
-            found = tree(parts, _first, partial(_merge, most=most), self.order, self.columns, most)
+            narrow = self.df[self.columns]
+            found = reduce(narrow, _first, partial(_merge, most=most), self.order, self.columns, most)
             self.total, self._rows = found.total, found.table.to_pylist()
         return self._rows[start:stop]
 
@@ -220,11 +217,14 @@ def _to_host(frame: Any, columns: list[str]) -> pa.Table:
     return backend_of(frame).to_host(frame, columns)
 
 
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
 def _first(frame: Any, order: ValueOrder, columns: list[str], most: int) -> _First:
-    backend: Backend = get_backend(order.backend)
-    keys, known = order.keys(frame)
+    keys, known = order.keys(_to_host(frame, [order.column]))
     by = np.lexsort((keys, ~known))[:most]  # which is stable
-    return _First(len(frame), keys[by], known[by], backend.to_host(frame.iloc[by], columns))
+    return _First(len(frame), keys[by], known[by], _to_host(frame.iloc[by], columns))
 
 
 def _merge(found: Sequence[_First], most: int) -> _First:

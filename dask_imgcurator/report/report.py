@@ -13,15 +13,15 @@ import pyarrow.compute as pc
 from ..images.thumbnails import Place, make_thumbnails
 from ..schema import STATUSES
 from ..select import where as filters
-from ..select.selection import conditions_of
-from ..steps import score
+from ..select.settle import settled_where
+from ..steps.score_table import file_schema
 from ..storage import files
 from . import histograms
 from . import render as page
 from .survey import Survey, read_batches, survey
 
 if TYPE_CHECKING:
-    from ..results import RunResult
+    from ..results import ConditionCount, RunResult
 
 __all__ = ["Subject", "render_report", "write_run_report"]
 
@@ -43,7 +43,7 @@ class Subject:
         Rows by ``status``.
     kept : int or None
         Rows that are kept; None where nothing was selected.
-    funnel : sequence of dict
+    funnel : sequence of ConditionCount
         ``condition``, ``alone``, ``left``, as in `RunResult`.
     work : str
         What a run did, a sentence or two of HTML.
@@ -57,7 +57,7 @@ class Subject:
     samples: int
     by_status: Mapping[str, int]
     kept: int | None
-    funnel: Sequence[Mapping[str, Any]]
+    funnel: Sequence[ConditionCount]
     work: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -95,9 +95,9 @@ def _funnel(subject: Subject) -> str:
     start.append(("readable", "", f"{ok:,}", f"{samples - ok:,}", share(ok)))
     rows, before = [], ok
     for step in subject.funnel:
-        removed, before = before - step["left"], step["left"]
-        cells = (f"{step['alone']:,}", f"{before:,}", f"{removed:,}", share(before))
-        rows.append((f"<code>{page.text(step['condition'])}</code>", *cells))
+        removed, before = before - step.left, step.left
+        cells = (f"{step.alone:,}", f"{before:,}", f"{removed:,}", share(before))
+        rows.append((f"<code>{page.text(step.condition)}</code>", *cells))
     head = ("Condition", "Pass it alone", "Left after it", "Removed by it", "Share of all samples left")
     return page.table("What each condition leaves, in order", head, [*start, *rows])
 
@@ -110,7 +110,7 @@ def _overlap(found: Survey) -> str:
     dropped = sum(n for _, n in failed)
 
     def name(bits: int) -> str:
-        texts = [c.cut.text for i, c in enumerate(found.conditions) if bits >> i & 1]
+        texts = [c.text for i, c in enumerate(found.conditions) if bits >> i & 1]
         only = "only " if len(texts) == 1 else ""
         return only + " and ".join(f"<code>{page.text(t)}</code>" for t in texts)
 
@@ -190,7 +190,7 @@ def _made(subject: Subject) -> str:
     weights = encoder.get("pretrained") or encoder.get("weights_sha256") or encoder.get("starter_sha256") or "unknown"
     rows = []
     if subject.kept is not None:
-        kept = " and ".join(str(step["condition"]) for step in subject.funnel) or "every readable sample"
+        kept = " and ".join(str(step.condition) for step in subject.funnel) or "every readable sample"
         rows.append(("Kept where", f"<code>{page.text(kept, 2000)}</code>"))
     if steps := made.get("selected", {}).get("steps"):
         rows.append(("Selected before by", "; ".join(f"<code>{page.text(s)}</code>" for s in steps)))
@@ -396,9 +396,9 @@ def write_run_report(
     OSError, pyarrow.ArrowException
         If a score file cannot be read, or the page not be written.
     """
-    schema = score.file_schema(tables[0], storage_options) if tables else pa.schema([])
-    conditions = conditions_of(filters.parse_where(where) if where else None)
-    found = survey(tables, schema, conditions, storage_options)
+    schema = file_schema(tables[0], storage_options) if tables else pa.schema([])
+    settled = settled_where(filters.parse_where(where) if where else None)
+    found = survey(tables, schema, settled, storage_options)
     title = folder.rstrip("/").rpartition("/")[2] or folder
     subject = Subject(
         title,
@@ -410,9 +410,9 @@ def write_run_report(
         result.provenance,
         list(result.notes),
     )
-    if found.rows != result.samples or (result.kept is not None and found.kept != result.kept):
+    if found.counts.rows != result.samples or (result.kept is not None and found.counts.kept != result.kept):
         subject.notes.append(
-            f"The score files now hold {found.rows:,} samples and would keep {found.kept:,}; the run counted "
+            f"The score files now hold {found.counts.rows:,} samples and would keep {found.counts.kept:,}; the run counted "
             f"{result.samples:,} and {page.number(result.kept)}. Histograms and pictures show the files, counts the "
             "run."
         )

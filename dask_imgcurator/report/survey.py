@@ -16,11 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..engine.pandas import from_arrow
+from ..results import Counts
 from ..schema import kind_of
 from ..select.ranks import ValueOrder
-from ..select.selection import Condition
-from ..select.settle import Cut, kept
+from ..select.settle import Bound, Condition, Settled, counts_of
 from ..select.where import Where
 from ..storage import files
 from . import render as page
@@ -53,16 +52,16 @@ _BOUNDS = (
 
 def _mark(condition: Condition, part: int) -> Mark | None:
     """The bound that a condition is, if it is one: ``column >= number``, or where a rank came to lie."""
-    cut = condition.cut
-    if isinstance(cut, Where):
+    order = condition.order
+    if isinstance(condition.step, Where):
         for pattern in _BOUNDS:
-            if found := pattern.fullmatch(cut.text):
+            if found := pattern.fullmatch(condition.text):
                 below = (found["sign"] == "<") if "sign" in found.groupdict() else found["turned"] == ">"
-                return Mark(found["quoted"] or found["name"], float(found["number"]), cut.text, below, part)
-    elif isinstance(cut, Cut) and isinstance(cut.order, ValueOrder) and cut.last >= 0:
-        bound, below = float(cut.order.value(cut.last)), not cut.order.largest
-        text = f"{cut.text} ({'<=' if below else '>='} {page.number(bound, 5)})"
-        return Mark(cut.order.column, bound, text, below, part)
+                return Mark(found["quoted"] or found["name"], float(found["number"]), condition.text, below, part)
+    elif isinstance(condition.bound, Bound) and isinstance(order, ValueOrder) and condition.bound.last >= 0:
+        bound, below = float(order.value(condition.bound.last)), not order.largest
+        text = f"{condition.text} ({'<=' if below else '>='} {page.number(bound, 5)})"
+        return Mark(order.column, bound, text, below, part)
     return None
 
 
@@ -135,17 +134,13 @@ class Survey:
     ----------
     schema : pyarrow.Schema
         Of the score files.
-    conditions : sequence of Condition
-        What keeps a row, besides ``status == 'ok'``.
+    settled : Settled
+        What keeps a row.
 
     Attributes
     ----------
-    rows, kept : int
-        Rows in all, and those that are readable and meet every condition.
-    by_status : Counter
-        Rows by ``status``.
-    alone, left : numpy.ndarray
-        (conditions,) int64: readable rows that each keeps by itself, and that are left after it and those before it.
+    counts : Counts
+        Rows in all, by status, readable, kept, and what each condition keeps.
     failed : Counter
         Readable rows by the set of conditions that they fail, as bits: bit i for condition i.
     marks : list of Mark
@@ -160,8 +155,9 @@ class Survey:
         The first failed rows of each status.
     """
 
-    def __init__(self, schema: pa.Schema, conditions: Sequence[Condition]) -> None:
-        self.conditions = list(conditions)
+    def __init__(self, schema: pa.Schema, settled: Settled) -> None:
+        self.settled = settled
+        self.conditions = list(settled.conditions)
         numbers = {f.name for f in schema if kind_of(f.type) == "number"}
         marks = [_mark(condition, i) for i, condition in enumerate(self.conditions)]
         self.marks = [m for m in marks if m is not None and m.column in numbers]
@@ -172,12 +168,10 @@ class Survey:
         self.scores = [n for n in self.histograms if n in shown]
         self.rank = Rank(self.scores[0]) if self.scores else None
         self.wanted = {*page.ROW, "sample_offset", *self.histograms}
-        self.wanted |= {name for c in self.conditions for cut in (c.cut, c.alone) for name in cut.columns}
+        self.wanted |= {"status", *settled.columns}
         self.examples: dict[str, list[dict[str, Any]]] = {}
-        self.rows = self.kept = 0
-        self.by_status: Counter[str] = Counter()
+        self.counts = Counts()
         self.failed: Counter[int] = Counter()
-        self.alone, self.left = np.zeros((2, len(self.conditions)), np.int64)
         self._random = np.random.default_rng(_SEED)
         self.walls = self._empty_walls()
 
@@ -200,10 +194,10 @@ class Survey:
     def add(self, table: pa.Table) -> None:
         """Take in some rows of a score file."""
         n = table.num_rows
-        ok = self._statuses(table)
-        masks = self._masks(table, ok)
-        kept_rows = np.logical_and.reduce([ok, *masks])
-        self.rows, self.kept = self.rows + n, self.kept + int(kept_rows.sum())
+        verdict = self.settled.judge(table)
+        ok, masks, kept_rows = verdict.ok, verdict.passed, verdict.kept
+        self.counts = Counts.sum([self.counts, counts_of(self.settled, verdict, _statuses(table))])
+        self._note_failures(ok, masks)
         values = {name: floats(table, name) for name in self.histograms}
         for name, histogram in self.histograms.items():
             own = [m.part for m in self.marks if m.column == name]
@@ -231,30 +225,19 @@ class Survey:
             if len(shown) < _EXAMPLES:
                 shown.append(row(int(i)))
 
-    def _statuses(self, table: pa.Table) -> np.ndarray:
-        if "status" not in table.column_names:
-            self.by_status["ok"] += table.num_rows
-            return np.ones(table.num_rows, bool)
-        for item in pc.value_counts(table["status"]).to_pylist():
-            self.by_status[str(item["values"])] += item["counts"]
-        return np.asarray(pc.fill_null(pc.equal(table["status"], "ok"), False).to_numpy(zero_copy_only=False), bool)
-
-    def _masks(self, table: pa.Table, ok: np.ndarray) -> list[np.ndarray]:
-        """Which rows each condition keeps; counts them and what they fail on the way."""
-        used = {name for c in self.conditions for cut in (c.cut, c.alone) for name in cut.columns}
-        frame = from_arrow(table.select([n for n in table.column_names if n in used]))
-        masks, left, bits = [], ok, np.zeros(table.num_rows, np.int64)
-        for i, condition in enumerate(self.conditions):
-            mask = kept(frame, condition.cut)
-            alone = mask if condition.alone is condition.cut else kept(frame, condition.alone)
-            left = left & mask
-            self.alone[i] += (alone & ok).sum()
-            self.left[i] += left.sum()
+    def _note_failures(self, ok: np.ndarray, masks: Sequence[np.ndarray]) -> None:
+        """Count the readable rows by what they fail."""
+        bits = np.zeros(len(ok), np.int64)
+        for i, mask in enumerate(masks):
             bits |= (~mask).astype(np.int64) << min(i, 62)  # those beyond the 63rd are told as one
-            masks.append(mask)
         found, counts = np.unique(bits[ok], return_counts=True)
         self.failed.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
-        return masks
+
+
+def _statuses(table: pa.Table) -> dict[str, int]:
+    if "status" not in table.column_names:
+        return {"ok": table.num_rows}
+    return {str(item["values"]): item["counts"] for item in pc.value_counts(table["status"]).to_pylist()}
 
 
 def floats(table: pa.Table, name: str) -> np.ndarray:
@@ -294,7 +277,7 @@ def read_batches(
 def survey(
     urls: Sequence[str],
     schema: pa.Schema,
-    conditions: Sequence[Condition],
+    settled: Settled,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Survey:
     """Go once through a score table.
@@ -305,8 +288,8 @@ def survey(
         Its files.
     schema : pyarrow.Schema
         Of the first of them; columns that another one lacks count as missing there.
-    conditions : sequence of Condition
-        What keeps a row, besides ``status == 'ok'``.
+    settled : Settled
+        What keeps a row.
     storage_options : mapping, optional
         For fsspec.
 
@@ -319,7 +302,7 @@ def survey(
     OSError, pyarrow.ArrowException
         If a file cannot be read.
     """
-    found = Survey(schema, conditions)
+    found = Survey(schema, settled)
     for table in read_batches(urls, found.wanted, storage_options):
         found.add(table)
     return found

@@ -21,8 +21,8 @@ What is kept depends on the rows only: not on partitions, workers, threads or th
 Rows that have ``shard``, ``key`` and ``sample_offset`` in common are one row as far as this can tell; if a selection
 would have to keep one and drop the other, it raises `SelectionError`.
 
-Functions here read the columns that they rank by (see `ranks`: mostly twice) when they are called; what they return is
-lazy where the input is. Give them a score table (`read_scores`, of which only those columns are read) or
+Functions here read the columns that they rank by when they are called, once (twice where ties must be broken); what
+they return is lazy where the input is. Give them a score table (`read_scores`, of which only those columns are read) or
 ``df.persist()``, not a lazy `embed` that would decode the images each time. ``df["key"].count()`` counts rows by one
 column; Dask's ``len(df)`` reads them all, embeddings too.
 """
@@ -31,121 +31,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ..engine.backend import backend_of
-from .ranks import SelectionError, arrow_type, find_ranks, partitions, tree, value_order
-from .settle import Among, Cut, GroupCut, Settled, kept, settle_step, start_of
-from .steps import Sample, Step, Ties, Top, expand_steps, parse_sample, parse_step, parse_top, share
+from ..engine.run import reduce
+from ..results import Counts
+from .ranks import arrow_type, find_ranks, value_order
+from .settle import Condition, Settled, begin, keys_of
+from .steps import Sample, Step, Ties, Top, expand_steps, share
 from .where import Where, parse_where
 
-__all__ = [
-    "Condition",
-    "Sample",
-    "SelectionError",
-    "Settled",
-    "Step",
-    "Top",
-    "apply_steps",
-    "conditions_of",
-    "funnel",
-    "parse_sample",
-    "parse_step",
-    "parse_top",
-    "quantile",
-    "sample",
-    "settle_conditions",
-    "settle_steps",
-    "top_count",
-    "top_fraction",
-]
+Steps = str | Step | Iterable[str | Step]
 
 
-def settle_steps(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool = True) -> Settled:
-    """Find the bounds that the steps of a selection come to on a frame.
+def settle(df: Any, steps: Steps, *, ok_only: bool = True, alone: bool = False) -> Settled:
+    """Find the bounds that the conditions of a selection come to on a frame; expressions are split at ``and``.
 
-    Parameters
-    ----------
-    df : dask, pandas or cuDF DataFrame
-        The columns that steps rank by are read now.
-    steps : str, Step, or iterable of them
-        Each works on what those before it left. Text is read by `parse_step`.
-    ok_only : bool
-        Whether rows whose ``status`` is not ``ok`` are dropped first, where there is a status.
-
-    Returns
-    -------
-    Settled
-        Its `Settled.filter` takes the frame, or any part of it.
-
-    Raises
-    ------
-    WhereError
-        Where a step or an expression has a mistake.
-    SelectionError
-        If a column is missing or has no order, an amount is out of range, or rows cannot be told apart.
+    `alone`: also the bounds that each step comes to by itself.
     """
-    settled = start_of(df, ok_only)
-    for step in expand_steps(steps):
-        cut = settle_step(df, settled, step)
-        settled = replace(settled, cuts=(*settled.cuts, cut))
-    return settled
+    return begin(df, _conditions(steps), ok_only).run(alone)
 
 
-@dataclass(frozen=True)
-class Condition:
-    """One condition of a selection.
-
-    Attributes
-    ----------
-    cut : Where, Cut or GroupCut
-        Settled in its turn: on what the conditions before it left.
-    alone : Where, Cut or GroupCut
-        Settled by itself.
-    """
-
-    cut: Where | Cut | GroupCut
-    alone: Where | Cut | GroupCut
+def _conditions(steps: Steps) -> list[Step]:
+    return [part for step in expand_steps(steps) for part in (step.conjuncts() if isinstance(step, Where) else [step])]
 
 
-def conditions_of(where: Where | None) -> list[Condition]:
-    """The conditions of an expression, split at its top-level ``and``: there is nothing to settle."""
-    return [Condition(part, part) for part in where.conjuncts()] if where is not None else []
-
-
-def settle_conditions(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool = True) -> list[Condition]:
-    """Find the bounds that the conditions of a selection come to, each in its turn and by itself.
-
-    Parameters
-    ----------
-    df, steps, ok_only
-        As for `settle_steps`. An expression is split at its top-level ``and``.
-
-    Returns
-    -------
-    list of Condition
-        Without the one on ``status``.
-
-    Raises
-    ------
-    WhereError, SelectionError
-        As `settle_steps` does.
-    """
-    start = sequence = start_of(df, ok_only)
-    found = []
-    for step in expand_steps(steps):
-        for part in step.conjuncts() if isinstance(step, Where) else [step]:
-            cut = settle_step(df, sequence, part)
-            alone = cut if isinstance(part, Where) or sequence == start else settle_step(df, start, part)
-            found.append(Condition(cut, alone))
-            sequence = replace(sequence, cuts=(*sequence.cuts, cut))
-    return found
+def count(df: Any, settled: Settled) -> Counts:
+    """Count what a selection leaves of a frame."""
+    columns = [name for name in settled.columns if name in df.columns]
+    return reduce(df[columns or list(df.columns[:1])], settled.count, Counts.sum)  # type: ignore[no-any-return]
 
 
 def apply_steps(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool = True) -> Any:
@@ -153,8 +72,13 @@ def apply_steps(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: b
 
     Parameters
     ----------
-    df, steps, ok_only
-        As for `settle_steps`.
+    df : dask, pandas or cuDF DataFrame
+        The columns that steps rank by are read now.
+    steps : str, Step, or iterable of them
+        Each works on what those before it left: ``"aesthetic_score >= 5"``, ``"top 30% by clip_score"``,
+        ``"sample 10000 seed 1"``.
+    ok_only : bool
+        Whether rows whose ``status`` is not ``ok`` are dropped first, where there is a status.
 
     Returns
     -------
@@ -163,14 +87,16 @@ def apply_steps(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: b
 
     Raises
     ------
-    WhereError, SelectionError
-        As `settle_steps` does.
+    WhereError
+        Where a step or an expression has a mistake.
+    SelectionError
+        If a column is missing or has no order, an amount is out of range, or rows cannot be told apart.
 
     Examples
     --------
     >>> df = apply_steps(df, ["aesthetic_score >= 5", "top 30% by clip_score", "sample 10000"])  # doctest: +SKIP
     """
-    return settle_steps(df, steps, ok_only=ok_only).filter(df)
+    return settle(df, steps, ok_only=ok_only).filter(df)
 
 
 def top_fraction(
@@ -207,7 +133,7 @@ def top_fraction(
     Raises
     ------
     WhereError, SelectionError
-        As `settle_steps` does.
+        As `apply_steps` does.
     """
     return apply_steps(df, Top(column, fraction, None, largest, ties, where), ok_only=False)
 
@@ -234,7 +160,7 @@ def top_count(
     Raises
     ------
     WhereError, SelectionError
-        As `settle_steps` does.
+        As `apply_steps` does.
     """
     return apply_steps(df, Top(column, None, n, largest, ties, where), ok_only=False)
 
@@ -274,7 +200,7 @@ def sample(
     Raises
     ------
     WhereError, SelectionError
-        As `settle_steps` does.
+        As `apply_steps` does.
     """
     step = Sample(n, fraction, seed, by)
     before = [] if where is None else [parse_where(where) if isinstance(where, str) else where]
@@ -314,18 +240,19 @@ def quantile(df: Any, column: str, q: float | Sequence[float], *, where: str | W
     """
     several = isinstance(q, Sequence | np.ndarray) and not isinstance(q, str)
     shares = [share(item, "q") for item in (q if several else [q])]  # type: ignore[union-attr]
-    order, before = value_order(df, column), Settled(backend_of(df).name)
-    if where is not None:
-        step = parse_where(where) if isinstance(where, str) else where
-        before = replace(before, cuts=(settle_step(df, before, step),))
-    as_int = pa.types.is_integer(arrow_type(df, column))
+    before = [] if where is None else [parse_where(where) if isinstance(where, str) else where]
+    order = value_order(df, column)
+    settling = begin(df, before, ok_only=False)
+    at = len(settling.settled.conditions)
+    settling.add(Condition(Top(column, 1), order))
 
     def rank(share: Fraction, n: int) -> int:
         return max(1, math.ceil(share * n))
 
-    parts, among = partitions(df, [*before.columns, column]), Among(before, order, (column,))
-    n, places = find_ranks(parts, among, lambda n: sorted({rank(s, n) for s in shares}) if n else [])
-    values = [order.value(places[rank(share, n)].key) if n else None for share in shares]
+    keys = partial(keys_of, before=Settled(settling.settled.conditions[:at], ok_only=False), i=at)
+    n, found = find_ranks(settling.digest(), keys, lambda n: sorted({rank(s, n) for s in shares}) if n else [])
+    values = [order.value(found[rank(share, n)].key) if n else None for share in shares]
+    as_int = pa.types.is_integer(arrow_type(df, column))
     values = [int(v) if as_int and v is not None else v for v in values]
     return values if several else values[0]
 
@@ -336,7 +263,7 @@ def funnel(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool =
     Parameters
     ----------
     df, steps, ok_only
-        As for `settle_steps`. An expression is split at its top-level ``and``.
+        As for `apply_steps`. An expression is split at its top-level ``and``.
 
     Returns
     -------
@@ -352,40 +279,13 @@ def funnel(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool =
 
     Notes
     -----
-    Conditions are counted in one pass over the columns that they use; each step that ranks reads its column before,
-    once for `alone` and once for `left`.
+    Conditions are counted in one pass over the columns that they use; steps that rank read theirs once before.
     """
-    start = start_of(df, ok_only)
-    conditions = settle_conditions(df, steps, ok_only=ok_only)
-    alone = [condition.alone for condition in conditions]
-    sequence = replace(start, cuts=(*start.cuts, *(condition.cut for condition in conditions)))
-    columns = [name for cut in [*sequence.cuts, *alone] for name in cut.columns] or df.columns[:1]
-    rows, left, own = tree(partitions(df, columns), _survivors, _sum, start, sequence.cuts, alone)
-    left = [rows, *left]
-    first = 1 + len(start.cuts)  # left[first - 1] rows are ok
-    table = pd.DataFrame({"condition": ["all rows", *(cut.text for cut in sequence.cuts)], "left": left})
-    table.insert(1, "alone", [*left[:first], *own])
-    table["removed_alone"] = [rows, *left[: first - 1], *[left[first - 1]] * len(own)] - table["alone"]
-    table["removed"] = [rows, *left[:-1]] - table["left"]
-    return table
-
-
-def _survivors(frame: Any, start: Settled, cuts: Sequence[Any], alone: Sequence[Any]) -> tuple[int, Any, Any]:
-    """Count the rows of a partition, those left after each cut, and those that each keeps by itself."""
-    left, own = [], []
-    keep = np.ones(len(frame), bool)
-    for cut in start.cuts:
-        keep &= kept(frame, cut)
-        left.append(keep.sum())
-    first, base = keep, frame if keep.all() else frame[keep]
-    for cut, single in zip(cuts[len(start.cuts) :], alone, strict=True):
-        one = first.copy()
-        one[first] = kept(base, single)
-        keep = keep & (one if cut is single else kept(frame, cut))
-        left.append(keep.sum())
-        own.append(one.sum())
-    return len(frame), np.array(left, np.int64), np.array(own, np.int64)
-
-
-def _sum(found: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-    return tuple(sum(column) for column in zip(*found, strict=True))
+    settled = settle(df, steps, ok_only=ok_only, alone=True)
+    counts = count(df, settled)
+    ok = [("status == 'ok'", counts.readable, counts.readable)] if settled.ok_only else []
+    own = [(step.condition, step.alone, step.left) for step in counts.funnel]
+    table = pd.DataFrame([("all rows", counts.rows, counts.rows), *ok, *own], columns=["condition", "alone", "left"])
+    before = [counts.rows, *table["left"][:-1]]
+    of = [counts.rows] * (1 + len(ok)) + [counts.readable] * len(own)
+    return table.assign(removed_alone=of - table["alone"], removed=before - table["left"])

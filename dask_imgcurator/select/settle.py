@@ -1,302 +1,217 @@
-"""The steps of a selection settled on rows: each row passes or not by itself, in whatever partition it is."""
+"""The conditions of a selection settled on rows: then each row passes or not by itself, in whatever partition it is.
+
+A row's part in a selection is small: whether it is readable, whether it meets each expression, and a 64-bit key for
+each step that ranks. One pass over the table makes these digests, which stay in memory where the partitions are; every
+bound is found on them. Ties at a bound take one more pass, for the order that breaks them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..engine.backend import backend_of, get_backend, is_dask
+from ..engine.frames import meta_of
+from ..engine.run import current_client, reduce
+from ..results import ConditionCount, Counts
 from ..schema import kind_of
-from .ranks import (
-    IDENTITY,
-    Order,
-    RandomOrder,
-    SelectionError,
-    TiedOrder,
-    arrow_type,
-    find_ranks,
-    partitions,
-    tree,
-    value_order,
-)
-from .steps import Sample, Step, Ties, Top
-from .where import Where, parse_where
-
-__all__ = ["Among", "Cut", "GroupCut", "Settled", "kept", "settle_step", "start_of"]
+from .ranks import IDENTITY, Order, RandomOrder, SelectionError, arrow_type, find_ranks, random_order, value_order
+from .steps import Sample, Step, Top
+from .where import Where
 
 _ALL = 2**64 - 1
 _NONE = -1
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A `Top` or `Sample` settled: which rows come before a bound. Works on any partition, and can be pickled.
+class Bound:
+    """Where a ranking step came to lie: the last key that is kept, and the last key among the ties that have it."""
 
-    Attributes
-    ----------
-    text : str
-        The step.
-    columns : tuple of str
-        The columns that it uses.
-    order : Order
-        The order in which rows come.
-    last : int
-        The last key that is kept; -1 if none is.
-    tied : TiedOrder, optional
-        The order of the rows that have this key; without it, all of them are kept.
-    last_tied : int
-        Of those, the last key that is kept.
-    """
-
-    text: str
-    columns: tuple[str, ...]
-    order: Order
     last: int
-    tied: TiedOrder | None = None
     last_tied: int = _ALL
-
-    def keep(self, frame: Any) -> np.ndarray:
-        """Tell which rows of a partition are kept: (n,) bool."""
-        keys, known = self.order.keys(frame)
-        keep = known & (keys <= self.last)
-        if self.tied is not None:
-            keys, there = self.tied.keys(frame)
-            keep &= ~there | (keys <= self.last_tied)
-        return np.asarray(keep)
 
 
 @dataclass(frozen=True, eq=False)
-class GroupCut:
-    """A `Sample` of each group settled: which rows come before the bound of their group.
+class GroupBounds:
+    """Where a sample of each group came to lie: the last key that is kept, by group; all rows of groups not named."""
+
+    bounds: pd.Series
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition of a selection: an expression, or a step that ranks, with its bounds once they are settled."""
+
+    step: Step
+    order: Order | None = None
+    bound: Bound | GroupBounds | None = None  # on what the conditions before left
+    alone: Bound | GroupBounds | None = None  # on all readable rows
+
+    @property
+    def text(self) -> str:
+        """What the user wrote."""
+        return self.step.text
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that it uses."""
+        if self.order is None:
+            return tuple(self.step.columns)  # type: ignore[union-attr]
+        by = self.step.by if isinstance(self.step, Sample) else None
+        return (*self.order.columns, *([by] if by is not None else []))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a selection makes of some rows; all (n,) bool.
 
     Attributes
     ----------
-    text, columns, order
-        As for `Cut`.
-    by : str
-        The column of groups.
-    bounds : pandas.Series of uint64
-        The last key that is kept, by group; of groups that it does not name, all rows are kept.
+    ok : numpy.ndarray
+        Rows that are readable.
+    passed, alone : list of numpy.ndarray
+        For each condition, the rows that meet it, by its bound in its turn and by its bound on all readable rows.
     """
 
-    text: str
-    columns: tuple[str, ...]
-    order: RandomOrder
-    by: str
-    bounds: pd.Series
+    ok: np.ndarray
+    passed: list[np.ndarray]
+    alone: list[np.ndarray]
 
-    def keep(self, frame: Any) -> np.ndarray:
-        """Tell which rows of a partition are kept: (n,) bool."""
-        rows = _grouped(frame, self.order, self.by)
-        at = self.bounds.index.get_indexer(pd.Index(rows["group"]))
-        bounds = np.r_[self.bounds.to_numpy(np.uint64), np.uint64(_ALL)][at]  # -1: no bound
-        keep = np.zeros(len(frame), bool)
-        keep[rows["row"].to_numpy()] = rows["key"].to_numpy() <= bounds
-        return keep
+    @property
+    def kept(self) -> np.ndarray:
+        """Rows that are kept."""
+        return np.logical_and.reduce([self.ok, *self.passed])
 
 
 @dataclass(frozen=True)
 class Settled:
-    """Steps settled: a test that each row passes or not by itself. Works on any partition, and can be pickled.
+    """A selection whose bounds are settled; works on any part of the rows, and can be pickled.
 
     Attributes
     ----------
-    backend : str
-        Of the partitions.
-    cuts : tuple of Where, Cut or GroupCut
+    conditions : tuple of Condition
         One after another.
+    ok_only : bool
+        Whether rows whose ``status`` is not ``ok`` are dropped first, where there is a status.
+    tied : RandomOrder, optional
+        What breaks ties, where a bound needs it.
     """
 
-    backend: str
-    cuts: tuple[Where | Cut | GroupCut, ...] = ()
+    conditions: tuple[Condition, ...] = ()
+    ok_only: bool = True
+    tied: RandomOrder | None = None
 
     @property
     def columns(self) -> list[str]:
-        """Columns that are needed to tell."""
-        return list(dict.fromkeys(name for cut in self.cuts for name in cut.columns))
+        """Columns that are needed to judge a row (``status`` where there is one)."""
+        names = [name for condition in self.conditions for name in condition.columns]
+        tied = self.tied.columns if self.tied is not None else ()
+        return list(dict.fromkeys([*(["status"] if self.ok_only else []), *names, *tied]))
 
-    def keep(self, frame: Any) -> np.ndarray:
-        """Tell which rows of a partition are kept: (n,) bool."""
-        keep = np.ones(len(frame), bool)
-        for cut in self.cuts:
-            if isinstance(cut, Where):
-                keep &= kept(frame, cut)
-            else:  # what ranks or hashes is asked about the rows that are left
-                keep[keep] = cut.keep(_rows(frame, cut.columns, keep))
-        return keep
+    def judge(self, table: pa.Table) -> Verdict:
+        """Tell which rows of an Arrow table are kept, and by what."""
+        return self.judge_digest(_digest(table, self))
+
+    def judge_frame(self, frame: Any) -> Verdict:
+        """Tell which rows of a partition are kept, and by what."""
+        there = [name for name in self.columns if name != "status" or name in frame.columns]
+        if not there:
+            n = len(frame)
+            return Verdict(np.ones(n, bool), [], [])
+        return self.judge(backend_of(frame).to_host(frame, there))
+
+    def judge_digest(self, digest: pd.DataFrame) -> Verdict:
+        """Tell the same from the digests of rows."""
+        passed = [_passed(digest, i, c, c.bound) for i, c in enumerate(self.conditions)]
+        alone = [
+            mask if c.alone is None or c.alone is c.bound else _passed(digest, i, c, c.alone)
+            for i, (c, mask) in enumerate(zip(self.conditions, passed, strict=True))
+        ]
+        return Verdict(digest["ok"].to_numpy(), passed, alone)
+
+    def count(self, frame: Any) -> Counts:
+        """Count what a partition's rows come to."""
+        verdict = self.judge_frame(frame)
+        statuses: dict[str, int] = {}
+        if "status" in frame.columns:
+            found = pc.value_counts(backend_of(frame).to_host(frame, ["status"])["status"].combine_chunks())
+            statuses = {str(item["values"]): item["counts"] for item in found.to_pylist()}
+        return counts_of(self, verdict, statuses)
+
+    def filter(self, df: Any) -> Any:
+        """Keep rows of a Dask, pandas or cuDF frame, lazily if it is; of a score table, only what is needed is read."""
+        used = [name for name in self.columns if name in df.columns]
+        if not used:
+            return df
+        if not is_dask(df):
+            return df[self.mask(df)]
+        narrow = df[used]
+        return df[narrow.map_partitions(self.mask, meta=self.mask(meta_of(narrow)), enforce_metadata=False)]
 
     def mask(self, frame: Any) -> Any:
         """Tell which rows of a partition are kept: a Series of bool, of its library and index."""
         schema = pa.schema([pa.field("keep", pa.bool_(), nullable=False)])
-        table = pa.Table.from_arrays([pa.array(self.keep(frame))], schema=schema)
-        column = get_backend(self.backend).from_arrow(table)["keep"]
+        table = pa.Table.from_arrays([pa.array(self.judge_frame(frame).kept)], schema=schema)
+        column = backend_of(frame).from_arrow(table)["keep"]
         column.index = frame.index
         return column
 
-    def filter(self, df: Any) -> Any:
-        """Keep rows of a frame, lazily if it is; of a score table, columns that nothing needs are not read.
 
-        Parameters
-        ----------
-        df : dask, pandas or cuDF DataFrame
-            With `columns`.
-
-        Returns
-        -------
-        the frame's type
-        """
-        if not self.cuts:
-            return df
-        if not is_dask(df):
-            return df[self.mask(df)]
-        used = df[self.columns]
-        return df[used.map_partitions(self.mask, meta=self.mask(_empty(used)), enforce_metadata=False)]
+def settled_where(where: Where | None, ok_only: bool = True) -> Settled:
+    """Return a selection by an expression alone: there is nothing to settle."""
+    parts = where.conjuncts() if where is not None else []
+    return Settled(tuple(Condition(part) for part in parts), ok_only)
 
 
-def kept(frame: Any, cut: Where | Cut | GroupCut) -> np.ndarray:
-    """Tell which rows of a partition a step keeps by itself: (n,) bool."""
-    return np.asarray(cut.mask(frame).to_numpy(), bool) if isinstance(cut, Where) else cut.keep(frame)
+def counts_of(settled: Settled, verdict: Verdict, by_status: dict[str, int]) -> Counts:
+    """Count what a verdict says, alone and in turn."""
+    left, funnel = verdict.ok, []
+    for condition, passed, alone in zip(settled.conditions, verdict.passed, verdict.alone, strict=True):
+        left = left & passed
+        funnel.append(ConditionCount(condition.text, int((verdict.ok & alone).sum()), int(left.sum())))
+    return Counts(len(verdict.ok), int(verdict.ok.sum()), int(left.sum()), by_status, funnel)
 
 
-def _rows(frame: Any, columns: Sequence[str], keep: np.ndarray) -> Any:
-    frame = frame[list(columns)]
-    return frame if keep.all() else frame[keep]
+# --- digests --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Among:
-    """An order of the rows that steps have left; the others have no place.
-
-    Attributes
-    ----------
-    before : Settled
-        The steps.
-    order : Order
-        The order.
-    columns : tuple of str
-        The columns that it uses.
-    """
-
-    before: Settled
-    order: Order
-    columns: tuple[str, ...]
-
-    def keys(self, frame: Any) -> tuple[np.ndarray, np.ndarray]:
-        """See `Order.keys`."""
-        if not self.before.cuts:
-            return self.order.keys(frame)
-        there = self.before.keep(frame)
-        keys, known = np.zeros(len(frame), np.uint64), there.copy()
-        keys[there], known[there] = self.order.keys(_rows(frame, self.columns, there))
-        return keys, known
+def _digest(table: pa.Table, settled: Settled) -> pd.DataFrame:
+    """All that a selection needs to know of rows, in a few bytes each."""
+    ok = np.ones(len(table), bool)
+    if settled.ok_only and "status" in table.column_names:
+        ok = pc.fill_null(pc.equal(table["status"].cast(pa.string()), "ok"), False).to_numpy()
+    digest: dict[str, Any] = {"ok": ok}
+    for i, condition in enumerate(settled.conditions):
+        if condition.order is None:
+            digest[f"{i}"] = _truth(condition.step, table)  # type: ignore[arg-type]
+            continue
+        digest[f"{i}"], digest[f"{i} known"] = condition.order.keys(table)
+        if isinstance(condition.step, Sample) and condition.step.by is not None:
+            digest[f"{i} group"], there = _groups(table[condition.step.by], condition.step.by)
+            digest[f"{i} known"] &= there
+    if settled.tied is not None:
+        digest["tie"], _ = settled.tied.keys(table)
+    return pd.DataFrame(digest)
 
 
-def _empty(df: Any) -> Any:
-    from dask.dataframe.utils import make_meta
-
-    return make_meta(df) if is_dask(df) else df.iloc[:0]
+def _truth(where: Where, table: pa.Table) -> np.ndarray:
+    return np.asarray(where.mask(get_backend("pandas").from_arrow(table)).to_numpy(), bool)
 
 
-# --- settle ---------------------------------------------------------------------------------------
-
-
-def start_of(df: Any, ok_only: bool) -> Settled:
-    """Return what comes before the first step."""
-    ok = (parse_where("status == 'ok'"),) if ok_only and "status" in df.columns else ()
-    return Settled(backend_of(df).name, ok)
-
-
-def settle_step(df: Any, before: Settled, step: Step) -> Where | Cut | GroupCut:
-    """Settle a step on the rows of a frame that those before it left; reads the columns that it ranks by."""
-    if isinstance(step, Where):
-        step.mask(_empty(df))  # its mistakes are told now
-        return step
-    if isinstance(step, Top):
-        order = value_order(df, step.column, step.largest)
-        return _settle_order(df, before, step, order, (step.column,), step.ties)
-    random = _random_order(df, step.seed, f"`{step.text}`")
-    if step.by is not None:
-        return _settle_groups(df, before, step, step.by, random)
-    return _settle_order(df, before, step, random, random.identity, "exact")
-
-
-def _random_order(df: Any, seed: int, why: str) -> RandomOrder:
-    identity = tuple(name for name in IDENTITY if name in df.columns)
-    if not identity:
-        raise SelectionError(
-            f"{why} needs the columns by which a row is known ({', '.join(IDENTITY)}, or one of them): keep them "
-            f"(there are: {', '.join(map(str, df.columns))})"
-        )
-    return RandomOrder(backend_of(df).name, identity, int(seed))
-
-
-def _settle_order(
-    df: Any, before: Settled, step: Top | Sample, order: Order, columns: tuple[str, ...], ties: Ties
-) -> Cut:
-    parts, among = partitions(df, [*before.columns, *columns]), Among(before, order, columns)
-    n, places = find_ranks(parts, among, lambda n: [k for k in [step.amount.of(n)] if 0 < k < n])
-    if not places:
-        return Cut(step.text, columns, order, _ALL if step.amount.of(n) else _NONE)
-    (place,) = places.values()
-    left = place.rank - place.before
-    if left == place.equal or ties == "include":
-        return Cut(step.text, columns, order, place.key)
-    if ties == "exclude":
-        return Cut(step.text, columns, order, place.key - 1)
-    if isinstance(order, RandomOrder):
-        raise _indistinct(parts, among, place.key, order, step.text)
-    random = _random_order(df, 0, f"`{step.text}` has ties to break and")
-    tied = TiedOrder(order, place.key, random)
-    columns = tuple(dict.fromkeys((*columns, *random.identity)))
-    parts, among = partitions(df, [*before.columns, *columns]), Among(before, tied, columns)
-    _, places = find_ranks(parts, among, lambda n: [left])
-    second = places[left]
-    if second.before + second.equal != left:
-        raise _indistinct(parts, among, second.key, random, step.text)
-    return Cut(step.text, columns, order, place.key, tied, second.key)
-
-
-def _indistinct(parts: Sequence[Any], order: Order, key: int, random: RandomOrder, text: str) -> SelectionError:
-    """Say which rows cannot be told apart."""
-    rows = tree(parts, _rows_with, pd.concat, order, key, random)
-    names = ", ".join(f"{name} {value!r}" for name, value in rows.iloc[:1].to_dict("records")[0].items())
-    return SelectionError(
-        f"`{text}` would keep some of {len(rows)} rows that it cannot tell apart, and drop the others: they have "
-        f"{names}. Drop rows that are there twice, or keep the columns {', '.join(IDENTITY)}"
-    )
-
-
-def _rows_with(frame: Any, order: Order, key: int, random: RandomOrder) -> pd.DataFrame:
-    keys, known = order.keys(frame)
-    rows = frame[known & (keys == np.uint64(key))]
-    return get_backend(random.backend).to_host(rows, list(random.identity)).to_pandas()
-
-
-def _settle_groups(df: Any, before: Settled, step: Sample, by: str, order: RandomOrder) -> Cut | GroupCut:
-    assert step.n is not None
-    if by not in df.columns:
-        raise SelectionError(f"there is no column {by!r} (there are: {', '.join(map(str, df.columns))})")
-    _check_groups(by, arrow_type(df, by))
-    columns = tuple(dict.fromkeys((by, *order.identity)))
-    if step.n == 0:
-        return Cut(step.text, columns, order, _NONE)
-    parts, among = partitions(df, [*before.columns, *columns]), Among(before, order, columns)
-    # One row more than is kept, to see that it is another one.
-    n = step.n + 1
-    first = tree(parts, _first_of_groups, partial(_merge_groups, n=n), among, order, by, n)
-    place = first.groupby("group", sort=False).cumcount().to_numpy()
-    keys = first["key"].to_numpy()
-    same = np.flatnonzero((place[1:] == step.n) & (keys[1:] == keys[:-1]))
-    if len(same):
-        raise _indistinct(parts, among, int(keys[same[0]]), order, step.text)
-    bounds = first[place == step.n - 1].set_index("group")["key"]
-    return GroupCut(step.text, columns, order, by, bounds)
+def _groups(groups: pa.ChunkedArray, by: str) -> tuple[pd.Series, np.ndarray]:
+    """Groups of rows, and which rows have one: (n,) bool."""
+    _check_groups(by, groups.type)
+    there = groups.is_valid().to_numpy()
+    if pa.types.is_floating(groups.type):
+        there = there & ~np.isnan(groups.fill_null(0).to_numpy())
+    return groups.to_pandas().reset_index(drop=True), there
 
 
 def _check_groups(by: str, type_: pa.DataType) -> None:
@@ -304,20 +219,184 @@ def _check_groups(by: str, type_: pa.DataType) -> None:
         raise SelectionError(f"column {by!r} holds {type_}: groups are numbers, text or truth values")
 
 
-def _grouped(frame: Any, order: RandomOrder, by: str) -> pd.DataFrame:
-    """``group``, ``key`` and ``row`` (its number) of the rows that have a group."""
-    groups = get_backend(order.backend).to_host(frame, [by])[by]
-    _check_groups(by, groups.type)
-    there = groups.is_valid()
-    if pa.types.is_floating(groups.type):
-        there = pa.array(there.to_numpy() & ~np.isnan(groups.fill_null(0).to_numpy()))
-    rows = np.flatnonzero(there.to_numpy(zero_copy_only=False) if isinstance(there, pa.Array) else there.to_numpy())
-    return pd.DataFrame({"group": groups.filter(there).to_pandas(), "key": order.keys(frame)[0][rows], "row": rows})
+def _passed(digest: pd.DataFrame, i: int, condition: Condition, bound: Any) -> np.ndarray:
+    """Tell which rows meet a condition: (n,) bool."""
+    if condition.order is None:
+        return digest[f"{i}"].to_numpy()
+    keys, known = digest[f"{i}"].to_numpy(), digest[f"{i} known"].to_numpy()
+    if isinstance(bound, GroupBounds):
+        at = bound.bounds.index.get_indexer(pd.Index(digest[f"{i} group"]))
+        bounds = np.r_[bound.bounds.to_numpy(np.uint64), np.uint64(_ALL)][at]  # -1: no bound
+        return known & (keys <= bounds)
+    if bound.last == _NONE:
+        return np.zeros(len(digest), bool)
+    passed = known & (keys <= np.uint64(bound.last))
+    if bound.last_tied != _ALL:
+        passed &= (keys != np.uint64(bound.last)) | (digest["tie"].to_numpy() <= np.uint64(bound.last_tied))
+    return passed
 
 
-def _first_of_groups(frame: Any, among: Among, order: RandomOrder, by: str, n: int) -> pd.DataFrame:
-    rows = _rows(frame, among.columns, among.before.keep(frame))
-    return _merge_groups([_grouped(rows, order, by)[["group", "key"]]], n)
+# --- settle ---------------------------------------------------------------------------------------
+
+
+class _NeedsTies(Exception):
+    """A bound falls among rows with equal values."""
+
+
+@dataclass
+class Settling:
+    """A selection on its way: the digests of all rows, on which bounds are found one after another."""
+
+    df: Any
+    settled: Settled
+    digests: Any = None
+
+    def add(self, condition: Condition) -> None:
+        """Append a condition."""
+        self.settled = replace(self.settled, conditions=(*self.settled.conditions, condition))
+
+    def digest(self) -> Any:
+        """Make the digests of all rows: one pandas frame, or a persisted Dask one where a cluster has the rows."""
+        narrow = self.df[self.settled.columns]
+        if not is_dask(narrow):
+            return _digest_frame(narrow, self.settled)
+        meta = _digest_frame(meta_of(narrow), self.settled)
+        lazy = narrow.map_partitions(_digest_frame, self.settled, meta=meta, enforce_metadata=False, token="digest")
+        return lazy.persist() if current_client() is not None else lazy.compute().reset_index(drop=True)
+
+    def run(self, alone: bool) -> Settled:
+        """Find all bounds, by themselves too if asked for; reads the columns that are needed once, or twice for ties."""
+        if all(c.order is None for c in self.settled.conditions):
+            return self.settled
+        self.digests = self.digest()
+        try:
+            self._settle(alone)
+        except _NeedsTies:
+            why = next(c.text for c in self.settled.conditions if isinstance(c.step, Top))
+            tied = random_order(self.df, 0, f"`{why}` has ties to break and")
+            self.settled = replace(self.settled, tied=tied)
+            self.digests = self.digest()
+            self._settle(alone)
+        return self.settled
+
+    def _settle(self, alone: bool) -> None:
+        conditions = tuple(replace(c, bound=None, alone=None) for c in self.settled.conditions)
+        for i, condition in enumerate(conditions):
+            if condition.order is None:
+                continue
+            bound = self._bound(replace(self.settled, conditions=conditions[:i]), i, condition)
+            own = bound
+            if alone and i > 0:
+                own = self._bound(replace(self.settled, conditions=()), i, condition)
+            conditions = (*conditions[:i], replace(condition, bound=bound, alone=own), *conditions[i + 1 :])
+        self.settled = replace(self.settled, conditions=conditions)
+
+    def _bound(self, before: Settled, i: int, condition: Condition) -> Bound | GroupBounds:
+        """Find the bound of a ranking step on the rows that the conditions before it left."""
+        step = condition.step
+        assert isinstance(step, Top | Sample)
+        if isinstance(step, Sample) and step.by is not None:
+            return self._group_bounds(before, i, condition, step)
+        keys = partial(keys_of, before=before, i=i)
+        n, found = find_ranks(self.digests, keys, lambda n: [k for k in [step.amount.of(n)] if 0 < k < n])
+        if not found:
+            return Bound(_ALL if step.amount.of(n) else _NONE)
+        (place,) = found.values()
+        left = place.rank - place.before
+        ties = step.ties if isinstance(step, Top) else "exact"
+        if left == place.equal or ties == "include":
+            return Bound(place.key)
+        if ties == "exclude":
+            return Bound(place.key - 1)
+        if isinstance(step, Sample):
+            raise self._indistinct(before, i, place.key, None, step.text)
+        if self.settled.tied is None:
+            raise _NeedsTies
+        _, found = find_ranks(self.digests, partial(_tied_keys, before=before, i=i, key=place.key), lambda n: [left])
+        second = found[left]
+        if second.before + second.equal != left:
+            raise self._indistinct(before, i, place.key, second.key, step.text)
+        return Bound(place.key, second.key)
+
+    def _group_bounds(self, before: Settled, i: int, condition: Condition, step: Sample) -> Bound | GroupBounds:
+        assert step.n is not None
+        if step.n == 0:
+            return Bound(_NONE)
+        # One row more than is kept, to see that it is another one.
+        first = reduce(self.digests, _first_of_groups, partial(_merge_groups, n=step.n + 1), before, i, step.n + 1)
+        place = first.groupby("group", sort=False).cumcount().to_numpy()
+        keys = first["key"].to_numpy()
+        same = np.flatnonzero((place[1:] == step.n) & (keys[1:] == keys[:-1]))
+        if len(same):
+            raise self._indistinct(before, i, int(keys[same[0]]), None, step.text)
+        return GroupBounds(first[place == step.n - 1].set_index("group")["key"])
+
+    def _indistinct(self, before: Settled, i: int, key: int, tie: int | None, text: str) -> SelectionError:
+        """Say which rows cannot be told apart."""
+        random = random_order(self.df, 0, f"`{text}`")
+        columns = [name for name in {*self.settled.columns, *random.columns} if name in self.df.columns]
+        rows = reduce(self.df[columns], _rows_with, pd.concat, self.settled, before, i, key, tie, random.identity)
+        names = ", ".join(f"{name} {value!r}" for name, value in rows.iloc[:1].to_dict("records")[0].items())
+        return SelectionError(
+            f"`{text}` would keep some of {len(rows)} rows that it cannot tell apart, and drop the others: they have "
+            f"{names}. Drop rows that are there twice, or keep the columns {', '.join(IDENTITY)}"
+        )
+
+
+def begin(df: Any, steps: Sequence[Step], ok_only: bool) -> Settling:
+    """Prepare a selection on a frame; mistakes are told now."""
+    backend_of(df)  # raises for anything that is no frame
+    conditions = []
+    for step in steps:
+        if isinstance(step, Where):
+            step.mask(meta_of(df))
+            conditions.append(Condition(step))
+        elif isinstance(step, Top):
+            conditions.append(Condition(step, value_order(df, step.column, step.largest)))
+        else:
+            order = random_order(df, step.seed, f"`{step.text}`")
+            if step.by is not None:
+                if step.by not in df.columns:
+                    raise SelectionError(
+                        f"there is no column {step.by!r} (there are: {', '.join(map(str, df.columns))})"
+                    )
+                _check_groups(step.by, arrow_type(df, step.by))
+            conditions.append(Condition(step, order))
+    return Settling(df, Settled(tuple(conditions), ok_only and "status" in df.columns))
+
+
+def _digest_frame(frame: Any, settled: Settled) -> pd.DataFrame:
+    return _digest(backend_of(frame).to_host(frame, settled.columns), settled)
+
+
+def _eligible(digest: pd.DataFrame, before: Settled, i: int) -> np.ndarray:
+    return before.judge_digest(digest).kept & digest[f"{i} known"].to_numpy()
+
+
+def keys_of(digest: pd.DataFrame, before: Settled, i: int) -> np.ndarray:
+    """Keys of the rows that conditions before a ranking step left: (m,) uint64."""
+    return digest[f"{i}"].to_numpy()[_eligible(digest, before, i)]
+
+
+def _tied_keys(digest: pd.DataFrame, before: Settled, i: int, key: int) -> np.ndarray:
+    tied = _eligible(digest, before, i) & (digest[f"{i}"].to_numpy() == np.uint64(key))
+    return digest["tie"].to_numpy()[tied]
+
+
+def _rows_with(
+    frame: Any, settled: Settled, before: Settled, i: int, key: int, tie: int | None, identity: tuple[str, ...]
+) -> pd.DataFrame:
+    host = backend_of(frame).to_host(frame, list(frame.columns))
+    digest = _digest(host, settled)
+    found = _eligible(digest, before, i) & (digest[f"{i}"].to_numpy() == np.uint64(key))
+    if tie is not None:
+        found &= digest["tie"].to_numpy() == np.uint64(tie)
+    return host.select(list(identity)).filter(pa.array(found)).to_pandas()
+
+
+def _first_of_groups(digest: pd.DataFrame, before: Settled, i: int, n: int) -> pd.DataFrame:
+    rows = digest[_eligible(digest, before, i)]
+    return _merge_groups([pd.DataFrame({"group": rows[f"{i} group"], "key": rows[f"{i}"]})], n)
 
 
 def _merge_groups(found: Sequence[pd.DataFrame], n: int) -> pd.DataFrame:

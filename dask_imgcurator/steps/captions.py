@@ -1,19 +1,224 @@
-"""Length and language of captions: one partition in, one partition out."""
+"""What captions say: as vectors, how well they fit their images, their length and language. No image is decoded."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
-from ..engine.backend import backend_of
-from .text import texts_of
+from ..engine.backend import Backend, backend_of
+from ..engine.cache import cache
+from ..engine.frames import apply_step, refuse_text, require_columns
+from ..models.encoders import EncoderSpec, ModelError, resolve_encoder
+from ..models.text_tower import TextEncoder, load_text_encoder, require_text_tower
 
-__all__ = ["CaptionUse", "caption_stats_partition", "detect_languages", "language_problem"]
+if TYPE_CHECKING:
+    import torch
+
+READ = "read the shards with read_webdataset, or name yours with "
+EMBED = "make it with embed, or name yours with embedding="
+
+#: Rows compared at a time.
+BLOCK = 65_536
+
+
+@dataclass(frozen=True)
+class TextUse:
+    """Which text is embedded by which model, and where the result goes."""
+
+    encoder: EncoderSpec
+    caption: str = "caption"
+    embedding: str = "embedding"
+    column: str = "clip_score"
+    batch_size: int | None = None
+
+
+def texts_of(backend: Backend, frame: Any, column: str) -> list[str | None]:
+    """Texts of a column, in host memory; TypeError where it holds something else."""
+    values = backend.to_host(frame, [column])[column]
+    type_ = values.type
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+        values = values.cast(type_)
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    if not any(is_text(type_) for is_text in texts):
+        raise TypeError(f"column {column!r} holds {type_}, not text: name the column with the captions")
+    return list(values.to_pylist())
+
+
+def embed_text_partition(frame: Any, use: TextUse) -> Any:
+    """Embed the captions of a partition; an empty caption is a text like any other."""
+    backend = backend_of(frame)
+    texts = texts_of(backend, frame, use.caption)
+    rows = np.array([i for i, text in enumerate(texts) if text is not None], np.int64)
+    if len(rows):
+        encoder = load_text_encoder(use.encoder, backend.device)
+        values = encoder.encode_texts([texts[i] or "" for i in rows], use.batch_size)
+    else:
+        values = _no_vectors(backend)
+    return frame.assign(**{use.column: backend.matrix_column(values, rows, frame.index)})
+
+
+def clip_score_partition(frame: Any, use: TextUse) -> Any:
+    """Compare each image of a partition with its own caption."""
+    backend = backend_of(frame)
+    texts = texts_of(backend, frame, use.caption)
+    values, rows = backend.matrix(frame[use.embedding])
+    kept = [i for i, row in enumerate(rows.tolist()) if texts[row] is not None]
+    if kept:
+        encoder = load_text_encoder(use.encoder, backend.device)
+        check_width(values, encoder, use.embedding)
+        text = encoder.encode_texts([texts[i] or "" for i in rows[kept].tolist()], use.batch_size)
+        scores = _cosine(values[kept], text)
+    else:
+        scores = _no_vectors(backend)[:, 0]
+    return frame.assign(**{use.column: backend.float_column(scores, rows[kept], frame.index)})
+
+
+def _no_vectors(backend: Backend) -> torch.Tensor:
+    import torch
+
+    return torch.empty((0, 1), device=backend.device)
+
+
+def check_width(values: torch.Tensor, encoder: TextEncoder, column: str) -> None:
+    if values.shape[1] != encoder.width:
+        raise ModelError(
+            f"column {column!r} holds embeddings of width {values.shape[1]}, the text tower of "
+            f"{encoder.spec.model!r} gives {encoder.width}: name the model that made them, as model= and pretrained="
+        )
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Cosine of each row with its own counterpart."""
+    import torch
+
+    pairs = zip(a.split(BLOCK), b.split(BLOCK), strict=True)
+    return torch.cat([torch.nn.functional.cosine_similarity(x, y, dim=1) for x, y in pairs])
+
+
+def encoder_of(model: str, pretrained: str | None, dtype: str | None, step: str) -> EncoderSpec:
+    """Settle the model whose text tower a step needs."""
+    spec = resolve_encoder(model, pretrained, dtype)
+    require_text_tower(spec, step)
+    return spec
+
+
+def _check_batch(batch_size: int | None) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+
+
+def embed_text(
+    df: Any,
+    model: str = "ViT-L-14",
+    pretrained: str | None = None,
+    *,
+    column: str = "caption",
+    output: str = "text_embedding",
+    batch_size: int | None = None,
+    dtype: str | None = None,
+) -> Any:
+    """Embed the captions of a DataFrame.
+
+    Parameters
+    ----------
+    df : dask, pandas or cuDF DataFrame
+        With a column of
+    model : str
+        open_clip's name of a model. The starter model has no text tower.
+    pretrained : str, optional
+        open_clip's tag, a checkpoint's path, or ``random:SEED``.
+    column : str
+        Column with the
+    output : str
+        Name of the new column.
+    batch_size : int, optional
+        Texts a forward pass; by default 16 on a CPU and 512 on a GPU.
+    dtype : {"auto", "float32", "bfloat16", "float16"}, optional
+        Of the encoder; ``auto`` is settled on the worker, by its processor.
+
+    Returns
+    -------
+    the frame's type
+        With `output` (list of float32, unit length); null where there is no caption.
+
+    Raises
+    ------
+    ModelError
+        For a model or tag that does not exist, has no text tower, or whose weights or tokenizer cannot be had.
+
+    Notes
+    -----
+    The tokenizer is the model's own (`open_clip.get_tokenizer`), with its cleaning and its length of context; of a
+    caption the first 3,000 characters are read. Where the images are embedded by the same model in the same process,
+    the model is in memory once.
+    """
+    require_columns(df, [column], "embed_text", READ + "column=")
+    _check_batch(batch_size)
+    use = TextUse(encoder_of(model, pretrained, dtype, "embed_text"), column, "", output, batch_size)
+    return apply_step(df, embed_text_partition, use, pa.schema([(output, pa.list_(pa.float32()))]))
+
+
+def score_clip(
+    df: Any,
+    model: str = "ViT-L-14",
+    pretrained: str | None = None,
+    *,
+    embedding: str = "embedding",
+    caption: str = "caption",
+    output: str = "clip_score",
+    batch_size: int | None = None,
+    dtype: str | None = None,
+) -> Any:
+    """Add ``clip_score``: the cosine of each caption's and its image's embeddings.
+
+    Parameters
+    ----------
+    df : dask, pandas or cuDF DataFrame
+        With embeddings of images and a column of
+    model : str
+        The open_clip model that made the embeddings; a frame does not tell it, only the width is checked.
+    pretrained : str, optional
+        Its weights, as for `embed`.
+    embedding : str
+        Column with the images' embeddings.
+    caption : str
+        Column with the
+    output : str
+        Name of the new column.
+    batch_size : int, optional
+        Texts a forward pass; by default 16 on a CPU and 512 on a GPU.
+    dtype : {"auto", "float32", "bfloat16", "float16"}, optional
+        Of the encoder; ``auto`` is settled on the worker, by its processor.
+
+    Returns
+    -------
+    the frame's type
+        With `output` (float32, −1 to 1), null where there is no caption or no embedding.
+
+    Raises
+    ------
+    ModelError
+        For a model that does not exist, has no text tower, cannot be loaded, or gives another width than the column's.
+
+    Notes
+    -----
+    With OpenAI's ViT-L/14 it is DataComp's ``clip_l14_similarity_score``.
+    """
+    require_columns(df, [embedding], "score_clip", EMBED)
+    require_columns(df, [caption], "score_clip", READ + "caption=")
+    refuse_text(df, embedding)
+    _check_batch(batch_size)
+    use = TextUse(encoder_of(model, pretrained, dtype, "score_clip"), caption, embedding, output, batch_size)
+    return apply_step(df, clip_score_partition, use, pa.schema([(output, pa.float32())]))
+
+
+# --- length and language --------------------------------------------------------------------------
 
 #: Characters of a text whose language is detected; more do not change the answer.
 _MAX_CHARS = 3_000
@@ -21,17 +226,7 @@ _MAX_CHARS = 3_000
 
 @dataclass(frozen=True)
 class CaptionUse:
-    """What is measured of which text.
-
-    Attributes
-    ----------
-    caption : str
-        Column with the text.
-    language : bool
-        Whether its language is detected.
-    min_confidence : float
-        Least probability of a language; below it, it is undetermined.
-    """
+    """What is measured of which column of text."""
 
     caption: str = "caption"
     language: bool = False
@@ -48,23 +243,7 @@ class CaptionUse:
 
 
 def caption_stats_partition(frame: Any, use: CaptionUse) -> Any:
-    """Measure the captions of a partition.
-
-    Parameters
-    ----------
-    frame : pandas or cuDF DataFrame
-        With a column of text.
-    use : CaptionUse
-        What is measured.
-
-    Returns
-    -------
-    frame
-        With ``caption_words`` (int32: runs of characters between white space, as ``str.split`` sees them, which for
-        Chinese or Japanese is a sentence), ``caption_chars`` (int32: Unicode code points, white space included) and,
-        if asked for, ``caption_language`` and ``caption_language_confidence`` (see `detect_languages`); all null where
-        there is no caption.
-    """
+    """Measure the captions of a partition; all null where there is no caption."""
     backend = backend_of(frame)
     texts = texts_of(backend, frame, use.caption)
     columns: list[Sequence[Any]] = [
@@ -84,41 +263,18 @@ def caption_stats_partition(frame: Any, use: CaptionUse) -> Any:
 
 def language_problem() -> str | None:
     """Say why languages cannot be detected here, and what to do; None where they can."""
-    from importlib.util import find_spec
-
     if find_spec("py3langid") is None:
         return 'detecting languages needs py3langid: pip install "dask-imgcurator[text]"'
     return None
 
 
 def detect_languages(texts: Sequence[str | None], min_confidence: float = 0.2) -> list[tuple[str | None, float | None]]:
-    """Detect the language of each text.
+    """Detect the language of each text and its probability among the 140 that py3langid's own model knows.
 
-    Parameters
-    ----------
-    texts : sequence of str or None
-        Of which the first 3,000 characters are read.
-    min_confidence : float
-        Least probability, 0 to 1.
-
-    Returns
-    -------
-    list of (str or None, float or None)
-        Code of ISO 639-1 (of 639-3 for the few languages that have no other) and its probability among the 140
-        languages that the detector knows. The code is None where it is undetermined: too short or too mixed to tell,
-        or no language at all (numbers, file names). Both are None for a text that is missing or blank.
-
-    Raises
-    ------
-    ImportError
-        If the detector is not installed.
-
-    Notes
-    -----
-    By py3langid, whose model ships in its package (5 MB). A caption of one or two words often has no determined
-    language: a filter that shall keep these asks for ``caption_language == "en" or caption_language is null``.
+    The code (ISO 639-1, or 639-3 where there is no other) is None where it is undetermined: too short or too mixed to
+    tell, or no language at all. Both are None for a text that is missing or blank.
     """
-    classify = _classifier()
+    classify = cache.get("language", None, _load_classifier)
     found: list[tuple[str | None, float | None]] = []
     for text in texts:
         if text is None or not text.strip():
@@ -130,15 +286,6 @@ def detect_languages(texts: Sequence[str | None], min_confidence: float = 0.2) -
     return found
 
 
-_loading = threading.Lock()
-
-
-def _classifier() -> Callable[[str], tuple[str, float]]:
-    with _loading:
-        return _load_classifier()
-
-
-@cache
 def _load_classifier() -> Callable[[str], tuple[str, float]]:
     problem = language_problem()
     if problem:
@@ -149,3 +296,39 @@ def _load_classifier() -> Callable[[str], tuple[str, float]]:
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     classify: Callable[[str], tuple[str, float]] = identifier.classify
     return classify
+
+
+def caption_stats(df: Any, caption: str = "caption", *, language: bool = False, min_confidence: float = 0.2) -> Any:
+    """Add the length of captions and, if asked for, their language.
+
+    Parameters
+    ----------
+    df : dask, pandas or cuDF DataFrame
+        With a column of text.
+    caption : str
+        Its name; new columns begin with it.
+    language : bool
+        Whether the language is detected, by py3langid (``pip install "dask-imgcurator[text]"``).
+    min_confidence : float
+        Least probability of a language, 0 to 1; below it, it is undetermined.
+
+    Returns
+    -------
+    the frame's type
+        With ``caption_words`` (int32: runs between white space), ``caption_chars`` (int32: Unicode code points) and,
+        with `language`, ``caption_language`` (code of ISO 639-1, or 639-3 where there is no other; null where it is
+        undetermined) and ``caption_language_confidence`` (float32); null where there is no caption.
+
+    Raises
+    ------
+    ImportError
+        If languages are asked for and py3langid is not installed.
+    """
+    require_columns(df, [caption], "caption_stats", READ + "caption=")
+    if not 0 <= min_confidence <= 1:
+        raise ValueError(f"min_confidence={min_confidence}: it must be from 0 to 1")
+    problem = language_problem() if language else None
+    if problem:
+        raise ImportError(problem)
+    use = CaptionUse(caption, language, min_confidence)
+    return apply_step(df, caption_stats_partition, use, use.schema)

@@ -1,10 +1,9 @@
-"""Curated shards: which samples go into which tar, and writing one of them. No Dask in here.
+"""Write kept samples as curated shards: `to_webdataset`.
 
-A written tar holds the members of the kept samples, names and bytes as in the source, in the order of the rows. Its
-headers are made anew with fixed owner, mode and time, so the same selection gives the same file on every machine.
-
-Nothing is extracted here: a member called ``../x.jpg`` in the source is called so in the curated tar, and it is for
-whoever extracts one to guard against that (Python's ``filter="data"`` and GNU tar do).
+Samples keep the order of their rows. The client plans with a few numbers for each partition: neighbouring partitions
+whose kept samples fit into one curated shard together are one task and one shard; a partition with more than that is a
+task that cuts its samples into several. A key stands once in a shard (readers of webdataset would take two neighbours
+with one key for one sample), so a task cuts before a key that comes again.
 
 Whatever this library wrote has its ``_stats.json`` beside it, written before the files that it speaks of come to light,
 the tar last. So a shard is finished when it has both, files without one are someone else's and are left alone, and a
@@ -14,34 +13,26 @@ run that was killed leaves nothing that could be taken for either.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import os
 import re
-import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from itertools import accumulate, pairwise
+from typing import Any
 
+import dask
+import dask.dataframe as dd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from distributed import Client
 
-from ..engine.backend import backend_of
+from ..engine.backend import backend_of, is_dask
+from ..engine.frames import meta_of, require_columns
+from ..engine.run import Wave, current_client, results, run, waves
 from ..storage import files, shards
-
-__all__ = [
-    "Slice",
-    "WriteError",
-    "WriteSpec",
-    "check_sources",
-    "files_there",
-    "parse_size",
-    "plan_shards",
-    "remove_surplus",
-    "sample_sizes",
-    "write_shard",
-    "written_shards",
-]
+from ..storage.tar_copy import WriteError, sample_sizes, write_tar
 
 #: Columns that the writer needs.
 LOCATORS = ("key", "shard", "sample_offset", "sample_nbytes")
@@ -49,42 +40,16 @@ LOCATORS = ("key", "shard", "sample_offset", "sample_nbytes")
 #: Columns by which it checks, where they are there, that an image is still the one that was scored.
 _CHECKS = ("offset", "nbytes", "sha256")
 
-#: A longer extent (bytes) is not read in one piece: its members may lie far apart.
-_LONG_EXTENT = 256 << 20
-
 _STATS = "_stats.json"
 _SUFFIXES = (".tar", ".parquet", ".idx", _STATS)
 _NAME = re.compile(r"(\d{5,})(\.tar|\.parquet|\.idx|_stats\.json)")
 
-
-class WriteError(RuntimeError):
-    """A curated shard cannot be written: a sample is not as it was scored, or someone else's file is in the way."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Rows `start` to `stop` of the kept rows of a partition."""
-
-    partition: int
-    start: int
-    stop: int
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 @dataclass(frozen=True)
 class WriteSpec:
-    """Where curated shards go.
-
-    Attributes
-    ----------
-    folder : str
-        URL of the folder.
-    max_count : int
-        Samples a shard, at most.
-    max_nbytes : int
-        Bytes of samples a shard, at most, by their `sample_sizes` (a single larger sample gets a shard of its own).
-    storage_options, source_options : mapping
-        For fsspec, of the folder and of the source shards.
-    """
+    """Where curated shards go, and how large they may be (a single larger sample gets a shard of its own)."""
 
     folder: str
     max_count: int = 10_000
@@ -93,17 +58,23 @@ class WriteSpec:
     source_options: Mapping[str, Any] = field(default_factory=dict)
 
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+def write_spec(
+    folder: str | os.PathLike[str],
+    max_count: int,
+    max_size: int | str,
+    storage_options: Mapping[str, Any] | None,
+    source_options: Mapping[str, Any] | None,
+) -> WriteSpec:
+    """Check, on the client, how curated shards are written."""
+    if max_count < 1:
+        raise ValueError(f"max_count={max_count}: it must be at least 1")
+    return WriteSpec(
+        os.fspath(folder), max_count, parse_size(max_size), dict(storage_options or {}), dict(source_options or {})
+    )
 
 
 def parse_size(text: str | int) -> int:
-    """Read a size in bytes: ``500MB``, ``1GiB``, ``250000``.
-
-    Raises
-    ------
-    ValueError
-        If it is none, or not positive.
-    """
+    """Read a size in bytes: ``500MB``, ``1GiB``, ``250000``."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", str(text), re.IGNORECASE)
     nbytes = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if nbytes <= 0:
@@ -111,116 +82,116 @@ def parse_size(text: str | int) -> int:
     return nbytes
 
 
-def sample_sizes(urls: Sequence[str], offsets: Sequence[int], extents: Sequence[int]) -> list[int]:
-    """Bytes that samples take in a curated shard, by what they take in their sources.
-
-    Parameters
-    ----------
-    urls : sequence of str
-        Source of each.
-    offsets, extents : sequence of int
-        Where its extent begins there, and its length, bytes.
-
-    Returns
-    -------
-    list of int
-        The extent's length. Extents that overlap (the members of a sample do not follow each other) share what they
-        cover together, evenly, since each of them may span the whole tar.
-    """
-    sizes: dict[tuple[str, int, int], int] = {}
-    for (url, start), group in _overlapping(set(zip(urls, offsets, extents, strict=True))):
-        left = max(offset + nbytes for offset, nbytes in group) - start
-        for done, (offset, nbytes) in enumerate(sorted(group, key=lambda extent: extent[1])):
-            size = min(nbytes, -(-left // (len(group) - done)))
-            sizes[url, offset, nbytes] = size
-            left -= size
-    return [sizes[row] for row in zip(urls, offsets, extents, strict=True)]
+# --- plan -----------------------------------------------------------------------------------------
 
 
-def _overlapping(
-    extents: Iterable[tuple[str, int, int]],
-) -> Iterator[tuple[tuple[str, int], list[tuple[int, int]]]]:
-    """Gather extents (source, offset, length) that overlap; most stand alone."""
-    group: list[tuple[int, int]] = []
-    key, end = ("", 0), 0
-    for url, offset, nbytes in sorted(extents):
-        if group and (url != key[0] or offset >= end):
-            yield key, group
-            group = []
-        if not group:
-            key, end = (url, offset), 0
-        group.append((offset, nbytes))
-        end = max(end, offset + nbytes)
-    if group:
-        yield key, group
+@dataclass(frozen=True)
+class Kept:
+    """What the kept rows of a partition come to: numbers, and the range of their keys."""
+
+    rows: int
+    nbytes: int
+    tars: int  # when they are cut alone
+    first: str = ""  # in the order of strings
+    last: str = ""
+    overwritten: str | None = None  # a source that lies where curated shards go
 
 
-def plan_shards(
-    partitions: Iterable[tuple[Sequence[str | None], Sequence[int]]], max_count: int, max_nbytes: int
-) -> Iterator[list[Slice]]:
-    """Pack kept samples into shards, in order.
+@dataclass(frozen=True)
+class Group:
+    """Partitions whose samples one task writes, and how many curated shards they make; None: not known yet."""
 
-    Parameters
-    ----------
-    partitions : iterable of (keys, sizes)
-        For each partition the keys and `sample_sizes` of its kept rows.
-    max_count, max_nbytes : int
-        See `WriteSpec`.
-
-    Yields
-    ------
-    list of Slice
-        The rows of one shard. A key that is in the shard already begins the next one: readers of webdataset would
-        take two neighbours with one key for one sample.
-    """
-    current: list[Slice] = []
-    keys_here: set[str | None] = set()
-    nbytes_here = 0
-    for number, (keys, sizes) in enumerate(partitions):
-        start = 0
-        for row, (key, nbytes) in enumerate(zip(keys, sizes, strict=True)):
-            full = len(keys_here) >= max_count or nbytes_here + nbytes > max_nbytes or key in keys_here
-            if full and keys_here:
-                if row > start:
-                    current.append(Slice(number, start, row))
-                yield current
-                current, keys_here, nbytes_here, start = [], set(), 0, row
-            keys_here.add(key)
-            nbytes_here += nbytes
-        if len(keys) > start:
-            current.append(Slice(number, start, len(keys)))
-    if current:
-        yield current
+    partitions: tuple[int, ...]
+    tars: int | None = 1
 
 
-def write_shard(number: int, frames: Sequence[Any], spec: WriteSpec, resume: bool = True) -> dict[str, Any]:
-    """Write one curated shard and what stands beside it.
+def measure_partition(frame: Any, spec: WriteSpec) -> Kept:
+    """Tell what the rows of a partition come to; those that stand for no sample are left out."""
+    rows = _rows(frame)
+    if not rows:
+        return Kept(0, 0, 0)
+    keys = [row["key"] for row in rows]
+    sources = {row["shard"] for row in rows}
+    clash = next((url for url in sorted(sources) if _overwrites(spec.folder, url)), None)
+    return Kept(len(rows), sum(_sizes(rows)), len(_cuts(rows, spec)), min(keys), max(keys), clash)
 
-    Parameters
-    ----------
-    number : int
-        Of the shard; ``7`` gives ``00007.tar``, ``00007.parquet``, ``00007.idx`` and ``00007_stats.json``.
-    frames : sequence of pandas or cuDF DataFrame
-        Rows, in order.
-    spec : WriteSpec
-        Where to.
-    resume : bool
-        Whether a finished shard of the same content is left as it is.
 
-    Returns
-    -------
-    dict
-        What ``_stats.json`` holds: ``shard``, ``count``, ``nbytes`` and ``sha256`` of the tar, ``sources`` (kept
-        samples by source shard), ``content`` (hash of what was asked for).
+def plan_groups(kept: Sequence[Kept], spec: WriteSpec) -> list[Group]:
+    """Gather neighbouring partitions that fit into one curated shard together."""
+    groups: list[list[int]] = []
+    rows = nbytes = 0
+    for i, part in enumerate(kept):
+        if not part.rows:
+            continue
+        rows, nbytes = rows + part.rows, nbytes + part.nbytes
+        joined = groups and kept[groups[-1][-1]].tars == 1 and part.tars == 1
+        if joined and rows <= spec.max_count and nbytes <= spec.max_nbytes:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+            rows, nbytes = part.rows, part.nbytes
+    return [Group(tuple(group), _known_tars([kept[i] for i in group])) for group in groups]
 
-    Raises
-    ------
-    WriteError
-        If a source no longer holds a sample as it was when it was indexed (and scored, where there is a ``sha256``); if
-        a source lies where curated shards go; or if a file of that name is there that this library did not write.
-    """
+
+def _known_tars(parts: Sequence[Kept]) -> int | None:
+    """How many shards some partitions make; None where a key may stand in two of them."""
+    if len(parts) == 1:
+        return parts[0].tars
+    ranges = sorted((part.first, part.last) for part in parts)
+    return 1 if all(before[1] < after[0] for before, after in pairwise(ranges)) else None
+
+
+def _rows(frame: Any) -> list[dict[str, Any]]:
+    """Locators of the rows that stand for a sample."""
+    table = backend_of(frame).to_host(frame, list(LOCATORS))
+    return [row for row in table.to_pylist() if row["sample_nbytes"] > 0]
+
+
+def _sizes(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    columns = ([row[name] for row in rows] for name in ("shard", "sample_offset", "sample_nbytes"))
+    return sample_sizes(*columns)
+
+
+def _cuts(rows: Sequence[Mapping[str, Any]], spec: WriteSpec) -> list[slice]:
+    """Cut rows into curated shards."""
+    cuts, start, nbytes_here = [], 0, 0
+    keys_here: set[str] = set()
+    for i, (row, nbytes) in enumerate(zip(rows, _sizes(rows), strict=True)):
+        full = len(keys_here) >= spec.max_count or nbytes_here + nbytes > spec.max_nbytes or row["key"] in keys_here
+        if full and i > start:
+            cuts.append(slice(start, i))
+            keys_here, nbytes_here, start = set(), 0, i
+        keys_here.add(row["key"])
+        nbytes_here += nbytes
+    return [*cuts, slice(start, len(rows))] if rows else []
+
+
+def count_tars(frame: Any, spec: WriteSpec) -> int:
+    """Count the curated shards that a group's rows make."""
+    return len(_cuts(_rows(frame), spec))
+
+
+# --- write ----------------------------------------------------------------------------------------
+
+
+def write_partition(frame: Any, first: tuple[int, int], spec: WriteSpec, resume: bool) -> list[dict[str, Any]]:
+    """Write the rows of a group as curated shards; `first` is the number of the first one, and how many there are."""
+    frame = frame[frame["sample_nbytes"] > 0]
+    number, planned = first
+    cuts = _cuts(_rows(frame), spec)
+    if len(cuts) != planned:
+        raise WriteError(f"the rows of {number:05d}.tar make {len(cuts)} shards, not {planned}: they changed meanwhile")
+    table = _plain(backend_of(frame).to_arrow(frame))
+    return [
+        write_shard(number + i, table.slice(cut.start, cut.stop - cut.start), spec, resume)
+        for i, cut in enumerate(cuts)
+    ]
+
+
+def write_shard(number: int, table: pa.Table, spec: WriteSpec, resume: bool = True) -> dict[str, Any]:
+    """Write one curated shard and what stands beside it; a finished one of the same content is left as it is."""
     stem = f"{number:05d}"
-    table = _concat([backend_of(f).to_arrow(f) for f in frames])
+    table = table.combine_chunks()
     rows = table.select([name for name in (*LOCATORS, *_CHECKS) if name in table.column_names]).to_pylist()
     sources = dict(Counter(row["shard"] for row in rows))
     check_sources(spec.folder, sources)
@@ -236,18 +207,13 @@ def write_shard(number: int, frames: Sequence[Any], spec: WriteSpec, resume: boo
         )
     if resume and before is not None and before["content"] == content and {".tar", ".parquet"} <= set(present):
         return {**before, "resumed": True}
-
-    samples: list[shards.Sample] = []
     with files.write_whole(urls[".tar"], spec.storage_options) as file:
-        sink = _Counted(file)
-        with tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-            for row, members in zip(rows, source_members(rows, spec.source_options), strict=True):
-                samples.append(_add(tar, row, members))
+        copied = write_tar(rows, file, spec.source_options)
         stats = {
             "shard": f"{stem}.tar",
             "count": len(rows),
-            "nbytes": sink.nbytes,
-            "sha256": sink.digest.hexdigest(),
+            "nbytes": copied.nbytes,
+            "sha256": copied.sha256,
             "sources": sources,
             "content": content,
         }
@@ -255,7 +221,7 @@ def write_shard(number: int, frames: Sequence[Any], spec: WriteSpec, resume: boo
         files.remove(urls[".tar"], spec.storage_options)
         _write(urls[_STATS], json.dumps(stats, indent=1, ensure_ascii=False).encode() + b"\n", spec)
         _write(urls[".parquet"], parquet, spec)
-        idx = shards.format_idx(samples)
+        idx = shards.format_idx(copied.samples)
         if idx is None:
             files.remove(urls[".idx"], spec.storage_options)
         else:
@@ -263,25 +229,49 @@ def write_shard(number: int, frames: Sequence[Any], spec: WriteSpec, resume: boo
     return {**stats, "resumed": False}
 
 
-def check_sources(folder: str, sources: Iterable[str]) -> None:
-    """Refuse to write over the shards that are read.
+def _write(url: str, data: Any, spec: WriteSpec) -> None:
+    with files.write_whole(url, spec.storage_options) as file:
+        file.write(data)
 
-    Parameters
-    ----------
-    folder : str
-        Where curated shards go.
-    sources : iterable of str
-        URLs of the shards that samples come from.
 
-    Raises
-    ------
-    WriteError
-        If one of them lies in the folder, under a name that a curated shard may get.
-    """
+def _plain(table: pa.Table) -> pa.Table:
+    """Return a table whose bytes do not tell how its rows were cut into partitions."""
+    for i, column in enumerate(table.schema):
+        if pa.types.is_dictionary(column.type):
+            # Each partition of a categorical column may number its categories in another way.
+            values = table.column(i).cast(column.type.value_type)
+            table = table.set_column(i, column.with_type(values.type), values)
+    return table.replace_schema_metadata(None)
+
+
+def _to_parquet(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _content(parquet: pa.Buffer, sources: Iterable[str], source_options: Mapping[str, Any]) -> str:
+    """Hash of all that decides what the shard's files hold: the rows, and the versions of their sources."""
+    digest = hashlib.sha256()
     for url in sources:
-        parent, _, name = url.rpartition("/")
-        if _NAME.fullmatch(name) and _same_folder(parent, folder):
+        digest.update(f"{url} {shards.fingerprint(url, source_options)}\n".encode())
+    digest.update(parquet)
+    return digest.hexdigest()
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def check_sources(folder: str, sources: Iterable[str]) -> None:
+    """Raise `WriteError` if a shard that is read lies in the folder, under a name that a curated shard may get."""
+    for url in sources:
+        if _overwrites(folder, url):
             raise WriteError(f"{url} is read, and lies in the folder that is to be written: choose another folder")
+
+
+def _overwrites(folder: str, url: str) -> bool:
+    parent, _, name = url.rpartition("/")
+    return _NAME.fullmatch(name) is not None and _same_folder(parent, folder)
 
 
 def files_there(folder: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
@@ -298,22 +288,7 @@ def written_shards(folder: str, storage_options: Mapping[str, Any] | None = None
 
 
 def remove_surplus(folder: str, count: int, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Remove curated shards of an earlier, larger selection, finished or not; only such as this library wrote.
-
-    Parameters
-    ----------
-    folder : str
-        Where they are.
-    count : int
-        Shards that the selection has now.
-    storage_options : mapping, optional
-        For fsspec.
-
-    Returns
-    -------
-    list of str
-        Stems of the shards that were removed.
-    """
+    """Remove this library's curated shards beyond the first `count`: those of an earlier, larger selection."""
     surplus = [stem for stem in written_shards(folder, storage_options) if int(stem) >= count]
     for stem in surplus:
         for suffix in _SUFFIXES:  # the statistics last: they say whose the others are
@@ -337,171 +312,175 @@ def _same_folder(a: str, b: str) -> bool:
     return protocol_a == protocol_b and path_a.strip("/") == path_b.strip("/")
 
 
-def _write(url: str, data: Any, spec: WriteSpec) -> None:
-    with files.write_whole(url, spec.storage_options) as file:
-        file.write(data)
+# --- the job --------------------------------------------------------------------------------------
 
-
-class _Counted(io.RawIOBase):
-    """A sink that counts and hashes what passes through."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.nbytes, self.digest = file, 0, hashlib.sha256()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.nbytes += len(data)
-        return self._file.write(data)
-
-
-def _concat(tables: list[pa.Table]) -> pa.Table:
-    """One table in one piece, whose bytes do not tell how the rows were cut into partitions."""
-    plain = []
-    for table in tables:
-        for i, column in enumerate(table.schema):
-            if pa.types.is_dictionary(column.type):
-                # Each partition of a categorical column may number its categories in another way.
-                values = table.column(i).cast(column.type.value_type)
-                table = table.set_column(i, column.with_type(values.type), values)
-        plain.append(table.replace_schema_metadata(None))
-    # A user's column that is all null in one partition has no type there.
-    return pa.concat_tables(plain, promote_options="permissive").combine_chunks()
-
-
-def _to_parquet(table: pa.Table) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
-
-
-def _content(parquet: pa.Buffer, sources: Iterable[str], source_options: Mapping[str, Any]) -> str:
-    """Hash of all that decides what the shard's files hold: the rows, and the versions of their sources."""
-    digest = hashlib.sha256()
-    for url in sources:
-        digest.update(f"{url} {shards.fingerprint(url, source_options)}\n".encode())
-    digest.update(parquet)
-    return digest.hexdigest()
-
-
-def source_members(rows: list[dict[str, Any]], source_options: Mapping[str, Any]) -> Iterator[list[tuple[str, bytes]]]:
-    """Names and bytes of each row's members; a source is opened once for each run of rows that it holds.
-
-    An extent is read in one piece, with what lies in it. Where that would be others' members, over and over (all images
-    of a tar stand before all captions, say), the members are read one by one, by an index of the source.
-    """
-    wanted = _scattered(rows)
-    known: dict[str, _Known] = {}
-    start = 0
-    while start < len(rows):
-        url, stop = rows[start]["shard"], start
-        while stop < len(rows) and rows[stop]["shard"] == url:
-            stop += 1
-        run = rows[start:stop]
-        try:
-            if url not in wanted:
-                yield from _in_one_piece(url, run, source_options)
-            else:
-                if url not in known:
-                    known[url] = _find_samples(url, wanted[url], source_options)
-                yield from _one_by_one(url, run, known[url], source_options)
-        except OSError as err:
-            raise WriteError(f"cannot read {url}, from which {stop - start} samples are to be copied: {err}") from err
-        start = stop
-
-
-def _scattered(rows: Iterable[Mapping[str, Any]]) -> dict[str, set[int]]:
-    """Sources in which extents overlap or are very long, with the offsets of all samples that are wanted of them."""
-    offsets: dict[str, set[int]] = {}
-    for row in rows:
-        offsets.setdefault(row["shard"], set()).add(row["sample_offset"])
-    extents = {(row["shard"], row["sample_offset"], row["sample_nbytes"]) for row in rows}
-    long = {url for url, _, nbytes in extents if nbytes > _LONG_EXTENT}
-    overlapping = {url for (url, _), group in _overlapping(extents) if len(group) > 1}
-    return {url: offsets[url] for url in long | overlapping}
-
-
-def _in_one_piece(
-    url: str, rows: list[dict[str, Any]], source_options: Mapping[str, Any]
-) -> Iterator[list[tuple[str, bytes]]]:
-    extents = [(row["sample_offset"], row["sample_nbytes"]) for row in rows]
-    for row, data in zip(rows, shards.read_extents(url, extents, source_options), strict=True):
-        index = shards.index_tar(io.BytesIO(data), extent=True)
-        # Behind the sample's first member, others' members may lie between.
-        sample = _checked(row, index.samples[0] if index.samples else None, index.error, row["sample_offset"])
-        stored = [data[m.offset : m.offset + m.stored] for m in sample.members]
-        yield _expanded(row, sample, stored, row["sample_offset"])
+#: Makes a lazy frame in which each group of partitions is one partition; with some columns, or all.
+Regroup = Callable[[Sequence[Group], Sequence[str] | None], dd.DataFrame]
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What the index of a source says of some of its samples, by their offsets."""
+class WritePlan:
+    """Which task writes which curated shards."""
 
-    samples: dict[int, shards.Sample]
-    error: str | None
+    groups: Sequence[Group]
+    regroup: Regroup
+    spec: WriteSpec
+    resume: bool
 
+    @property
+    def firsts(self) -> list[int]:
+        """Number of the first curated shard of each group, and of those in all."""
+        return list(accumulate((group.tars or 0 for group in self.groups), initial=0))
 
-def _find_samples(url: str, offsets: set[int], source_options: Mapping[str, Any]) -> _Known:
-    with shards.hold_shard(url, source_options), shards.open_shard(url, source_options) as file:
-        index = shards.index_tar(file)
-    return _Known({s.offset: s for s in index.samples if s.offset in offsets}, index.error)
-
-
-def _one_by_one(
-    url: str, rows: list[dict[str, Any]], known: _Known, source_options: Mapping[str, Any]
-) -> Iterator[list[tuple[str, bytes]]]:
-    samples = [_checked(row, known.samples.get(row["sample_offset"]), known.error) for row in rows]
-    extents = [(m.offset, m.stored) for sample in samples for m in sample.members]
-    # A remote source was streamed to be indexed: for most of it, that copy serves better than ranges.
-    whole = 2 * sum(nbytes for _, nbytes in extents) >= max((offset + nbytes for offset, nbytes in extents), default=0)
-    pieces = shards.read_extents(url, extents, source_options, whole)
-    for row, sample in zip(rows, samples, strict=True):
-        yield _expanded(row, sample, [next(pieces) for _ in sample.members])
+    def frame(self, numbers: Sequence[int]) -> dd.DataFrame:
+        """Make the graph that writes some groups; its results are lists of ``_stats.json``."""
+        firsts = self.firsts
+        each = [(firsts[i], self.groups[i].tars) for i in numbers]
+        frame = self.regroup([self.groups[i] for i in numbers], None)
+        return results(frame, write_partition, self.spec, self.resume, label="write-webdataset", each=each)
 
 
-def _checked(row: Mapping[str, Any], sample: shards.Sample | None, error: str | None, base: int = 0) -> shards.Sample:
-    """Return the sample that was found where a row says; raise `WriteError` if it is not the row's."""
-    if sample is None:
-        raise _changed(row, error or "no sample begins there")
-    if sample.key != row["key"]:
-        raise _changed(row, error or f"{sample.key!r} is there")
-    if (sample.offset + base, sample.end - sample.offset) != (row["sample_offset"], row["sample_nbytes"]):
-        raise _changed(row, error or "its members have other sizes")
-    return sample
+def plan_write(
+    client: Client | None, kept: Sequence[Kept], regroup: Regroup, spec: WriteSpec, resume: bool
+) -> WritePlan:
+    """Plan the curated shards of measured partitions; where a key may come twice, the locators are read again."""
+    if clash := next((part.overwritten for part in kept if part.overwritten), None):
+        check_sources(spec.folder, [clash])
+    groups = plan_groups(kept, spec)
+    unknown = [str(i) for i, group in enumerate(groups) if group.tars is None]
+
+    def build(names: Sequence[str]) -> dd.DataFrame:
+        frame = regroup([groups[int(name)] for name in names], LOCATORS)
+        return results(frame, count_tars, spec, label="count-shards")
+
+    for name, tars in run(client, waves(unknown, build), "reading"):
+        groups[int(name)] = Group(groups[int(name)].partitions, tars)
+    return WritePlan(groups, regroup, spec, resume)
 
 
-def _expanded(
-    row: Mapping[str, Any], sample: shards.Sample, stored: list[bytes], base: int = 0
-) -> list[tuple[str, bytes]]:
-    """Names and contents of a sample's members; raise `WriteError` if its image is not the one that was scored."""
-    for member, data in zip(sample.members, stored, strict=True):
-        if len(data) < member.stored:
-            raise _changed(row, f"{member.name!r} is cut off")
-    if row.get("sha256") is not None and "offset" in row:
-        image = next((d for m, d in zip(sample.members, stored, strict=True) if m.offset + base == row["offset"]), None)
-        if image is None or hashlib.sha256(image).hexdigest() != row["sha256"]:
-            raise _changed(row, "its image has another sha256")
-    return [(m.name, m.expand(data)) for m, data in zip(sample.members, stored, strict=True)]
+def run_write(client: Client | None, plan: WritePlan) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Write; yields each group's number with the ``_stats.json`` of its curated shards, as it is done."""
+    files.make_folder(plan.spec.folder)
+    firsts = plan.firsts
+    graphs = waves([str(i) for i in range(len(plan.groups))], lambda names: plan.frame([int(name) for name in names]))
+    for name, written in run(client, graphs, "writing", label=lambda name: f"{firsts[int(name)]:05d}.tar"):
+        yield int(name), written
+    remove_surplus(plan.spec.folder, firsts[-1], plan.spec.storage_options)
 
 
-def _changed(row: Mapping[str, Any], wrong: str) -> WriteError:
-    where = f"{row['shard']}, bytes {row['sample_offset']:,} to {row['sample_offset'] + row['sample_nbytes']:,}"
-    return WriteError(
-        f"the sample {row['key']!r} is not as it was at {where}: {wrong}. The shard was changed: score it again."
-    )
+def to_webdataset(
+    df: Any,
+    urlpath: str | os.PathLike[str],
+    *,
+    max_count: int = 10_000,
+    max_size: int | str = "1GB",
+    storage_options: Mapping[str, Any] | None = None,
+    source_options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    compute: bool = True,
+) -> Any:
+    """Write the samples of a DataFrame as curated webdataset shards.
+
+    All members of each sample are copied from its source, names and bytes unchanged, in the order of the rows. Rows
+    that stand for no sample (``read_webdataset`` adds one for a damaged tar) are left out.
+
+    Parameters
+    ----------
+    df : dask, pandas or cuDF DataFrame
+        With ``key``, ``shard``, ``sample_offset`` and ``sample_nbytes``. A Dask DataFrame is persisted first, since
+        where a shard begins depends on all rows before it.
+    urlpath : str or path
+        Folder for ``00000.tar``, ``00000.parquet`` (the rows), ``00000.idx`` and ``00000_stats.json``.
+    max_count : int
+        Samples per shard, at most.
+    max_size : int or str
+        Size of a shard, at most; bytes, or for example ``"500MB"``.
+    storage_options, source_options : mapping, optional
+        For the fsspec file systems of the folder and of the source shards.
+    overwrite : bool
+        Whether curated shards that are there already are replaced.
+    compute : bool
+        False: return the Dask Delayed that writes.
+
+    Returns
+    -------
+    list of dict, or dask.delayed.Delayed
+        For each shard what its ``_stats.json`` says.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds curated shards, or files called like theirs, and `overwrite` is False.
+    WriteError
+        If a source was changed after it was indexed, if it lies in the folder itself, or if a file in the way was not
+        written by this library.
+
+    Notes
+    -----
+    Neighbouring partitions share a shard where their samples fit into one; a partition with more is cut into several.
+    A key stands once in a shard.
+
+    Names are copied as they are, also such as would lead out of a folder (``../x.jpg``): nothing is extracted here, but
+    extract tars of unknown origin with care.
+
+    Hard and symbolic links of a source are no members of its samples, here as in webdataset: they are left out. Sparse
+    members (up to 1 GiB) are written expanded.
+    """
+    require_columns(df, LOCATORS, "to_webdataset", "read the shards with read_webdataset and keep these columns")
+    spec = write_spec(urlpath, max_count, max_size, storage_options, source_options)
+    present = files_there(spec.folder, storage_options)
+    if present and not overwrite:
+        raise FileExistsError(
+            f"{spec.folder} holds files of curated shards already ({present[0]}"
+            f"{f' and {len(present) - 1} more' if len(present) > 1 else ''}): "
+            "choose another folder, or pass overwrite=True"
+        )
+    files.make_folder(spec.folder)
+    if not is_dask(df):
+        kept = measure_partition(df, spec)
+        check_sources(spec.folder, [kept.overwritten] if kept.overwritten else [])
+        written = dask.delayed(write_partition)(df, (0, kept.tars), spec, not overwrite)
+        later = dask.delayed(_finish)([written], spec)
+        return later.compute(scheduler="synchronous") if compute else later
+    client = current_client()
+    df = df.persist()
+    measured = results(df[list(LOCATORS)], measure_partition, spec, label="measure")
+    numbers = [str(i) for i in range(df.npartitions)]
+    found = dict(run(client, [Wave(numbers, measured)], "reading"))
+    plan = plan_write(client, [found[i] for i in numbers], _regroup(df), spec, not overwrite)
+    if not compute:
+        frame = plan.frame(range(len(plan.groups)))
+        return dask.delayed(_finish_rows)(frame.to_delayed(), spec)
+    return [stats for _, written in sorted(run_write(client, plan), key=lambda done: done[0]) for stats in written]
 
 
-def _add(tar: tarfile.TarFile, row: dict[str, Any], members: list[tuple[str, bytes]]) -> shards.Sample:
-    first = tar.offset
-    sample = shards.Sample(row["key"], first, first)
-    for name, data in members:
-        info = tarfile.TarInfo(name)
-        info.size, info.mode = len(data), 0o644
-        tar.addfile(info, io.BytesIO(data))
-        padded = -(-len(data) // shards.BLOCK) * shards.BLOCK
-        ext = name.rpartition("/")[2].partition(".")[2].lower()
-        sample.members.append(shards.Member(name, ext, tar.offset - padded, len(data)))
-    sample.end = tar.offset
-    return sample
+def _finish_rows(rows: Sequence[Any], spec: WriteSpec) -> list[dict[str, Any]]:
+    return _finish([row["result"].iat[0] for row in rows], spec)
+
+
+def _finish(groups: Sequence[list[dict[str, Any]]], spec: WriteSpec) -> list[dict[str, Any]]:
+    written = [stats for group in groups for stats in group]
+    remove_surplus(spec.folder, len(written), spec.storage_options)
+    return written
+
+
+def _regroup(df: dd.DataFrame) -> Regroup:
+    """Bring the partitions of each group together."""
+    parts, meta = df.to_delayed(), meta_of(df)
+    concat = dask.delayed(_concat, pure=False)
+
+    def regroup(groups: Sequence[Group], columns: Sequence[str] | None) -> dd.DataFrame:
+        names = list(columns) if columns is not None else list(meta.columns)
+        together = [concat([parts[i] for i in group.partitions], names) for group in groups]
+        return dd.from_delayed(together, meta=meta[names], verify_meta=False, prefix="group")
+
+    return regroup
+
+
+def _concat(frames: Sequence[Any], columns: Sequence[str]) -> Any:
+    if len(frames) == 1:
+        return frames[0][list(columns)]
+    backend = backend_of(frames[0])
+    tables = [_plain(backend.to_arrow(frame[list(columns)])) for frame in frames]
+    # A user's column that is all null in one partition has no type there.
+    return backend.from_arrow(pa.concat_tables(tables, promote_options="permissive"))

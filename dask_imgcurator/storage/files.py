@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import random
 import tempfile
@@ -238,17 +239,32 @@ def remove(url: str, storage_options: Mapping[str, Any] | None = None) -> None:
 def temporary_name(url: str) -> str:
     """Name beside a local file under which it is written; hidden, so that no glob for results finds it."""
     path = local_path(url)
-    return str(path.with_name(f"{_PARTIAL}{uuid.uuid4().hex[:8]}-{path.name}"))
+    process = f"{os.uname().nodename}-{os.getpid()}"
+    return str(path.with_name(f"{_PARTIAL}{process}-{uuid.uuid4().hex[:8]}-{path.name}"))
 
 
 def remove_partial(folder: str) -> int:
-    """Remove what processes that were killed left half written; returns how many files those were."""
+    """Remove what processes of this machine that are no more left half written; returns how many files those were."""
     if not is_local(folder) or not local_path(folder).is_dir():
         return 0
-    stale = list(local_path(folder).glob(f"{_PARTIAL}*"))
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return len(stale)
+    prefix = f"{_PARTIAL}{os.uname().nodename}-"
+    removed = 0
+    for path in local_path(folder).glob(f"{glob.escape(prefix)}*"):
+        pid = path.name.removeprefix(prefix).partition("-")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # someone else's
+        return True
+    return True
 
 
 @contextlib.contextmanager

@@ -1,0 +1,201 @@
+"""The whole job: score shards, select, write curated shards, leave a record; and its second half alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import dask.dataframe as dd
+from distributed import Client
+
+from ..engine.backend import resolve_name
+from ..engine.run import Place, place
+from ..monitor import Monitor
+from ..report import report
+from ..results import Counts, RunResult
+from ..schema import kinds_of_schema
+from ..select.settle import settled_where
+from ..select.where import combine, parse_where
+from ..steps.read import URLPath
+from ..steps.score_table import file_schema, score_urls, scores_from_files
+from ..steps.write import Group, plan_write, run_write, write_spec
+from ..storage import files, shards
+from .plan import ScoreOptions, make_plan
+from .score import Last, ReadPlan, Run, Scored, measure_files, score_into
+
+
+def write_scored(
+    client: Client | None, scored: Scored, read: ReadPlan, last: Last, resume: bool, monitor: Monitor
+) -> list[dict[str, Any]]:
+    """Write the kept samples of a score table: `to_webdataset` of the filtered table, without holding it."""
+    assert last.spec is not None
+
+    def regroup(groups: Sequence[Group], columns: Sequence[str] | None) -> dd.DataFrame:
+        urls = [[scored.urls[i] for i in group.partitions] for group in groups]
+        df = scores_from_files(urls, read.storage_options, read.backend, last.settled)
+        return df if columns is None else df[list(columns)]
+
+    plan = plan_write(client, [one.kept for one in scored.measured if one.kept], regroup, last.spec, resume)
+    monitor.writing(plan.firsts[-1])
+    done = {}
+    for number, written in run_write(client, plan):
+        done[number] = written
+        for stats in written:
+            monitor.wrote(stats)
+    return [stats for number in sorted(done) for stats in done[number]]
+
+
+def write_selection(
+    scores: URLPath,
+    out: str | os.PathLike[str],
+    where: str | None = None,
+    *,
+    max_count: int = 10_000,
+    max_size: int | str = "1GB",
+    resume: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+    source_options: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    client: Place = None,
+    monitor: Monitor | None = None,
+) -> tuple[Counts, list[dict[str, Any]]]:
+    """Write curated shards from a score table, without scoring again.
+
+    Parameters
+    ----------
+    scores : str, path, or sequence of them
+        Score table, as for `read_scores`.
+    out : str or path
+        Folder for the curated shards.
+    where : str, optional
+        Expression on the columns; rows whose ``status`` is not ``ok`` are never kept.
+    max_count, max_size : int, str
+        See `to_webdataset`.
+    resume : bool
+        Whether curated shards that are there already and hold the same samples are taken over.
+    storage_options, source_options : mapping, optional
+        For the fsspec file systems of both folders, and of the source shards.
+    backend : {"auto", "cudf", "pandas"}, optional
+        Of the frames; by default `imgcurator.backend`.
+    client : distributed.Client, str, or int, optional
+        Where to run, as for `curate`.
+    monitor : Monitor, optional
+        Is told how the run goes on.
+
+    Returns
+    -------
+    (Counts, list of dict)
+        What was kept, and ``_stats.json`` of each shard.
+    """
+    monitor = monitor or Monitor()
+    spec = write_spec(out, max_count, max_size, storage_options, source_options)
+    urls = score_urls(scores, storage_options)
+    read = ReadPlan(resolve_name(backend), dict(storage_options or {}))
+    parsed = parse_where(where, kinds_of_schema(file_schema(urls[0], storage_options))) if where is not None else None
+    last = Last(settled_where(parsed), spec)
+    files.remove_partial(spec.folder)
+    with place(client, read.backend, monitor) as lent:
+        found = measure_files(lent, urls, last, read)
+        scored = Scored(urls, [found[url] for url in urls])
+        return scored.counts, write_scored(lent, scored, read, last, resume, monitor)
+
+
+def curate(
+    urlpath: URLPath,
+    out: str | os.PathLike[str],
+    *,
+    where: str | None = None,
+    min_aesthetic: float | None = None,
+    max_nsfw: float | None = None,
+    max_count: int = 10_000,
+    max_size: int | str = "1GB",
+    resume: bool = True,
+    client: Place = None,
+    monitor: Monitor | None = None,
+    **options: Any,
+) -> RunResult:
+    """Curate shards: score every image, keep those that an expression takes, write them as curated shards.
+
+    The same as ``dask-imgcurator curate``.
+
+    Parameters
+    ----------
+    urlpath : str, path, or sequence of them
+        Shards, as for `read_webdataset`.
+    out : str or path
+        Folder for ``scores/``, ``shards/``, ``report.html`` and ``run.json``.
+    where : str, optional
+        Expression on the columns, for example ``"aesthetic_score >= 5 and width >= 512"``. Rows whose ``status``
+        is not ``ok`` are never kept.
+    min_aesthetic, max_nsfw : float, optional
+        Shorthands for ``aesthetic_score >= X`` and ``nsfw_score < X``.
+    max_count, max_size : int, str
+        Size of the curated shards, see `to_webdataset`.
+    resume : bool
+        Whether what an earlier run of the same provenance finished is taken over.
+    client : distributed.Client, str, or int, optional
+        Where to run: a client, the address of a scheduler (``tcp://host:8786``), or a number of new worker processes on
+        this machine. By default new ones: one per GPU; on a CPU one per core with 4 GB.
+    monitor : Monitor, optional
+        Is told how the run goes on.
+    **options
+        ``model``, ``pretrained``, ``batch_size``, ``dtype``, ``measures`` (True here): see `embed`; by default ViT-L-14
+        of OpenAI, or the starter where its weights cannot be had. ``columns``, ``caption``, ``image``, ``backend``,
+        ``storage_options``: see `read_webdataset`. ``aesthetic_head``, ``nsfw_head``: a head's name, ``auto`` (the one
+        trained on the model) or ``none``. ``weights_dir``: folder with the heads. ``out_options``: for the fsspec file
+        system of `out`.
+
+    Returns
+    -------
+    RunResult
+        Counts, timings and provenance; the same as in ``run.json``.
+
+    Raises
+    ------
+    WhereError
+        For a mistake in the expression, before anything is done.
+    JobError
+        If the run could not finish. Completed work is saved: the same call resumes.
+    """
+    monitor = monitor or Monitor()
+    begin = time.perf_counter()
+    folder = os.fspath(out)
+    result = RunResult(folder, notes=monitor.notes)
+    given = ScoreOptions(**options)
+    where = combine(where, min_aesthetic, max_nsfw)
+    curated = files.join(folder, "shards")
+    spec = write_spec(curated, max_count, max_size, given.out_options, given.storage_options)
+    urls = shards.expand(urlpath, given.storage_options)
+    plan, parsed = make_plan(urls, given, where, monitor)
+    last = Last(settled_where(parsed), spec)
+    files.remove_partial(curated)
+    with place(client, plan.read.backend, monitor) as lent:
+        assert lent is not None
+        scored = score_into(lent, urls, files.join(folder, "scores"), plan, last, Run(resume, monitor, result))
+        counts = scored.counts
+        result.samples, result.by_status = counts.rows, counts.by_status
+        result.kept, result.funnel = counts.kept, counts.funnel
+        read = ReadPlan(plan.read.backend, plan.storage_options)
+        result.written = write_scored(lent, scored, read, last, resume, monitor)
+    result.seconds = time.perf_counter() - begin
+    arguments = {"shards": urls, "out": folder, "where": where, **given.record}
+    _record(folder, arguments, result, plan.storage_options)
+    report.write_run_report(folder, scored.urls, where, result, plan.storage_options, plan.read.storage_options)
+    return result
+
+
+def _record(folder: str, arguments: dict[str, Any], result: RunResult, storage_options: Mapping[str, Any]) -> None:
+    record = {
+        "arguments": arguments,
+        "python": platform.python_version(),
+        "dask": version("dask"),
+        **{k: v for k, v in asdict(result).items() if k != "out"},
+    }
+    with files.write_whole(files.join(folder, "run.json"), storage_options) as file:
+        file.write(json.dumps(record, indent=1, ensure_ascii=False, default=str).encode() + b"\n")

@@ -1,0 +1,285 @@
+"""Decode and embed images: `embed`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from .. import config
+from ..engine.backend import Backend, backend_of
+from ..engine.cluster import log_event, turn
+from ..engine.frames import apply_step, require_columns
+from ..images import quality
+from ..images.formats import BadImage
+from ..models.encoders import EncoderSpec, load_encoder, resolve_encoder
+from ..schema import MEASURES, arrow_schema, columns_of
+from ..storage.files import is_local
+from .stream import Decoded, batch_size_of, stream_images
+
+if TYPE_CHECKING:
+    import torch
+
+_LOCATORS = ["shard", "offset", "nbytes", "status", "error_message"]
+
+
+@dataclass(frozen=True)
+class EmbedSpec:
+    """How rows get their embedding; `topic` takes events of progress, `isolate` decodes in another process."""
+
+    encoder: EncoderSpec
+    batch_size: int | None = None
+    decoder: str = "auto"
+    max_pixels: int | None = None
+    adjust_orientation: bool = False
+    column: str = "embedding"
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    measures: bool = False
+    isolate: bool = False
+    topic: str | None = None
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Arrow schema of the columns that are added or replaced."""
+        added = columns_of("embed", "measure") if self.measures else columns_of("embed")
+        schema = arrow_schema(["status", "error_message", *(c.name for c in added)])
+        at = schema.get_field_index("embedding")
+        return schema.set(at, schema.field(at).with_name(self.column))
+
+
+def embed_partition(frame: Any, spec: EmbedSpec) -> Any:
+    """Read, decode and embed the images of a partition's rows, in any order and number.
+
+    Each shard among them is read once, in the order of its bytes. Rows that were not ``ok`` before keep what they had.
+    """
+    backend = backend_of(frame)
+    host = backend.to_host(frame, _LOCATORS).to_pydict()
+    rows = _Rows(host)
+    n, todo = len(rows.status), rows.todo()
+    progress = _progress(spec.topic, host["shard"])
+    progress(n - len(todo), n - len(todo))
+    embedded = _Embedded(spec, backend)
+    if todo:
+        encoder = load_encoder(spec.encoder, backend.device)
+        batch_size = batch_size_of(spec, backend)
+        # A remote shard was streamed when it was indexed; the next one is streamed while this one is computed.
+        with turn(not all(is_local(url) for url in set(host["shard"]))):
+            for decoded in stream_images(host, todo, spec, encoder.preprocess, backend):
+                rows.note(decoded)
+                if decoded.batch.good:
+                    embedded.add(decoded, encoder.encode(decoded.batch.pixels, batch_size))
+                progress(len(decoded.numbers), len(decoded.numbers) - len(decoded.batch.good))
+    return frame.assign(**_columns(frame, spec, rows, embedded))
+
+
+class _Rows:
+    """What is told of each row in host memory."""
+
+    def __init__(self, host: Mapping[str, list[Any]]) -> None:
+        n = len(host["shard"])
+        self._host = host
+        self.status, self.message = list(host["status"]), list(host["error_message"])
+        self.width: list[int | None] = [None] * n
+        self.height: list[int | None] = [None] * n
+        self.sha256: list[str | None] = [None] * n
+
+    def todo(self) -> list[int]:
+        """Rows to embed: shards in the order of their first appearance, then by the bytes, one pass over each file."""
+        rank = {url: i for i, url in enumerate(dict.fromkeys(self._host["shard"]))}
+        todo = [i for i, status in enumerate(self.status) if status == "ok"]
+        return sorted(todo, key=lambda i: (rank[self._host["shard"][i]], self._host["offset"][i]))
+
+    def note(self, decoded: Decoded) -> None:
+        for i, digest, info in zip(decoded.numbers, decoded.digests, decoded.batch.infos, strict=True):
+            self.sha256[i] = digest
+            self.width[i], self.height[i] = info.width, info.height
+            if isinstance(info, BadImage):
+                self.status[i], self.message[i] = info.status, str(info)
+
+
+class _Embedded:
+    """Embeddings and measures of all batches, on the device."""
+
+    def __init__(self, spec: EmbedSpec, backend: Backend) -> None:
+        self._spec, self._device = spec, backend.device
+        self._embeddings: list[torch.Tensor] = []
+        self._measured: list[torch.Tensor] = []
+        self._grays: list[torch.Tensor] = []
+        self._rows: list[int] = []
+        self._failed: list[int] = []
+
+    def add(self, decoded: Decoded, embeddings: torch.Tensor) -> None:
+        batch = decoded.batch
+        self._embeddings.append(embeddings)
+        if batch.small is not None and batch.gray is not None:
+            self._measured.append(quality.measure(batch.small))
+            self._grays.append(batch.gray)
+        bad = sorted(set(range(len(decoded.numbers))) - set(batch.good))
+        self._failed.extend(len(self._rows) + j for j in bad)
+        self._rows.extend(decoded.numbers)
+
+    @property
+    def _kept(self) -> np.ndarray:
+        # What was computed in the place of a failed image is left out here, once for all batches.
+        return np.delete(np.arange(len(self._rows)), self._failed)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Numbers of the rows that have an embedding: (m,) int64."""
+        return np.asarray(self._rows, np.int64)[self._kept]
+
+    @property
+    def embeddings(self) -> torch.Tensor:
+        return self._all(self._embeddings)
+
+    @property
+    def measures(self) -> torch.Tensor:
+        return self._all(self._measured, len(MEASURES))
+
+    @property
+    def hashes(self) -> list[str]:
+        return quality.phash(self._all(self._grays))
+
+    def _all(self, batches: list[torch.Tensor], width: int = 0) -> torch.Tensor:
+        import torch
+
+        if not batches:
+            return torch.empty((0, width), device=self._device)
+        values, kept = torch.cat(batches), self._kept
+        return values if len(kept) == len(values) else values[torch.from_numpy(kept).to(values.device)]
+
+
+def _columns(frame: Any, spec: EmbedSpec, rows: _Rows, embedded: _Embedded) -> dict[str, Any]:
+    """New and replaced columns, in the order of the spec's schema."""
+    backend, places = backend_of(frame), embedded.rows
+    told: dict[str, list[Any]] = {
+        "status": rows.status,
+        "error_message": rows.message,
+        "width": rows.width,
+        "height": rows.height,
+        "sha256": rows.sha256,
+    }
+    if spec.measures:
+        by_row = dict(zip(places.tolist(), embedded.hashes, strict=True))
+        told["phash"] = [by_row.get(i) for i in range(len(rows.status))]
+    schema = spec.schema
+    updates = backend.from_arrow(pa.Table.from_pydict(told, schema=pa.schema([f for f in schema if f.name in told])))
+    updates.index = frame.index
+    columns = {name: updates[name] for name in told}
+    if spec.measures:
+        values = embedded.measures
+        for k, name in enumerate(MEASURES):
+            columns[name] = backend.float_column(values[:, k], places, frame.index)
+    columns[spec.column] = backend.matrix_column(embedded.embeddings, places, frame.index)
+    return {name: columns[name] for name in schema.names}
+
+
+def _progress(topic: str | None, urls: list[str]) -> Callable[[int, int], None]:
+    """Return a function that tells the client of more rows that are done, and how many of them failed."""
+    if topic is None or not urls:
+        return lambda done, errors: None
+    counts: dict[str, Any] = {"shard": urls[0], "rows": len(urls), "done": 0, "errors": 0}
+
+    def tell(done: int, errors: int) -> None:
+        counts["done"] += done
+        counts["errors"] += errors
+        log_event(topic, counts)
+
+    return tell
+
+
+def embed_spec(
+    model: str,
+    pretrained: str | None = None,
+    *,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    column: str = "embedding",
+    measures: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+) -> EmbedSpec:
+    """Settle, on the client, how rows get their embedding."""
+    batch_size = config.get("batch-size", batch_size)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+    return EmbedSpec(
+        resolve_encoder(model, pretrained, dtype),
+        batch_size,
+        config.get("decoder"),
+        config.get("max-pixels"),
+        bool(config.get("adjust-orientation")),
+        column,
+        dict(storage_options or {}),
+        measures,
+    )
+
+
+def embed(
+    df: Any,
+    model: str = "ViT-L-14",
+    pretrained: str | None = None,
+    *,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    column: str = "embedding",
+    measures: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Decode and embed the images of a DataFrame.
+
+    Each partition reads its shards once, in order; decoding of a batch runs while the batch before is in the encoder.
+    A bad image costs itself only: ``status`` and ``error_message`` say why, its embedding is null.
+
+    Parameters
+    ----------
+    df : dask, pandas or cuDF DataFrame
+        From `read_webdataset`; rows may be filtered, shuffled or repartitioned.
+    model : str
+        open_clip's name of a model, or ``starter`` (a preview that needs no download).
+    pretrained : str, optional
+        open_clip's tag, a checkpoint's path, or ``random:SEED``.
+    batch_size : int, optional
+        Images a forward pass; by default 16 on a CPU and 512 on a GPU.
+    dtype : {"auto", "float32", "bfloat16", "float16"}, optional
+        Of the encoder; ``auto`` is settled on the worker, by its processor.
+    column : str
+        Name of the new column.
+    measures : bool
+        Also measure each image, in the same decode: ``brightness``, ``contrast``, ``blur``, ``entropy``,
+        ``colourfulness`` and ``phash``; see `dask_imgcurator.images.quality`.
+    storage_options : mapping, optional
+        For the fsspec file system of the shards.
+
+    Returns
+    -------
+    the frame's type
+        With ``width``, ``height``, ``sha256`` and `column` (list of float32, unit length).
+
+    Raises
+    ------
+    ModelError
+        For a model or tag that does not exist, or weights that cannot be loaded.
+
+    Notes
+    -----
+    Pixels are those of open_clip's own transform, see `docs/exactness.md`.
+    """
+    require_columns(
+        df,
+        ["shard", "offset", "nbytes", "status", "error_message"],
+        "embed",
+        "read the shards with read_webdataset",
+    )
+    spec = embed_spec(
+        model,
+        pretrained,
+        batch_size=batch_size,
+        dtype=dtype,
+        column=column,
+        measures=measures,
+        storage_options=storage_options,
+    )
+    return apply_step(df, embed_partition, spec, spec.schema)

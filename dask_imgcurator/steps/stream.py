@@ -1,0 +1,200 @@
+"""Images of rows: read, hashed and decoded ahead of the encoder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from ..engine.backend import Backend
+from ..engine.cache import cache
+from ..engine.device import is_out_of_memory, release
+from ..images.dali import dali_problem
+from ..images.decoder import Batch, Decoder
+from ..images.formats import BadImage
+from ..images.isolated import IsolatedDecoder
+from ..images.preprocess import Preprocess
+from ..storage import shards
+
+if TYPE_CHECKING:
+    from .embed import EmbedSpec
+
+T = TypeVar("T")
+
+#: One core hashes about as many images of 2 megapixels as one card encodes.
+_HASHERS = 4
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A batch of images before it is decoded: row numbers, bytes (or why there are none), and their sha256."""
+
+    numbers: list[int]
+    data: list[bytes | BadImage]
+    digests: list[str | None]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A batch of images as the encoder takes it."""
+
+    numbers: list[int]
+    digests: list[str | None]
+    batch: Batch
+
+
+def stream_images(
+    locators: Mapping[str, list[Any]], todo: list[int], spec: EmbedSpec, preprocess: Preprocess, backend: Backend
+) -> Iterator[Decoded]:
+    """Yield the images of the rows `todo`, a batch at a time; the next ones are read and decoded meanwhile."""
+    batch_size = batch_size_of(spec, backend)
+    with contextlib.ExitStack() as stack:
+        decoders = [
+            stack.enter_context(_lend_decoder(spec, preprocess, backend, batch_size))
+            for _ in range(1 if spec.isolate else backend.decoders)
+        ]
+        pieces = _ahead(_read(locators, todo, batch_size, spec.storage_options))
+        yield from _decoded(pieces, decoders, backend.device)
+
+
+def batch_size_of(spec: EmbedSpec, backend: Backend) -> int:
+    """Images per forward pass: larger batches leave a processor's caches, smaller ones leave a card idle."""
+    return spec.batch_size or (16 if backend.device == "cpu" else 512)
+
+
+def _read(
+    locators: Mapping[str, list[Any]], todo: list[int], batch_size: int, storage_options: Mapping[str, Any]
+) -> Iterator[Piece]:
+    """Read and hash a batch at a time."""
+    blobs = _blobs(locators, todo, storage_options)
+    with ThreadPoolExecutor(_HASHERS, thread_name_prefix="hash") as pool:
+        for start in range(0, len(todo), batch_size):
+            numbers = todo[start : start + batch_size]
+            data = [next(blobs) for _ in numbers]
+            yield Piece(numbers, data, list(pool.map(_digest, data)))
+
+
+def _digest(data: bytes | BadImage) -> str | None:
+    return None if isinstance(data, BadImage) else hashlib.sha256(data).hexdigest()
+
+
+def _blobs(
+    locators: Mapping[str, list[Any]], todo: list[int], storage_options: Mapping[str, Any]
+) -> Iterator[bytes | BadImage]:
+    """Yield the bytes of each image, shard by shard; `BadImage` in place of those that cannot be read."""
+    by_shard: dict[str, list[int]] = {}
+    for i in todo:
+        by_shard.setdefault(locators["shard"][i], []).append(i)
+    for url, numbers in by_shard.items():
+        extents = [(locators["offset"][i], locators["nbytes"][i]) for i in numbers]
+        done = 0
+        # For a part of a shard (a filtered frame), ranges cost less than all of it.
+        whole = 2 * sum(nbytes for _, nbytes in extents) >= max(offset + nbytes for offset, nbytes in extents)
+        pieces = shards.read_extents(url, extents, storage_options, whole)
+        try:
+            for data, (offset, nbytes) in zip(pieces, extents, strict=True):
+                done += 1
+                if len(data) < nbytes:
+                    yield BadImage("read_error", f"{url} ends inside this image (byte {offset + len(data):,})")
+                else:
+                    yield data
+        except OSError as err:
+            for _ in numbers[done:]:
+                yield BadImage("read_error", shards.explain(url, err))
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """Make the next item in a second thread while the caller works on this one."""
+    done: Any = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
+        future = pool.submit(next, items, done)
+        while (item := future.result()) is not done:
+            future = pool.submit(next, items, done)
+            yield item
+
+
+def _decoded(pieces: Iterator[Piece], decoders: Sequence[Any], device: str) -> Iterator[Decoded]:
+    """Decode ahead of the caller, each decoder in a thread, and yield in the order of the pieces."""
+    free: SimpleQueue[Any] = SimpleQueue()
+    for decoder in decoders:
+        free.put(decoder)
+
+    def decode(piece: Piece) -> tuple[Piece, list[Batch]]:
+        decoder = free.get()
+        try:
+            return piece, _decode_in_parts(decoder, piece.data, device)
+        finally:
+            free.put(decoder)
+
+    with ThreadPoolExecutor(len(decoders), thread_name_prefix="decode") as pool:
+        running = deque(pool.submit(decode, piece) for piece in islice(pieces, len(decoders)))
+        while running:
+            piece, batches = running.popleft().result()
+            running.extend(pool.submit(decode, piece) for piece in islice(pieces, 1))
+            start = 0
+            for batch in batches:
+                end = start + len(batch.infos)
+                yield Decoded(piece.numbers[start:end], piece.digests[start:end], batch)
+                start = end
+
+
+def _decode_in_parts(decoder: Any, data: Sequence[bytes | BadImage], device: str) -> list[Batch]:
+    """Decode a batch, in halves where memory runs out."""
+    try:
+        return [decoder(data)]
+    except Exception as err:
+        if len(data) == 1 or not is_out_of_memory(err):
+            raise
+    release(device)
+    middle = len(data) // 2
+    return [batch for half in (data[:middle], data[middle:]) for batch in _decode_in_parts(decoder, half, device)]
+
+
+@contextlib.contextmanager
+def _lend_decoder(
+    spec: EmbedSpec, preprocess: Preprocess, backend: Backend, batch_size: int
+) -> Iterator[Decoder | IsolatedDecoder]:
+    """Lend a decoder of this process: building a pipeline costs more than a small partition does."""
+    import torch
+
+    kind = settle_decoder(spec.decoder, backend.decoder_device)
+    options: dict[str, Any] = {
+        "device": backend.device,
+        "dali_device": backend.decoder_device if kind == "dali" else None,
+        "threads": torch.get_num_threads(),
+        "max_pixels": spec.max_pixels,
+        "adjust_orientation": spec.adjust_orientation,
+        "views": spec.measures,
+    }
+    if spec.isolate:
+        isolated = IsolatedDecoder(preprocess, batch_size, **options)
+        try:
+            yield isolated
+        finally:
+            isolated.close()
+        return
+    key = (preprocess, batch_size, *options.values())
+    with cache.lend("decoder", key, lambda: Decoder(preprocess, batch_size, **options)) as decoder:
+        yield decoder
+
+
+def settle_decoder(name: str, device: str) -> Literal["dali", "pillow"]:
+    """Turn ``auto`` into a decoder: DALI on a card, Pillow on a CPU; `device` is the backend's `decoder_device`.
+
+    On a CPU both take the same time (most of it libjpeg's and the resize's), Pillow's pixels are open_clip's to the
+    last bit, and no native pipeline can take the process with it.
+    """
+    if name not in ("auto", "dali", "pillow"):
+        raise ValueError(f"unknown decoder {name!r}: use auto, dali or pillow")
+    if name == "pillow" or (name == "auto" and device == "cpu"):
+        return "pillow"
+    problem = dali_problem()
+    if problem and name == "dali":
+        raise RuntimeError(problem)
+    return "pillow" if problem else "dali"

@@ -1,0 +1,214 @@
+"""Copy samples from tars to a tar, byte for byte.
+
+A written tar holds the members of the samples, names and bytes as in the source, in the order of the rows. Its headers
+are made anew with fixed owner, mode and time, so the same selection gives the same file on every machine.
+
+Nothing is extracted: a member called ``../x.jpg`` in the source is called so in the copy, and it is for whoever extracts
+one to guard against that (Python's ``filter="data"`` and GNU tar do).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+from . import shards
+
+#: A longer extent (bytes) is not read in one piece: its members may lie far apart.
+_LONG_EXTENT = 256 << 20
+
+
+class WriteError(RuntimeError):
+    """A curated shard cannot be written: a sample is not as it was scored, or someone else's file is in the way."""
+
+
+def sample_sizes(urls: Sequence[str], offsets: Sequence[int], extents: Sequence[int]) -> list[int]:
+    """Bytes that samples take in a curated shard, by their extents (source, offset and length) in their sources.
+
+    Extents that overlap (the members of a sample do not follow each other) share what they cover together, evenly,
+    since each of them may span the whole tar.
+    """
+    sizes: dict[tuple[str, int, int], int] = {}
+    for (url, start), group in _overlapping(set(zip(urls, offsets, extents, strict=True))):
+        left = max(offset + nbytes for offset, nbytes in group) - start
+        for done, (offset, nbytes) in enumerate(sorted(group, key=lambda extent: extent[1])):
+            size = min(nbytes, -(-left // (len(group) - done)))
+            sizes[url, offset, nbytes] = size
+            left -= size
+    return [sizes[row] for row in zip(urls, offsets, extents, strict=True)]
+
+
+def _overlapping(
+    extents: Iterable[tuple[str, int, int]],
+) -> Iterator[tuple[tuple[str, int], list[tuple[int, int]]]]:
+    """Gather extents (source, offset, length) that overlap; most stand alone."""
+    group: list[tuple[int, int]] = []
+    key, end = ("", 0), 0
+    for url, offset, nbytes in sorted(extents):
+        if group and (url != key[0] or offset >= end):
+            yield key, group
+            group = []
+        if not group:
+            key, end = (url, offset), 0
+        group.append((offset, nbytes))
+        end = max(end, offset + nbytes)
+    if group:
+        yield key, group
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A tar that was written."""
+
+    nbytes: int
+    sha256: str
+    samples: list[shards.Sample]
+
+
+def write_tar(rows: list[dict[str, Any]], file: IO[bytes], source_options: Mapping[str, Any]) -> Copied:
+    """Write the samples of some rows as a tar."""
+    sink, samples = _Counted(file), []
+    with tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+        for row, members in zip(rows, source_members(rows, source_options), strict=True):
+            samples.append(_add(tar, row["key"], members))
+    return Copied(sink.nbytes, sink.digest.hexdigest(), samples)
+
+
+class _Counted(io.RawIOBase):
+    """A sink that counts and hashes what passes through."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.nbytes, self.digest = file, 0, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.nbytes += len(data)
+        return self._file.write(data)
+
+
+def source_members(rows: list[dict[str, Any]], source_options: Mapping[str, Any]) -> Iterator[list[tuple[str, bytes]]]:
+    """Yield names and bytes of each row's members; a source is opened once for each run of rows that it holds.
+
+    An extent is read in one piece, with what lies in it. Where that would be others' members, over and over (all images
+    of a tar stand before all captions, say), the members are read one by one, by an index of the source.
+    """
+    wanted = _scattered(rows)
+    known: dict[str, _Known] = {}
+    start = 0
+    while start < len(rows):
+        url, stop = rows[start]["shard"], start
+        while stop < len(rows) and rows[stop]["shard"] == url:
+            stop += 1
+        run = rows[start:stop]
+        try:
+            if url not in wanted:
+                yield from _in_one_piece(url, run, source_options)
+            else:
+                if url not in known:
+                    known[url] = _find_samples(url, wanted[url], source_options)
+                yield from _one_by_one(url, run, known[url], source_options)
+        except OSError as err:
+            raise WriteError(f"cannot read {url}, from which {stop - start} samples are to be copied: {err}") from err
+        start = stop
+
+
+def _scattered(rows: Iterable[Mapping[str, Any]]) -> dict[str, set[int]]:
+    """Sources in which extents overlap or are very long, with the offsets of all samples that are wanted of them."""
+    offsets: dict[str, set[int]] = {}
+    for row in rows:
+        offsets.setdefault(row["shard"], set()).add(row["sample_offset"])
+    extents = {(row["shard"], row["sample_offset"], row["sample_nbytes"]) for row in rows}
+    long = {url for url, _, nbytes in extents if nbytes > _LONG_EXTENT}
+    overlapping = {url for (url, _), group in _overlapping(extents) if len(group) > 1}
+    return {url: offsets[url] for url in long | overlapping}
+
+
+def _in_one_piece(
+    url: str, rows: list[dict[str, Any]], source_options: Mapping[str, Any]
+) -> Iterator[list[tuple[str, bytes]]]:
+    extents = [(row["sample_offset"], row["sample_nbytes"]) for row in rows]
+    for row, data in zip(rows, shards.read_extents(url, extents, source_options), strict=True):
+        index = shards.index_tar(io.BytesIO(data), extent=True)
+        # Behind the sample's first member, others' members may lie between.
+        sample = _checked(row, index.samples[0] if index.samples else None, index.error, row["sample_offset"])
+        stored = [data[m.offset : m.offset + m.stored] for m in sample.members]
+        yield _expanded(row, sample, stored, row["sample_offset"])
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the index of a source says of some of its samples, by their offsets."""
+
+    samples: dict[int, shards.Sample]
+    error: str | None
+
+
+def _find_samples(url: str, offsets: set[int], source_options: Mapping[str, Any]) -> _Known:
+    with shards.hold_shard(url, source_options), shards.open_shard(url, source_options) as file:
+        index = shards.index_tar(file)
+    return _Known({s.offset: s for s in index.samples if s.offset in offsets}, index.error)
+
+
+def _one_by_one(
+    url: str, rows: list[dict[str, Any]], known: _Known, source_options: Mapping[str, Any]
+) -> Iterator[list[tuple[str, bytes]]]:
+    samples = [_checked(row, known.samples.get(row["sample_offset"]), known.error) for row in rows]
+    extents = [(m.offset, m.stored) for sample in samples for m in sample.members]
+    # A remote source was streamed to be indexed: for most of it, that copy serves better than ranges.
+    whole = 2 * sum(nbytes for _, nbytes in extents) >= max((offset + nbytes for offset, nbytes in extents), default=0)
+    pieces = shards.read_extents(url, extents, source_options, whole)
+    for row, sample in zip(rows, samples, strict=True):
+        yield _expanded(row, sample, [next(pieces) for _ in sample.members])
+
+
+def _checked(row: Mapping[str, Any], sample: shards.Sample | None, error: str | None, base: int = 0) -> shards.Sample:
+    """Return the sample that was found where a row says; raise `WriteError` if it is not the row's."""
+    if sample is None:
+        raise _changed(row, error or "no sample begins there")
+    if sample.key != row["key"]:
+        raise _changed(row, error or f"{sample.key!r} is there")
+    if (sample.offset + base, sample.end - sample.offset) != (row["sample_offset"], row["sample_nbytes"]):
+        raise _changed(row, error or "its members have other sizes")
+    return sample
+
+
+def _expanded(
+    row: Mapping[str, Any], sample: shards.Sample, stored: list[bytes], base: int = 0
+) -> list[tuple[str, bytes]]:
+    """Names and contents of a sample's members; raise `WriteError` if its image is not the one that was scored."""
+    for member, data in zip(sample.members, stored, strict=True):
+        if len(data) < member.stored:
+            raise _changed(row, f"{member.name!r} is cut off")
+    if row.get("sha256") is not None and "offset" in row:
+        image = next((d for m, d in zip(sample.members, stored, strict=True) if m.offset + base == row["offset"]), None)
+        if image is None or hashlib.sha256(image).hexdigest() != row["sha256"]:
+            raise _changed(row, "its image has another sha256")
+    return [(m.name, m.expand(data)) for m, data in zip(sample.members, stored, strict=True)]
+
+
+def _changed(row: Mapping[str, Any], wrong: str) -> WriteError:
+    where = f"{row['shard']}, bytes {row['sample_offset']:,} to {row['sample_offset'] + row['sample_nbytes']:,}"
+    return WriteError(
+        f"the sample {row['key']!r} is not as it was at {where}: {wrong}. The shard was changed: score it again."
+    )
+
+
+def _add(tar: tarfile.TarFile, key: str, members: list[tuple[str, bytes]]) -> shards.Sample:
+    first = tar.offset
+    sample = shards.Sample(key, first, first)
+    for name, data in members:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = len(data), 0o644
+        tar.addfile(info, io.BytesIO(data))
+        padded = -(-len(data) // shards.BLOCK) * shards.BLOCK
+        ext = name.rpartition("/")[2].partition(".")[2].lower()
+        sample.members.append(shards.Member(name, ext, tar.offset - padded, len(data)))
+    sample.end = tar.offset
+    return sample
