@@ -100,7 +100,8 @@ def results(
     meta = _row(None).iloc[:0]
     if each is None:
         return df.map_partitions(_to_row, function, *args, meta=meta, enforce_metadata=False, token=label)
-    own = dd.from_map(_row, list(each), meta=meta, enforce_metadata=False, label=f"{label}-items")
+    with dask.config.set({"dataframe.convert-string": False}):  # Dask would make text of objects
+        own = dd.from_map(_row, list(each), meta=meta, enforce_metadata=False, label=f"{label}-items")
     return df.map_partitions(
         _to_own_row, own, function, *args, meta=meta, enforce_metadata=False, token=label, align_dataframes=False
     )

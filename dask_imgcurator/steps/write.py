@@ -472,7 +472,8 @@ def _regroup(df: dd.DataFrame) -> Regroup:
     def regroup(groups: Sequence[Group], columns: Sequence[str] | None) -> dd.DataFrame:
         names = list(columns) if columns is not None else list(meta.columns)
         together = [concat([parts[i] for i in group.partitions], names) for group in groups]
-        return dd.from_delayed(together, meta=meta[names], verify_meta=False, prefix="group")
+        with dask.config.set({"dataframe.convert-string": False}):  # Dask would make text of objects
+            return dd.from_delayed(together, meta=meta[names], verify_meta=False, prefix="group")
 
     return regroup
 
