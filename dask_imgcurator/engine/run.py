@@ -234,4 +234,5 @@ def reduce(df: Any, function: Callable[..., Any], merge: Callable[[list[Any]], A
 
 
 def _merge_results(frame: pd.DataFrame, merge: Callable[[list[Any]], Any]) -> pd.DataFrame:
-    return _row(merge(list(frame["result"])))
+    # To learn the type of the result, Dask tries an empty frame.
+    return _row(merge(list(frame["result"]))) if len(frame) else frame
