@@ -75,7 +75,7 @@ def test_scheduler_that_runs_already(scheduler: str, tmp_path: Any) -> None:
     from dask_imgcurator.checks.samples import make_sample_shards
 
     made = make_sample_shards(tmp_path / "samples", count=24, per_shard=12)
-    result = dic.curate([str(p) for p in made.shards], tmp_path / "run", model="starter", scheduler=scheduler)
+    result = dic.curate([str(p) for p in made.shards], tmp_path / "run", model="starter", client=scheduler)
     assert result.samples == 24
     # It is still there: it was not ours to end.
     with dic.start_client(scheduler=scheduler) as client:

@@ -16,10 +16,9 @@ from distributed import Client
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
-from dask_imgcurator.jobs.tables import Place
-from dask_imgcurator.select.selection import SelectionError
-from dask_imgcurator.select.where import WhereError
-from dask_imgcurator.steps import score
+from dask_imgcurator.select.ranks import SelectionError
+from dask_imgcurator.select.syntax import WhereError
+from dask_imgcurator.steps.score_table import file_provenance
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SampleShards:
 def table(made: SampleShards, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A score table without a cluster: the job's own steps, file by file, with its metadata."""
     out = tmp_path_factory.mktemp("run") / "scores"
-    dic.score_shards([str(p) for p in made.shards], out, model="starter", n_workers=1, backend="pandas")
+    dic.score_shards([str(p) for p in made.shards], out, model="starter", client=1, backend="pandas")
     return out
 
 
@@ -59,7 +58,7 @@ def test_the_best_and_a_sample_of_them(table: Path, client: Client, tmp_path: Pa
     ]
     assert counts.funnel[1]["alone"] == len(ok) // 2
     for path in sorted((tmp_path / "out").glob("*.parquet")):
-        before, after = score.file_provenance(str(table / path.name)), score.file_provenance(str(path))
+        before, after = file_provenance(str(table / path.name)), file_provenance(str(path))
         assert after is not None
         assert after.pop("selected") == {"steps": [s["condition"] for s in counts.funnel]}
         assert after == before
@@ -76,7 +75,7 @@ def test_mistakes_are_told_before_anything_is_written(table: Path, client: Clien
     with pytest.raises(ValueError, match="is the score table itself"):
         dic.select_rows(table, table, "width > 1", client=client)
     with pytest.raises(ValueError, match="name one"):
-        dic.drop_duplicates(table, out, eps=[0.1, 0.2], place=Place(client=client))
+        dic.drop_duplicates(table, out, eps=[0.1, 0.2], client=client)
     assert not out.exists() or not list(out.iterdir())
 
 
@@ -88,7 +87,7 @@ def test_duplicates_that_were_planted_go(table: Path, made: SampleShards, client
         keep="aesthetic_score",
         groups=tmp_path / "groups.parquet",
         index=tmp_path / "index",
-        place=Place(client=client),
+        client=client,
     )
     left = read(tmp_path / "unique")
     ok = read(table).query("status == 'ok'")
@@ -107,9 +106,7 @@ def test_duplicates_that_were_planted_go(table: Path, made: SampleShards, client
     for _, group in groups.groupby("group"):
         assert scores[group["kept_key"].iloc[0]] == scores[group["key"]].max()
     # What is in the index already is no news.
-    again = dic.drop_duplicates(
-        tmp_path / "unique", tiers=["exact"], against=str(tmp_path / "index"), place=Place(client=client)
-    )
+    again = dic.drop_duplicates(tmp_path / "unique", tiers=["exact"], against=str(tmp_path / "index"), client=client)
     assert again.kept == 0
 
 
@@ -119,7 +116,7 @@ def test_columns_are_added_without_images(table: Path, made: SampleShards, clien
     weights = np.random.default_rng(0).normal(size=(1, width)).astype(np.float32)
     dic.save_head(tmp_path / "mine.safetensors", [(weights, np.zeros(1, np.float32))], column="mine_score", name="mine")
     added = dic.add_columns(
-        table, tmp_path / "more", heads=[tmp_path / "mine.safetensors"], caption_stats=True, place=Place(client=client)
+        table, tmp_path / "more", heads=[tmp_path / "mine.safetensors"], caption_stats=True, client=client
     )
     assert set(added) == {"mine_score", "caption_words", "caption_chars"}
     before, after = read(table), read(tmp_path / "more")
@@ -132,9 +129,9 @@ def test_columns_are_added_without_images(table: Path, made: SampleShards, clien
         if isinstance(row.caption, str):
             assert row.caption_words == len(row.caption.split())
     with pytest.raises(ValueError, match="nothing to add"):
-        dic.add_columns(tmp_path / "more", tmp_path / "x", caption_stats=True, place=Place(client=client))
+        dic.add_columns(tmp_path / "more", tmp_path / "x", caption_stats=True, client=client)
     with pytest.raises(ValueError, match="starter"):
-        dic.add_columns(table, tmp_path / "x", clip_score=True, place=Place(client=client))
+        dic.add_columns(table, tmp_path / "x", clip_score=True, client=client)
 
 
 def test_a_registered_head_is_added_and_its_column_then_left_alone(
@@ -150,24 +147,22 @@ def test_a_registered_head_is_added_and_its_column_then_left_alone(
     dic.save_head(tmp_path / "ones.safetensors", ones, column="ones_score", name="ones")
     dic.save_head(tmp_path / "other.safetensors", ones, column="ones_score", name="other")
     monkeypatch.syspath_prepend(tmp_path)
-    place = Place(client=client)
-    assert dic.add_columns(table, tmp_path / "more", heads=["ones"], place=place) == ["ones_score"]
+    assert dic.add_columns(table, tmp_path / "more", heads=["ones"], client=client) == ["ones_score"]
     row = next(read(tmp_path / "more").query("status == 'ok'").itertuples())
     assert row.ones_score == pytest.approx(float(np.sum(row.embedding, dtype=np.float64)), abs=1e-4)
     for url in (tmp_path / "more").glob("*.parquet"):  # values that no head gives
         whole = pq.read_table(url)
         at = whole.schema.get_field_index("ones_score")
         pq.write_table(whole.set_column(at, whole.schema.field(at), [np.full(len(whole), 7, np.float32)]), url)
-    added = dic.add_columns(tmp_path / "more", tmp_path / "again", heads=["ones"], caption_stats=True, place=place)
+    added = dic.add_columns(tmp_path / "more", tmp_path / "again", heads=["ones"], caption_stats=True, client=client)
     assert added == ["caption_words", "caption_chars"]
     assert (read(tmp_path / "again")["ones_score"] == 7).all()
     with pytest.raises(ValueError, match="two heads give the column 'ones_score'"):
-        dic.add_columns(table, tmp_path / "x", heads=["ones", tmp_path / "other.safetensors"], place=place)
+        dic.add_columns(table, tmp_path / "x", heads=["ones", tmp_path / "other.safetensors"], client=client)
 
 
 def test_other_layouts(table: Path, client: Client, tmp_path: Path) -> None:
-    place = Place(client=client)
-    written = dic.export_scores(table, tmp_path / "keys.txt", "list", "aesthetic_score >= 5", place=place)
+    written = dic.export_scores(table, tmp_path / "keys.txt", "list", "aesthetic_score >= 5", client=client)
     good = read(table).query("status == 'ok' and aesthetic_score >= 5")
     assert (tmp_path / "keys.txt").read_text().splitlines() == good["key"].tolist()
     assert written.rows == len(good)
@@ -193,5 +188,5 @@ def test_by_the_command_line(table: Path, tmp_path: Path) -> None:
     done = run("select", table, "--top", "most by blur", "--out", tmp_path / "x")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    provenance = score.file_provenance(str(next((tmp_path / "unique").glob("*.parquet"))))
+    provenance = file_provenance(str(next((tmp_path / "unique").glob("*.parquet"))))
     assert provenance is not None and json.dumps(provenance["deduplicated"]["tiers"]) == '["exact"]'

@@ -27,7 +27,8 @@ from PIL import Image
 import dask_imgcurator as dic
 from dask_imgcurator.images.dali import dali_problem
 from dask_imgcurator.models.encoders import resolve_encoder
-from dask_imgcurator.steps.score import EmbedSpec, ReadSpec, embed_partition, index_partition
+from dask_imgcurator.steps.embed import EmbedSpec, embed_partition
+from dask_imgcurator.steps.read import ReadSpec, index_partition
 
 TINY = "dic-tiny-embed"
 TINY_CONFIG = {

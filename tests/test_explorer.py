@@ -152,7 +152,7 @@ def test_the_table_is_read_once(rows: pd.DataFrame) -> None:
 
 
 def test_thumbnails_are_made_once(rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dask_imgcurator.report.report import gallery
+    from dask_imgcurator.report import gallery
 
     made: list[Any] = []
     original = gallery.make_thumbnails

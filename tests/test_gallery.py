@@ -18,7 +18,7 @@ from pictures import cards, make_rows, read
 import dask_imgcurator as dic
 from dask_imgcurator.schema import arrow_schema
 from dask_imgcurator.select.ranks import SelectionError
-from dask_imgcurator.select.where import WhereError
+from dask_imgcurator.select.syntax import WhereError
 
 HOSTILE = '"><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>\u202egnp.exe\x1b[2J'
 

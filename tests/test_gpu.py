@@ -18,6 +18,7 @@ import torch
 
 import dask_imgcurator as dic
 from dask_imgcurator.engine.backend import get_backend
+from dask_imgcurator.engine.cache import cache
 from dask_imgcurator.images.dali import dali_problem
 from dask_imgcurator.images.decoder import Decoder
 from dask_imgcurator.images.formats import BadImage
@@ -25,8 +26,10 @@ from dask_imgcurator.images.pillow import ImageInfo
 from dask_imgcurator.images.preprocess import Preprocess
 from dask_imgcurator.models.encoders import EncoderSpec, load_encoder, resolve_encoder
 from dask_imgcurator.models.heads import HEADS, load_head
-from dask_imgcurator.steps import score
-from dask_imgcurator.steps.score import EmbedSpec, HeadUse, ReadSpec, embed_partition, index_partition, score_partition
+from dask_imgcurator.steps.embed import _LOCATORS, EmbedSpec, embed_partition
+from dask_imgcurator.steps.heads import HeadUse, score_partition
+from dask_imgcurator.steps.read import ReadSpec, index_partition
+from dask_imgcurator.steps.stream import _blobs
 
 pytestmark = pytest.mark.gpu
 
@@ -150,7 +153,7 @@ def test_pixels_embeddings_and_scores_stay_on_the_card(urls: list[str], tmp_path
         )
 
     # Where the images lie is asked of the card before anything is decoded.
-    locators = copied_to_host(lambda: get_backend("cudf").to_host(frame, score._LOCATORS), tmp_path)
+    locators = copied_to_host(lambda: get_backend("cudf").to_host(frame, _LOCATORS), tmp_path)
     copied = copied_to_host(work, tmp_path) - locators
     embeddings, pixels = COUNT * 512 * 4, COUNT * 3 * 224 * 224 * 4
     # Row numbers and counts are left: tens of bytes a row, where its embedding alone has 2,048.
@@ -163,11 +166,7 @@ def test_pixels_embeddings_and_scores_stay_on_the_card(urls: list[str], tmp_path
 def jpegs(urls: list[str]) -> list[bytes]:
     rows = index_partition(urls, ReadSpec(backend="pandas"))
     host = {name: rows[name].tolist() for name in ("shard", "offset", "nbytes", "status")}
-    return [
-        b
-        for b in score._blobs(host, [i for i, s in enumerate(host["status"]) if s == "ok"], {})
-        if isinstance(b, bytes)
-    ]
+    return [b for b in _blobs(host, [i for i, s in enumerate(host["status"]) if s == "ok"], {}) if isinstance(b, bytes)]
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
@@ -234,7 +233,7 @@ def test_pipelines_are_kept_for_the_next_partition(urls: list[str]) -> None:
     spec = EmbedSpec(STARTER, batch_size=24)
 
     def lent() -> set[int]:
-        return {id(d) for key, free in score._decoders.items() if key[1] == 24 for d in free}
+        return {id(d) for key, free in cache.kept("decoder").items() if key[1] == 24 for d in free}
 
     embed_partition(frame, spec)
     first = lent()

@@ -22,7 +22,7 @@ from dask_imgcurator.images.formats import BadImage
 from dask_imgcurator.images.isolated import IsolatedDecoder
 from dask_imgcurator.images.pillow import ImageInfo
 from dask_imgcurator.images.preprocess import Preprocess
-from dask_imgcurator.models.encoders import starter
+from dask_imgcurator.models import starter
 from dask_imgcurator.monitor import Monitor
 
 PREPROCESS = Preprocess.from_open_clip({"fill_color": 0, **starter.PREPROCESS})
@@ -145,7 +145,7 @@ def test_a_worker_that_dies_costs_one_image(crashing: None, tmp_path: Path) -> N
             str(tmp_path / f"{kind}-*.tar"),
             tmp_path / kind,
             model="starter",
-            n_workers=1,
+            client=1,
             backend="pandas",
             monitor=monitor,
         )

@@ -21,11 +21,12 @@ import pytest
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
-from dask_imgcurator.engine import runner
+from dask_imgcurator.engine.run import JobError
 from dask_imgcurator.jobs import plan as planning
 from dask_imgcurator.monitor import Monitor, Progress
 from dask_imgcurator.results import RunResult
-from dask_imgcurator.steps import score, write
+from dask_imgcurator.steps import write
+from dask_imgcurator.steps.score_table import file_provenance
 from dask_imgcurator.storage import shards
 
 WHERE = "aesthetic_score >= 5 and width >= 160"
@@ -167,7 +168,7 @@ def test_missing_and_damaged_score_files_are_made_again(
 def test_another_dtype_recomputes(copy: Path, made: SampleShards, client: Any) -> None:
     result = dic.score_shards(str(made.shards[0]), copy / "scores", model="starter", dtype="bfloat16", client=client)
     assert (result.shards_scored, result.shards_taken_over) == (1, 0)
-    assert score.file_provenance(str(copy / "scores" / "00000.parquet"))["encoder"]["dtype"] == "bfloat16"  # type: ignore[index]
+    assert file_provenance(str(copy / "scores" / "00000.parquet"))["encoder"]["dtype"] == "bfloat16"  # type: ignore[index]
 
 
 def test_changed_shard_is_scored_again(made: SampleShards, client: Any, tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_shards_of_one_stem_do_not_collide(made: SampleShards, client: Any, tmp_
     assert result.samples == 48
     files = sorted((out / "scores").glob("*.parquet"))
     assert len(files) == 2
-    assert {score.file_provenance(str(f))["shard"] for f in files} == set(urls)  # type: ignore[index]
+    assert {file_provenance(str(f))["shard"] for f in files} == set(urls)  # type: ignore[index]
     # The names stay when the order changes or a shard joins later: nothing is computed twice.
     assert dic.score_shards(urls[::-1], out / "scores", model="starter", client=client).shards_taken_over == 2
     alone = tmp_path / "alone"
@@ -263,7 +264,7 @@ def test_missing_head_weights_stop_the_run_with_a_remedy(made: SampleShards, cli
     (tmp_path / "empty").mkdir()
     wrong = tmp_path / "empty" / "sa_0_4_vit_b_32_linear.pth"
     wrong.write_bytes(b"not the published file")
-    with pytest.raises(runner.JobError, match="sha256"):
+    with pytest.raises(JobError, match="sha256"):
         dic.score_shards(
             str(made.shards[0]), tmp_path / "scores", model="starter", aesthetic_head="aesthetic-v1-b32",
             weights_dir=tmp_path / "empty", client=client,

@@ -25,6 +25,7 @@ from PIL import Image
 from dask_imgcurator.images.dali import dali_problem
 from dask_imgcurator.images.decoder import Decoder
 from dask_imgcurator.images.pillow import decode
+from dask_imgcurator.models import encoders as models
 from dask_imgcurator.models.encoders import (
     DTYPES,
     EncoderSpec,
@@ -34,7 +35,6 @@ from dask_imgcurator.models.encoders import (
     resolve_encoder,
     starter,
 )
-from dask_imgcurator.models.encoders import encoders as models
 
 TINY = "dic-tiny-models"
 TINY_CONFIG = {

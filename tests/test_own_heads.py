@@ -28,8 +28,8 @@ import dask_imgcurator as dic
 from dask_imgcurator import plugins
 from dask_imgcurator.engine.backend import get_backend
 from dask_imgcurator.images.preprocess import Preprocess
+from dask_imgcurator.models import encoders as models
 from dask_imgcurator.models.encoders import ModelError, load_encoder, resolve_encoder
-from dask_imgcurator.models.encoders import encoders as models
 from dask_imgcurator.models.head_files import HeadFile, convert_pth, provenance, read_head, save_head
 from dask_imgcurator.models.heads import HeadError
 from dask_imgcurator.models.weights import WeightsError

@@ -18,7 +18,7 @@ import pytest
 
 from dask_imgcurator import read_webdataset
 from dask_imgcurator.engine.backend import backend_of
-from dask_imgcurator.steps.score import ReadSpec, index_partition, peek_fields
+from dask_imgcurator.steps.read import ReadSpec, index_partition, peek_fields
 
 OWN = [
     "key",

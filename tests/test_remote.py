@@ -21,7 +21,7 @@ from servers import OPTIONS, S3, Request, plain_server, s3_server
 import dask_imgcurator as dic
 from dask_imgcurator.checks import verify
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
-from dask_imgcurator.engine import runner
+from dask_imgcurator.engine.run import JobError
 from dask_imgcurator.storage import files, remote, shards
 
 WHERE = "aesthetic_score >= 5 and width >= 160"
@@ -257,7 +257,7 @@ def test_a_table_that_cannot_be_written_stops_the_run_and_the_next_goes_on(
 ) -> None:
     stem = made.shards[2].stem
     s3.fault = lambda request: "500" if request.method == "PUT" and f"/{stem}.parquet" in request.path else None
-    with pytest.raises(runner.JobError, match=rf"{stem}\.parquet: .*{files.ATTEMPTS} attempts"):
+    with pytest.raises(JobError, match=rf"{stem}\.parquet: .*{files.ATTEMPTS} attempts"):
         curate(s3, client)
     s3.fault = lambda _request: None
     fs = s3.file_system()

@@ -29,9 +29,9 @@ from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
 from dask_imgcurator.cli.main import cli
 from dask_imgcurator.engine.backend import get_backend
 from dask_imgcurator.models.encoders import ModelError, load_encoder, resolve_encoder
-from dask_imgcurator.select.where import WhereError
+from dask_imgcurator.select.syntax import WhereError
 from dask_imgcurator.similarity.scan import SearchError
-from dask_imgcurator.steps import score
+from dask_imgcurator.steps.score_table import METADATA_KEY
 
 WIDTH = 16
 #: The smallest architecture among those that open_clip lists.
@@ -235,7 +235,7 @@ def written(made: SampleShards, out: Path, model: str, pretrained: str | None) -
         with dask.config.set(scheduler="sync"):
             frame = df.compute()
         provenance = {"encoder": encoder, "decode": {"decoder": "pillow"}, "shard": str(path)}
-        metadata = {score.METADATA_KEY: json.dumps(provenance)}
+        metadata = {METADATA_KEY: json.dumps(provenance)}
         get_backend("pandas").write_parquet(frame, str(out / f"{path.stem}.parquet"), metadata, {})
     return out
 
@@ -311,9 +311,9 @@ def test_the_model_must_be_the_tables(clip_table: Path, starter_table: Path, cli
     # A checkpoint's path is not recorded, but its name and hash are.
     for path in clip_table.glob("*.parquet"):
         table = pq.read_table(path)
-        about = json.loads(table.schema.metadata[score.METADATA_KEY.encode()])
+        about = json.loads(table.schema.metadata[METADATA_KEY.encode()])
         about["encoder"] |= {"pretrained": "my.pt", "weights_sha256": "00ff"}
-        pq.write_table(table.replace_schema_metadata({score.METADATA_KEY: json.dumps(about)}), tmp_path / path.name)
+        pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(about)}), tmp_path / path.name)
     with pytest.raises(ModelError, match=r"checkpoint 'my.pt' \(sha256 00ff\): give its path, as pretrained="):
         dic.search(tmp_path, text="a dog", **use)
 

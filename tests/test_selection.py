@@ -23,24 +23,20 @@ from hypothesis import strategies as st
 
 from dask_imgcurator.engine.backend import get_backend
 from dask_imgcurator.select import ranks
+from dask_imgcurator.select.ranks import SelectionError
 from dask_imgcurator.select.selection import (
-    Sample,
-    SelectionError,
-    Top,
     apply_steps,
     funnel,
-    parse_sample,
-    parse_step,
-    parse_top,
     quantile,
     sample,
-    settle_steps,
+    settle,
     top_count,
     top_fraction,
 )
+from dask_imgcurator.select.steps import Sample, Top, parse_sample, parse_step, parse_top
 from dask_imgcurator.select.syntax import WhereError
 from dask_imgcurator.select.where import parse_where
-from dask_imgcurator.steps.collection import read_scores
+from dask_imgcurator.steps.score_table import read_scores
 
 
 @pytest.fixture(autouse=True)
@@ -403,7 +399,7 @@ def test_steps_work_on_what_those_before_them_left(parts: int) -> None:
 
 def test_settled_steps_travel_and_work_on_any_partition() -> None:
     frame = table()
-    settled = pickle.loads(pickle.dumps(settle_steps(frame, ["top 30% by score", "sample 5 by cluster", "width > 64"])))
+    settled = pickle.loads(pickle.dumps(settle(frame, ["top 30% by score", "sample 5 by cluster", "width > 64"])))
     assert settled.columns == ["status", "score", "shard", "key", "sample_offset", "cluster", "width"]
     pieces = [settled.filter(frame.iloc[i : i + 100]) for i in range(0, len(frame), 100)]
     pd.testing.assert_frame_equal(pd.concat(pieces), settled.filter(frame))

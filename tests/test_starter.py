@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dask_imgcurator.models.encoders import starter
+from dask_imgcurator.models import starter
 
 ROOT = Path(__file__).resolve().parents[1]
 

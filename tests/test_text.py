@@ -19,13 +19,12 @@ from dask.base import tokenize
 
 import dask_imgcurator as dic
 from dask_imgcurator.engine.backend import get_backend
+from dask_imgcurator.models import encoders as models
 from dask_imgcurator.models.encoders import ModelError, load_encoder, resolve_encoder
-from dask_imgcurator.models.encoders import encoders as models
 from dask_imgcurator.models.text_tower import MAX_CHARS, TextEncoder, load_text_encoder
 from dask_imgcurator.schema import arrow_schema, missing_columns
-from dask_imgcurator.steps import text
 from dask_imgcurator.steps.captions import detect_languages
-from dask_imgcurator.steps.text import NEGATIVE, PromptError, parse_prompts
+from dask_imgcurator.steps.prompts import NEGATIVE, PromptError, PromptUse, parse_prompts
 
 #: The smallest architecture among those that open_clip lists; its text tower gives 256 numbers.
 MODEL, WEIGHTS, WIDTH = "ViT-S-32-alt", "random:0", 256
@@ -309,9 +308,9 @@ def test_a_graph_holds_words_and_no_model() -> None:
     df = dd.from_pandas(table(["x"], [unit(1)[0]]), npartitions=1)
     assert len(pickle.dumps(dict(dic.score_prompts(df, PROMPTS, **USE).__dask_graph__()))) < 100_000
     prompts = parse_prompts(PROMPTS)
-    uses = [text.PromptUse(SPEC, prompts), text.PromptUse(SPEC, prompts, "margin"), text.PromptUse(SPEC, prompts[:1])]
+    uses = [PromptUse(SPEC, prompts), PromptUse(SPEC, prompts, "margin"), PromptUse(SPEC, prompts[:1])]
     assert len({tokenize(use) for use in uses}) == 3
-    assert tokenize(text.PromptUse(SPEC, parse_prompts(PROMPTS))) == tokenize(uses[0])
+    assert tokenize(PromptUse(SPEC, parse_prompts(PROMPTS))) == tokenize(uses[0])
 
 
 @pytest.mark.parametrize(

@@ -33,17 +33,20 @@ from hypothesis import strategies as st
 import dask_imgcurator as dic
 from dask_imgcurator.checks.verify import verify
 from dask_imgcurator.steps.write import (
-    Slice,
-    WriteError,
+    Group,
+    Kept,
     WriteSpec,
     parse_size,
-    plan_shards,
+    plan_groups,
     remove_surplus,
-    sample_sizes,
     write_shard,
     written_shards,
 )
+from dask_imgcurator.steps.write import (
+    cut as cut_samples,
+)
 from dask_imgcurator.storage import files
+from dask_imgcurator.storage.tar_copy import WriteError, sample_sizes
 
 Members = list[tuple[str, bytes]]
 
@@ -141,52 +144,70 @@ ALL = [m for sample in [*PLAIN, *HARD, *HARD] for m in sample]
 
 
 @pytest.mark.parametrize(
-    ("partitions", "max_count", "max_nbytes", "expected"),
+    ("keys", "sizes", "max_count", "max_nbytes", "expected"),
     [
-        ([], 2, 10, []),
-        ([([], [])], 2, 10, []),
-        # by count, across partitions and over an empty one
-        (
-            [(["a", "b", "c"], [1, 1, 1]), ([], []), (["d", "e"], [1, 1])],
-            2,
-            100,
-            [[Slice(0, 0, 2)], [Slice(0, 2, 3), Slice(2, 0, 1)], [Slice(2, 1, 2)]],
-        ),
+        ("", [], 2, 10, []),
+        # by count
+        ("abcde", [1, 1, 1, 1, 1], 2, 100, ["ab", "cd", "e"]),
         # by size: 4 + 6 fit in 10, 4 + 6 + 1 do not
-        ([(["a", "b", "c"], [4, 6, 1])], 9, 10, [[Slice(0, 0, 2)], [Slice(0, 2, 3)]]),
+        ("abc", [4, 6, 1], 9, 10, ["ab", "c"]),
         # larger than the limit: a shard of its own
-        ([(["a", "b", "c"], [1, 99, 1])], 9, 10, [[Slice(0, 0, 1)], [Slice(0, 1, 2)], [Slice(0, 2, 3)]]),
-        ([(["a"], [99])], 9, 10, [[Slice(0, 0, 1)]]),
-        # a key that is there already begins a shard, also when it comes from another partition
-        ([(["a", "b"], [1, 1]), (["a", "c"], [1, 1])], 9, 10, [[Slice(0, 0, 2)], [Slice(1, 0, 2)]]),
-        ([(["a", "a"], [1, 1])], 9, 10, [[Slice(0, 0, 1)], [Slice(0, 1, 2)]]),
+        ("abc", [1, 99, 1], 9, 10, ["a", "b", "c"]),
+        ("a", [99], 9, 10, ["a"]),
+        # a key that is there already begins a shard
+        ("abac", [1, 1, 1, 1], 9, 10, ["ab", "ac"]),
+        ("aa", [1, 1], 9, 10, ["a", "a"]),
     ],
 )
-def test_packing_by_hand(partitions: Any, max_count: int, max_nbytes: int, expected: list[list[Slice]]) -> None:
-    assert list(plan_shards(partitions, max_count, max_nbytes)) == expected
+def test_cutting_by_hand(keys: str, sizes: list[int], max_count: int, max_nbytes: int, expected: list[str]) -> None:
+    assert [keys[c] for c in cut_samples(keys, sizes, WriteSpec("", max_count, max_nbytes))] == expected
+
+
+def kept_of(keys: str, spec: WriteSpec) -> Kept:
+    """What a partition of samples of 10 bytes comes to."""
+    if not keys:
+        return Kept(0, 0, 0)
+    return Kept(len(keys), 10 * len(keys), len(cut_samples(keys, [10] * len(keys), spec)), min(keys), max(keys))
+
+
+@pytest.mark.parametrize(
+    ("partitions", "expected"),
+    [
+        ([], []),
+        (["", ""], []),
+        # up to 4 samples: neighbours together, over an empty one, in the order of their keys or not
+        (["ab", "", "cd", "e"], [((0, 2), 1), ((3,), 1)]),
+        (["cd", "ab"], [((0, 1), 1)]),
+        # more than 4: cut alone
+        (["a", "bcdefg", "h"], [((0,), 1), ((1,), 2), ((2,), 1)]),
+        # a key may be in two of them, or is: to be counted
+        (["ad", "bc"], [((0, 1), None)]),
+        (["ab", "bc"], [((0, 1), None)]),
+        # a key comes twice in one
+        (["aa", "b"], [((0,), 2), ((1,), 1)]),
+    ],
+)
+def test_planning_by_hand(partitions: list[str], expected: list[Any]) -> None:
+    spec = WriteSpec("", 4, 1000)
+    assert plan_groups([kept_of(p, spec) for p in partitions], spec) == [Group(*group) for group in expected]
 
 
 @given(
-    partitions=st.lists(st.lists(st.tuples(st.sampled_from([*"abcdefgh", None]), st.integers(0, 40)), max_size=8)),
+    partitions=st.lists(st.text("abcdefgh", max_size=8), max_size=8),
     max_count=st.integers(1, 6),
     max_nbytes=st.integers(1, 100),
 )
-def test_packing_is_greedy_and_blind_to_partitions(
-    partitions: list[list[tuple[str | None, int]]], max_count: int, max_nbytes: int
-) -> None:
-    def fits(rows: list[Any]) -> bool:
-        keys, sizes = [key for key, _ in rows], [nbytes for _, nbytes in rows]
-        return len(rows) == 1 or (len(rows) <= max_count and sum(sizes) <= max_nbytes and len(set(keys)) == len(keys))
-
-    expected: list[list[Any]] = []
-    for row in (row for part in partitions for row in part):
-        if expected and fits([*expected[-1], row]):
-            expected[-1].append(row)
-        else:
-            expected.append([row])
-    plan = list(plan_shards([([k for k, _ in p], [n for _, n in p]) for p in partitions], max_count, max_nbytes))
-    assert [[row for s in slices for row in partitions[s.partition][s.start : s.stop]] for slices in plan] == expected
-    assert all(s.start < s.stop for slices in plan for s in slices)
+def test_planned_shards_keep_their_bounds(partitions: list[str], max_count: int, max_nbytes: int) -> None:
+    spec = WriteSpec("", max_count, max_nbytes)
+    groups = plan_groups([kept_of(p, spec) for p in partitions], spec)
+    tars = []
+    for group in groups:
+        keys = "".join(partitions[i] for i in group.partitions)
+        cuts = [keys[c] for c in cut_samples(keys, [10] * len(keys), spec)]
+        assert group.tars in (None, len(cuts))
+        tars += cuts
+    assert "".join(tars) == "".join(partitions)
+    assert all(len(t) == 1 or len(set(t)) == len(t) <= min(max_count, max_nbytes // 10) for t in tars)
 
 
 def test_sizes_of_samples() -> None:

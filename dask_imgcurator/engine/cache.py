@@ -53,6 +53,11 @@ class ProcessCache:
                 self._kept[kind].move_to_end(key)
                 self._bound(kind)
 
+    def kept(self, kind: str) -> dict[Hashable, Any]:
+        """What is kept of a kind."""
+        with self._lock:
+            return dict(self._kept[kind])
+
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:

@@ -110,7 +110,7 @@ def measure_partition(frame: Any, spec: WriteSpec) -> Kept:
     rows = _rows(frame)
     if not rows:
         return Kept(0, 0, 0)
-    keys = [row["key"] for row in rows]
+    keys = [row["key"] or "" for row in rows]
     sources = {row["shard"] for row in rows}
     clash = next((url for url in sorted(sources) if _overwrites(spec.folder, url)), None)
     return Kept(len(rows), sum(_sizes(rows)), len(_cuts(rows, spec)), min(keys), max(keys), clash)
@@ -152,18 +152,22 @@ def _sizes(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     return sample_sizes(*columns)
 
 
-def _cuts(rows: Sequence[Mapping[str, Any]], spec: WriteSpec) -> list[slice]:
-    """Cut rows into curated shards."""
+def cut(keys: Sequence[str | None], sizes: Sequence[int], spec: WriteSpec) -> list[slice]:
+    """Cut samples into curated shards, each as full as it gets."""
     cuts, start, nbytes_here = [], 0, 0
-    keys_here: set[str] = set()
-    for i, (row, nbytes) in enumerate(zip(rows, _sizes(rows), strict=True)):
-        full = len(keys_here) >= spec.max_count or nbytes_here + nbytes > spec.max_nbytes or row["key"] in keys_here
+    keys_here: set[str | None] = set()
+    for i, (key, nbytes) in enumerate(zip(keys, sizes, strict=True)):
+        full = len(keys_here) >= spec.max_count or nbytes_here + nbytes > spec.max_nbytes or key in keys_here
         if full and i > start:
             cuts.append(slice(start, i))
             keys_here, nbytes_here, start = set(), 0, i
-        keys_here.add(row["key"])
+        keys_here.add(key)
         nbytes_here += nbytes
-    return [*cuts, slice(start, len(rows))] if rows else []
+    return [*cuts, slice(start, len(keys))] if keys else []
+
+
+def _cuts(rows: Sequence[Mapping[str, Any]], spec: WriteSpec) -> list[slice]:
+    return cut([row["key"] for row in rows], _sizes(rows), spec)
 
 
 def count_tars(frame: Any, spec: WriteSpec) -> int:
