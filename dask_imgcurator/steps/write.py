@@ -185,17 +185,13 @@ def write_partition(frame: Any, first: tuple[int, int], spec: WriteSpec, resume:
     cuts = _cuts(_rows(frame), spec)
     if len(cuts) != planned:
         raise WriteError(f"the rows of {number:05d}.tar make {len(cuts)} shards, not {planned}: they changed meanwhile")
-    table = _plain(backend_of(frame).to_arrow(frame))
-    return [
-        write_shard(number + i, table.slice(cut.start, cut.stop - cut.start), spec, resume)
-        for i, cut in enumerate(cuts)
-    ]
+    return [write_shard(number + i, [frame.iloc[rows]], spec, resume) for i, rows in enumerate(cuts)]
 
 
-def write_shard(number: int, table: pa.Table, spec: WriteSpec, resume: bool = True) -> dict[str, Any]:
+def write_shard(number: int, frames: Sequence[Any], spec: WriteSpec, resume: bool = True) -> dict[str, Any]:
     """Write one curated shard and what stands beside it; a finished one of the same content is left as it is."""
     stem = f"{number:05d}"
-    table = table.combine_chunks()
+    table = _concat([backend_of(frame).to_arrow(frame) for frame in frames])
     rows = table.select([name for name in (*LOCATORS, *_CHECKS) if name in table.column_names]).to_pylist()
     sources = dict(Counter(row["shard"] for row in rows))
     check_sources(spec.folder, sources)
@@ -238,14 +234,18 @@ def _write(url: str, data: Any, spec: WriteSpec) -> None:
         file.write(data)
 
 
-def _plain(table: pa.Table) -> pa.Table:
-    """Return a table whose bytes do not tell how its rows were cut into partitions."""
-    for i, column in enumerate(table.schema):
-        if pa.types.is_dictionary(column.type):
-            # Each partition of a categorical column may number its categories in another way.
-            values = table.column(i).cast(column.type.value_type)
-            table = table.set_column(i, column.with_type(values.type), values)
-    return table.replace_schema_metadata(None)
+def _concat(tables: Sequence[pa.Table]) -> pa.Table:
+    """One table in one piece, whose bytes do not tell how the rows were cut into partitions."""
+    plain = []
+    for table in tables:
+        for i, column in enumerate(table.schema):
+            if pa.types.is_dictionary(column.type):
+                # Each partition of a categorical column may number its categories in another way.
+                values = table.column(i).cast(column.type.value_type)
+                table = table.set_column(i, column.with_type(values.type), values)
+        plain.append(table.replace_schema_metadata(None))
+    # A user's column that is all null in one partition has no type there.
+    return pa.concat_tables(plain, promote_options="permissive").combine_chunks()
 
 
 def _to_parquet(table: pa.Table) -> pa.Buffer:
@@ -471,21 +471,19 @@ def _finish(groups: Sequence[list[dict[str, Any]]], spec: WriteSpec) -> list[dic
 def _regroup(df: dd.DataFrame) -> Regroup:
     """Bring the partitions of each group together."""
     parts, meta = df.to_delayed(), meta_of(df)
-    concat = dask.delayed(_concat, pure=False)
+    together = dask.delayed(_together, pure=False)
 
     def regroup(groups: Sequence[Group], columns: Sequence[str] | None) -> dd.DataFrame:
         names = list(columns) if columns is not None else list(meta.columns)
-        together = [concat([parts[i] for i in group.partitions], names) for group in groups]
+        frames = [together([parts[i] for i in group.partitions], names) for group in groups]
         with dask.config.set({"dataframe.convert-string": False}):  # Dask would make text of objects
-            return dd.from_delayed(together, meta=meta[names], verify_meta=False, prefix="group")
+            return dd.from_delayed(frames, meta=meta[names], verify_meta=False, prefix="group")
 
     return regroup
 
 
-def _concat(frames: Sequence[Any], columns: Sequence[str]) -> Any:
+def _together(frames: Sequence[Any], columns: Sequence[str]) -> Any:
     if len(frames) == 1:
         return frames[0][list(columns)]
     backend = backend_of(frames[0])
-    tables = [_plain(backend.to_arrow(frame[list(columns)])) for frame in frames]
-    # A user's column that is all null in one partition has no type there.
-    return backend.from_arrow(pa.concat_tables(tables, promote_options="permissive"))
+    return backend.from_arrow(_concat([backend.to_arrow(frame[list(columns)]) for frame in frames]))
