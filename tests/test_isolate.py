@@ -22,7 +22,7 @@ from dask_imgcurator.images.formats import BadImage
 from dask_imgcurator.images.isolated import IsolatedDecoder
 from dask_imgcurator.images.pillow import ImageInfo
 from dask_imgcurator.images.preprocess import Preprocess
-from dask_imgcurator.models.encoders import starter
+from dask_imgcurator.models import starter
 from dask_imgcurator.monitor import Monitor
 
 PREPROCESS = Preprocess.from_open_clip({"fill_color": 0, **starter.PREPROCESS})

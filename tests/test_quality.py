@@ -26,7 +26,8 @@ from dask_imgcurator.images.dali import dali_problem
 from dask_imgcurator.images.decoder import Decoder
 from dask_imgcurator.images.formats import BadImage
 from dask_imgcurator.images.preprocess import Preprocess
-from dask_imgcurator.models.encoders import resolve_encoder, starter
+from dask_imgcurator.models import starter
+from dask_imgcurator.models.encoders import resolve_encoder
 from dask_imgcurator.schema import columns_of
 from dask_imgcurator.steps import score
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dask_imgcurator.models.encoders import savedmodel
+from dask_imgcurator.models import savedmodel
 from dask_imgcurator.models.savedmodel import AutoKerasHead, SavedModelError, read_autokeras
 
 PUBLISHED = [

@@ -19,7 +19,7 @@ from pathlib import Path
 import dask
 import pytest
 
-from dask_imgcurator.models.encoders import weights
+from dask_imgcurator.models import weights
 from dask_imgcurator.models.heads import HEADS
 from dask_imgcurator.models.weights import WeightsError, WeightsFile, find, read, resolve_dir
 

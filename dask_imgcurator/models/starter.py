@@ -31,8 +31,6 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NOTICE", "PREPROCESS", "load_arrays", "load_starter", "provenance"]
-
 #: What the command line, the report and ``run.json`` say wherever the starter model was used.
 NOTICE = (
     "The starter model is a preview: its embeddings and scores only roughly follow CLIP ViT-B/32 "
@@ -67,57 +65,23 @@ _OTHER_BLOCKS = {
 
 
 def load_arrays() -> dict[str, np.ndarray]:
-    """Read the fitted numbers.
-
-    Returns
-    -------
-    dict of str to numpy.ndarray
-        The arrays of ``data/starter.npz``; the module's docstring lists them.
-    """
+    """Read the fitted numbers; the module's docstring lists them."""
     with np.load(_ARRAYS, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
 def provenance() -> dict[str, str]:
-    """Say exactly which numbers the starter model is made of.
-
-    Returns
-    -------
-    dict of str to str
-        ``backbone_sha256`` (of the EfficientNet-Lite0 weights) and ``starter_sha256`` (of ``starter.npz``),
-        both hexadecimal and of the files as they are now.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        Where the package that holds the backbone's weights is missing.
-    """
+    """Say which numbers the starter model is made of: the sha256 of both files as they are now."""
     return {"backbone_sha256": _sha256(_backbone_path()), "starter_sha256": _sha256(_ARRAYS)}
 
 
 def load_starter(device: str = "cpu") -> torch.nn.Module:
-    """Build the starter encoder.
+    """Build the starter encoder, in evaluation mode and without gradients.
 
-    Parameters
-    ----------
-    device : str
-        Where it computes, in torch's spelling.
-
-    Returns
-    -------
-    torch.nn.Module
-        In evaluation mode and without gradients. Called with preprocessed pixels (see `PREPROCESS`), float32
-        (N, 3, 224, 224), it gives L2-normalised embeddings, float32 (N, 512), which approximate the image
-        embeddings of OpenAI's CLIP ViT-B/32. Its two halves are methods: ``features(pixels)`` gives
-        float32 (N, 2560), the spatial means and then the spatial maxima of the last 1280 feature maps, and
-        ``project(features)`` turns these into embeddings.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        Where the package that holds the backbone's weights is missing.
-    ValueError
-        If the file of weights is not the one that the map was fitted for.
+    Called with preprocessed pixels (see `PREPROCESS`), float32 (n, 3, 224, 224), it gives L2-normalised embeddings,
+    float32 (n, 512), which approximate the image embeddings of OpenAI's CLIP ViT-B/32. Its two halves are methods:
+    ``features(pixels)`` gives float32 (n, 2560), the spatial means and then the spatial maxima of the last 1280
+    feature maps, and ``project(features)`` turns these into embeddings.
     """
     import torch
 

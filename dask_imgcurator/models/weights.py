@@ -19,8 +19,6 @@ from typing import Literal
 
 import dask.config
 
-__all__ = ["WeightsError", "WeightsFile", "find", "read", "resolve_dir"]
-
 #: Seconds without an answer after which a download is given up.
 TIMEOUT = 30.0
 
@@ -40,43 +38,21 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """One published file.
-
-    Attributes
-    ----------
-    folder : {"aesthetic", "nsfw"}
-        Subfolder that it lies in, where a folder of weights has subfolders.
-    filename : str
-        Name under which it was published.
-    sha256 : str
-        Of its bytes, hexadecimal.
-    url : str
-        Where it was published.
-    license : str
-        SPDX identifier.
-    """
+    """One published file, and the subfolder in which a folder of weights may hold it."""
 
     folder: Literal["aesthetic", "nsfw"]
     filename: str
     sha256: str
     url: str
+    #: SPDX identifier.
     license: str
 
 
 def resolve_dir(weights_dir: str | os.PathLike[str] | None) -> str | None:
-    """Turn an argument or the configuration into a value that can travel to the workers.
+    """Turn an argument or the configuration into an absolute path that can travel to the workers.
 
-    Workers do not see the client's ``dask.config``, so this is called once, on the client.
-
-    Parameters
-    ----------
-    weights_dir : str or path, optional
-        Folder of weights. None: Dask's ``imgcurator.weights-dir`` (``DASK_IMGCURATOR__WEIGHTS_DIR``).
-
-    Returns
-    -------
-    str or None
-        Absolute path, not checked to exist: it must exist where the weights are read. None where none is set.
+    Workers do not see the client's ``dask.config``, so this is called once, on the client. The folder must exist where
+    the weights are read, not here.
     """
     # An empty string (an environment variable set to nothing) means "not set", not the current folder.
     chosen = weights_dir or dask.config.get("imgcurator.weights-dir", None)
@@ -91,30 +67,9 @@ def find(
 ) -> Path:
     """Return the path of a verified copy of a published file.
 
-    Looked at, in this order: `weights_dir` (as ``<folder>/<filename>``, then as ``<filename>``), the folder
-    that Dask's ``imgcurator.weights-dir`` names, the cache, and the address where the file was published.
-
-    Parameters
-    ----------
-    file : WeightsFile
-        What to look for.
-    weights_dir : str or path, optional
-        Folder of weights.
-    cache_dir : str or path, optional
-        The library's cache; weights lie in its subfolder ``weights``. None: Dask's ``imgcurator.cache-dir``,
-        else ``dask_imgcurator`` under ``$XDG_CACHE_HOME`` (``~/.cache``).
-    download : bool
-        Whether the network may be used.
-
-    Returns
-    -------
-    pathlib.Path
-
-    Raises
-    ------
-    WeightsError
-        If a named folder does not exist, if a file is there with another sha256 (the search does not go on
-        past it), or if no place has the file and it cannot be downloaded.
+    Looked at, in this order: `weights_dir` (as ``<folder>/<filename>``, then as ``<filename>``), the folder that Dask's
+    ``imgcurator.weights-dir`` names, the cache, and the address where the file was published. A file with another
+    sha256 is an error: the search does not go on past it.
     """
     return _locate(file, weights_dir, cache_dir, download)[0]
 
@@ -125,13 +80,7 @@ def read(
     cache_dir: str | os.PathLike[str] | None = None,
     download: bool = True,
 ) -> bytes:
-    """Return the verified bytes of a published file; parameters and errors are those of `find`.
-
-    Returns
-    -------
-    bytes
-        The bytes of which the sha256 was taken, so nothing can change between check and use.
-    """
+    """Return the bytes of a published file of which the sha256 was taken: nothing can change between check and use."""
     return _locate(file, weights_dir, cache_dir, download)[1]
 
 
