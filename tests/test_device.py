@@ -18,9 +18,10 @@ from dask_imgcurator.engine.backend import get_backend
 from dask_imgcurator.engine.device import Graphed, graphs_problem, is_out_of_memory, memory_options, release, to_device
 from dask_imgcurator.images.decoder import Batch, Decoder
 from dask_imgcurator.images.preprocess import Preprocess
-from dask_imgcurator.models.encoders import Encoder, EncoderSpec, ModelError
-from dask_imgcurator.steps import score
-from dask_imgcurator.steps.score import EmbedSpec, ReadSpec, embed_partition, index_partition
+from dask_imgcurator.models import ModelError
+from dask_imgcurator.models.encoders import Encoder, EncoderSpec
+from dask_imgcurator.steps.embed import EmbedSpec, embed_partition
+from dask_imgcurator.steps.read import ReadSpec, index_partition
 
 PREPROCESS = Preprocess((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -173,7 +174,7 @@ def embed(
     monkeypatch: pytest.MonkeyPatch, shard: str, forward: Small, decoders: list[Any] | None = None
 ) -> list[list[float] | None]:
     encoder = make_encoder(forward)
-    monkeypatch.setattr(score, "load_encoder", lambda *_: encoder)
+    monkeypatch.setattr("dask_imgcurator.steps.embed.load_encoder", lambda *_: encoder)
     if decoders is not None:
         waiting = iter(decoders)
 
@@ -182,7 +183,7 @@ def embed(
 
             return contextlib.nullcontext(next(waiting))
 
-        monkeypatch.setattr(score, "_borrow_decoder", lend)
+        monkeypatch.setattr("dask_imgcurator.steps.stream._lend_decoder", lend)
         monkeypatch.setattr("dask_imgcurator.engine.pandas.PandasBackend.decoders", len(decoders))
     spec = EmbedSpec(EncoderSpec("small", dtype="float32"), batch_size=8, decoder="pillow")
     out = embed_partition(index_partition([shard], ReadSpec()), spec)

@@ -478,7 +478,8 @@ def test_names_and_extensions_are_never_asked(tmp_path: Path) -> None:
     import tarfile
 
     from dask_imgcurator.models.encoders import resolve_encoder
-    from dask_imgcurator.steps.score import EmbedSpec, ReadSpec, embed_partition, index_partition
+    from dask_imgcurator.steps.embed import EmbedSpec, embed_partition
+    from dask_imgcurator.steps.read import ReadSpec, index_partition
 
     files = [made(family)[0] for family in FAMILIES if made(family)]
     frames = []

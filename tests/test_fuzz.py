@@ -242,14 +242,9 @@ def child(folder: Path) -> None:
 
     from dask_imgcurator import config
     from dask_imgcurator.models.encoders import resolve_encoder
-    from dask_imgcurator.steps.score import (
-        EmbedSpec,
-        HeadUse,
-        ReadSpec,
-        embed_partition,
-        index_partition,
-        score_partition,
-    )
+    from dask_imgcurator.steps.embed import EmbedSpec, embed_partition
+    from dask_imgcurator.steps.heads import HeadUse, score_partition
+    from dask_imgcurator.steps.read import ReadSpec, index_partition
 
     (folder / f"{MODEL}.json").write_text(json.dumps(MODEL_CONFIG))
     open_clip.add_model_config(folder / f"{MODEL}.json")

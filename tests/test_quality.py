@@ -29,7 +29,7 @@ from dask_imgcurator.images.preprocess import Preprocess
 from dask_imgcurator.models import starter
 from dask_imgcurator.models.encoders import resolve_encoder
 from dask_imgcurator.schema import columns_of
-from dask_imgcurator.steps import score
+from dask_imgcurator.steps.embed import EmbedSpec
 
 PREPROCESS = Preprocess.from_open_clip({"fill_color": 0, **starter.PREPROCESS})
 
@@ -181,7 +181,7 @@ def test_isolated_decoding_measures_too() -> None:
 
 
 def test_without_measures_there_are_none() -> None:
-    spec = score.EmbedSpec(resolve_encoder("starter"))
+    spec = EmbedSpec(resolve_encoder("starter"))
     measured = dataclasses.replace(spec, measures=True)
     assert set(measured.schema.names) - set(spec.schema.names) == {c.name for c in columns_of("measure")}
     assert Decoder(PREPROCESS, 4, dali_device=None)([encoded(photographs()["coffee"])]).small is None
