@@ -130,7 +130,7 @@ def test_the_histogram_counts_and_colours(rows: pd.DataFrame) -> None:
     )
     split = {kind: {float(x) for k, x, *_ in shapes if k == kind} for kind in ("in", "out")}
     assert max(split["out"]) < min(split["in"])
-    heights = cut._axis.bars
+    heights = cut._bars
     assert heights.sum() == 63
     x = np.log10(numbers(rows["width"]))
     edges = np.linspace(cut._axis.low, cut._axis.high, len(heights) + 1)
@@ -152,7 +152,7 @@ def test_the_table_is_read_once(rows: pd.DataFrame) -> None:
 
 
 def test_thumbnails_are_made_once(rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dask_imgcurator.report.report import gallery
+    from dask_imgcurator.report import gallery
 
     made: list[Any] = []
     original = gallery.make_thumbnails
