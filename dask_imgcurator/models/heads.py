@@ -17,19 +17,17 @@ A new head is one entry of `HEADS`.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import io
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..engine.cache import cache
-from . import weights
+from . import starter, weights
 from .savedmodel import SavedModelError, read_autokeras, scorer
 from .weights import WeightsError, WeightsFile
 
@@ -214,7 +212,7 @@ def _there_are(kind: Kind) -> str:
 
 def provenance(spec: HeadSpec) -> dict[str, str]:
     """Return what identifies a head's output: ``name``, ``sha256`` of its file, and ``source``."""
-    sha256 = spec.weights.sha256 if spec.weights else hashlib.sha256(_starter_bytes()).hexdigest()
+    sha256 = spec.weights.sha256 if spec.weights else starter.arrays_sha256()
     return {"name": spec.name, "sha256": sha256, "source": spec.source}
 
 
@@ -295,8 +293,8 @@ def load_head(spec: HeadSpec, weights_dir: str | None = None, device: str = "cpu
 
 def _load(spec: HeadSpec, weights_dir: str | None, device: str) -> Score:
     if spec.weights is None:
-        with np.load(io.BytesIO(_starter_bytes()), allow_pickle=False) as arrays:
-            weight, bias = arrays[f"{spec.kind}_w"].astype(np.float64), float(arrays[f"{spec.kind}_b"].item())
+        arrays = starter.load_arrays()
+        weight, bias = arrays[f"{spec.kind}_w"].astype(np.float64), float(arrays[f"{spec.kind}_b"].item())
         return _affine(weight, bias, device, sigmoid=spec.kind == "nsfw")
     data = weights.read(spec.weights, weights_dir)
     if spec.weights.filename.endswith(".pth"):
@@ -305,13 +303,6 @@ def _load(spec: HeadSpec, weights_dir: str | None, device: str) -> Score:
         return scorer(read_autokeras(data), device)
     except SavedModelError as error:
         raise WeightsError(f"{spec.weights.filename}: {error}") from error
-
-
-def _starter_bytes() -> bytes:
-    try:
-        return resources.files("dask_imgcurator").joinpath("data", "starter.npz").read_bytes()
-    except FileNotFoundError as error:
-        raise WeightsError("data/starter.npz is missing from this installation; install it again") from error
 
 
 # --- linear heads -----------------------------------------------------------------------------------

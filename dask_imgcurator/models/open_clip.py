@@ -28,7 +28,7 @@ _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def resolve(model: str, pretrained: str | None) -> tuple[str, str | Path]:
-    """Check the names of a model and its weights: open_clip's own, and a tag, ``random:SEED`` or a checkpoint's path."""
+    """Check the names of a model and its weights: open_clip's, and a tag, ``random:SEED`` or a checkpoint's path."""
     import open_clip
 
     model = model.replace("/", "-")

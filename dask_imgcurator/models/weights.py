@@ -10,14 +10,13 @@ import hashlib
 import http.client
 import os
 import socket
-import tempfile
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import dask.config
+from .. import config
+from ..storage import files
 
 #: Seconds without an answer after which a download is given up.
 TIMEOUT = 30.0
@@ -38,13 +37,12 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """One published file, and the subfolder in which a folder of weights may hold it."""
+    """One published file; `folder` is where in a folder of weights it may lie, `license` an SPDX identifier."""
 
-    folder: Literal["aesthetic", "nsfw"]
+    folder: str
     filename: str
     sha256: str
     url: str
-    #: SPDX identifier.
     license: str
 
 
@@ -55,47 +53,28 @@ def resolve_dir(weights_dir: str | os.PathLike[str] | None) -> str | None:
     the weights are read, not here.
     """
     # An empty string (an environment variable set to nothing) means "not set", not the current folder.
-    chosen = weights_dir or dask.config.get("imgcurator.weights-dir", None)
+    chosen = weights_dir or config.get("weights-dir")
     return str(Path(chosen).expanduser().absolute()) if chosen else None
 
 
-def find(
-    file: WeightsFile,
-    weights_dir: str | os.PathLike[str] | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    download: bool = True,
-) -> Path:
+def find(file: WeightsFile, weights_dir: str | os.PathLike[str] | None = None, download: bool = True) -> Path:
     """Return the path of a verified copy of a published file.
 
     Looked at, in this order: `weights_dir` (as ``<folder>/<filename>``, then as ``<filename>``), the folder that Dask's
     ``imgcurator.weights-dir`` names, the cache, and the address where the file was published. A file with another
     sha256 is an error: the search does not go on past it.
     """
-    return _locate(file, weights_dir, cache_dir, download)[0]
+    return _locate(file, weights_dir, download)[0]
 
 
-def read(
-    file: WeightsFile,
-    weights_dir: str | os.PathLike[str] | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    download: bool = True,
-) -> bytes:
+def read(file: WeightsFile, weights_dir: str | os.PathLike[str] | None = None) -> bytes:
     """Return the bytes of a published file of which the sha256 was taken: nothing can change between check and use."""
-    return _locate(file, weights_dir, cache_dir, download)[1]
+    return _locate(file, weights_dir, download=True)[1]
 
 
-def _locate(
-    file: WeightsFile,
-    weights_dir: str | os.PathLike[str] | None,
-    cache_dir: str | os.PathLike[str] | None,
-    download: bool,
-) -> tuple[Path, bytes]:
+def _locate(file: WeightsFile, weights_dir: str | os.PathLike[str] | None, download: bool) -> tuple[Path, bytes]:
     looked_at: list[str] = []
-    folders = {
-        "weights_dir": weights_dir,
-        "Dask's imgcurator.weights-dir": dask.config.get("imgcurator.weights-dir", None),
-    }
-    for origin, value in folders.items():
+    for origin, value in (("weights_dir", weights_dir), ("Dask's imgcurator.weights-dir", config.get("weights-dir"))):
         if not value:
             continue
         folder = Path(value).expanduser().absolute()
@@ -105,25 +84,29 @@ def _locate(
                 f"({socket.gethostname()}); name a folder that holds {file.folder}/{file.filename}"
             )
         for candidate in (folder / file.folder / file.filename, folder / file.filename):
-            if str(candidate) not in looked_at:
-                looked_at.append(str(candidate))
+            looked_at.append(str(candidate))
             if candidate.is_file():
                 return candidate, _read_checked(candidate, file)
-
-    cached = _cache(cache_dir) / "weights" / file.folder / file.filename
+    cached = _cache_folder() / "weights" / file.folder / file.filename
     looked_at.append(str(cached))
     if cached.is_file():
         return cached, _read_checked(cached, file)
     if not download:
         raise WeightsError(_missing(file, looked_at, "downloading is turned off"))
-    looked_at.append(file.url)
-    data = _download(file, looked_at)
-    _store(cached, data)
+    data = _download(file, [*looked_at, file.url])
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with files.write_whole(str(cached)) as sink:
+            sink.write(data)
+    except OSError as error:
+        raise WeightsError(
+            f"{cached} cannot be written ({error}); set DASK_IMGCURATOR__CACHE_DIR to a folder that can"
+        ) from error
     return cached, data
 
 
-def _cache(cache_dir: str | os.PathLike[str] | None) -> Path:
-    chosen = cache_dir or dask.config.get("imgcurator.cache-dir", None)
+def _cache_folder() -> Path:
+    chosen = config.get("cache-dir")
     if chosen:
         return Path(chosen).expanduser().absolute()
     # The XDG specification: a relative path there is to be ignored.
@@ -146,7 +129,7 @@ def _read_checked(path: Path, file: WeightsFile) -> bytes:
 
 
 def _missing(file: WeightsFile, looked_at: list[str], why: str) -> str:
-    places = "".join(f"\n  {place}" for place in looked_at)
+    places = "".join(f"\n  {place}" for place in dict.fromkeys(looked_at))
     return f"no {file.filename} ({why}); looked at:{places}\npublished at {file.url}; {_REMEDY}"
 
 
@@ -165,20 +148,3 @@ def _download(file: WeightsFile, looked_at: list[str]) -> bytes:
             f"sha256 is {found}, expected {file.sha256}; nothing was kept; {_REMEDY}"
         )
     return data
-
-
-def _store(path: Path, data: bytes) -> None:
-    """Write verified bytes so that no other process ever sees half a file."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as out:
-            temporary = Path(out.name)
-            out.write(data)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise WeightsError(
-            f"{path} cannot be written ({error}); set DASK_IMGCURATOR__CACHE_DIR to a folder that can"
-        ) from error
