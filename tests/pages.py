@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dask_imgcurator.report.report import write_run_report
-from dask_imgcurator.results import RunResult
+from dask_imgcurator.results import ConditionCount, RunResult
 
 HOSTILE = '"><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>\u202egnp.exe'
 WHERE = "aesthetic_score >= 5 and width >= 100"
@@ -159,8 +159,8 @@ class Run:
             "by_status": {s: status.count(s) for s in dict.fromkeys(status)},
             "kept": len(both),
             "funnel": [
-                {"condition": "aesthetic_score >= 5", "alone": len(first), "left": len(first)},
-                {"condition": "width >= 100", "alone": len(second), "left": len(both)},
+                ConditionCount("aesthetic_score >= 5", len(first), len(first)),
+                ConditionCount("width >= 100", len(second), len(both)),
             ],
             "provenance": {"encoder": {"model": "starter"}, "versions": {"torch": "2"}},
         }

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 import dask_imgcurator as dic
 from dask_imgcurator.engine.backend import backend_of, get_backend
-from dask_imgcurator.models.encoders import ModelError
+from dask_imgcurator.models import ModelError
 from dask_imgcurator.models.heads import HeadError
 from dask_imgcurator.models.weights import WeightsError
 from dask_imgcurator.schema import COLUMNS, arrow_schema

@@ -18,7 +18,8 @@ from dask_imgcurator.engine.backend import get_backend
 from dask_imgcurator.engine.device import Graphed, graphs_problem, is_out_of_memory, memory_options, release, to_device
 from dask_imgcurator.images.decoder import Batch, Decoder
 from dask_imgcurator.images.preprocess import Preprocess
-from dask_imgcurator.models.encoders import Encoder, EncoderSpec, ModelError
+from dask_imgcurator.models import ModelError
+from dask_imgcurator.models.encoders import Encoder, EncoderSpec
 from dask_imgcurator.steps.embed import EmbedSpec, embed_partition
 from dask_imgcurator.steps.read import ReadSpec, index_partition
 

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from dask_imgcurator.checks.doctor import examine
-from dask_imgcurator.checks.finding import Finding
-from dask_imgcurator.checks.gpu import Card, GpuFacts, gpu_facts, gpu_findings
+from dask_imgcurator.checks.doctor import Finding, examine, gpu_findings
+from dask_imgcurator.checks.gpu import Card, GpuFacts, gpu_facts
 
 GIB = 2**30
 H100 = Card("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 79 * GIB, True)

@@ -404,8 +404,8 @@ def test_building_the_graph_loads_no_model(made: Shards) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     large = dic.embed(read, "ViT-L-14", "random:0")
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    from dask_imgcurator import models
-    assert models._load.cache_info().currsize == models._load.cache_info().misses == 0
+    from dask_imgcurator.engine.cache import cache
+    assert not cache._kept["encoder"]
     assert large.npartitions == 3
     assert grown < 100_000, f"{{grown}} kB; the model has 1,700,000"
     print("done")

@@ -130,7 +130,7 @@ def test_the_histogram_counts_and_colours(rows: pd.DataFrame) -> None:
     )
     split = {kind: {float(x) for k, x, *_ in shapes if k == kind} for kind in ("in", "out")}
     assert max(split["out"]) < min(split["in"])
-    heights = cut._axis.bars
+    heights = cut._bars
     assert heights.sum() == 63
     x = np.log10(numbers(rows["width"]))
     edges = np.linspace(cut._axis.low, cut._axis.high, len(heights) + 1)

@@ -342,7 +342,7 @@ def test_other_column_types():
             "when": pd.to_datetime(["2026-01-01", None]),
             "nothing": pd.Series([None, None], dtype=pd.ArrowDtype(pa.null())),
             "empty": pd.Series([None, None], dtype=object),
-            "ext": pd.Categorical(["jpg", None]),
+            "ext": pd.Categorical(["jpg", None]),  # Arrow's dictionary encoding, which is no kind of its own
             "mixed": pd.Series([1, "a"], dtype=object),
             "plain": [True, False],
         }
@@ -355,7 +355,7 @@ def test_other_column_types():
         "when": "other",
         "nothing": "unknown",
         "empty": "unknown",
-        "ext": "other",
+        "ext": "string",
         "mixed": "other",
         "plain": "boolean",
     }
@@ -365,6 +365,7 @@ def test_other_column_types():
         "price == 1.5",
         "half == 0.1",
         "when is not null",
+        "ext == 'jpg'",
         "plain",
     ):
         assert parse_where(text).mask(frame).tolist() == [True, False], text

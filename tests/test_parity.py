@@ -31,8 +31,8 @@ from dask_imgcurator.images.dali import dali_problem
 from dask_imgcurator.images.decoder import Decoder
 from dask_imgcurator.images.pillow import ImageInfo
 from dask_imgcurator.images.preprocess import Preprocess
-from dask_imgcurator.models import starter
-from dask_imgcurator.models.encoders import ModelError, load_encoder, resolve_encoder
+from dask_imgcurator.models import ModelError, starter
+from dask_imgcurator.models.encoders import load_encoder, resolve_encoder
 from dask_imgcurator.monitor import Monitor
 
 needs_dali = pytest.mark.skipif(dali_problem() is not None, reason=str(dali_problem()))

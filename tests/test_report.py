@@ -17,7 +17,7 @@ from PIL import Image
 
 from dask_imgcurator.report.histograms import KEPT, LINEAR, LOG, OTHER, OWN, PROBABILITY, Histogram
 from dask_imgcurator.report.report import write_run_report
-from dask_imgcurator.results import RunResult
+from dask_imgcurator.results import ConditionCount, RunResult
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_where_and_columns_are_escaped_too(run: Run, tmp_path: Path):
         table = pq.read_table(url)
         pq.write_table(table.append_column("<b>&_score", table["aesthetic_score"]), url)
     where = "`<b>&_score` >= 5 and caption != '<script>'"
-    page = run.page(where, funnel=[{"condition": where, "alone": 1, "left": 1}], kept=None)
+    page = run.page(where, funnel=[ConditionCount(where, 1, 1)], kept=None)
     assert page.figure("<b>&_score").all("text", class_="cut")[0].text == "`<b>&_score` >= 5"
     assert len(page.all("script")) == 1 and page.all("b") == []
 
@@ -95,8 +95,8 @@ def test_funnel_and_counts_are_those_given(run: Run):
     assert rows["all samples"][1] == "64" and rows["readable"][1] == "50"
     before = 50
     for step in result.funnel:
-        assert rows[step["condition"]][:3] == [str(step["alone"]), str(step["left"]), str(before - step["left"])]
-        before = step["left"]
+        assert rows[step.condition][:3] == [str(step.alone), str(step.left), str(before - step.left)]
+        before = step.left
     cards = {d.all("dt")[0].text: d.all("dd")[0].text.split()[0] for d in page.all("dl", class_="cards")[0].all("div")}
     assert cards == {
         "samples": "64",

@@ -28,7 +28,8 @@ import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
 from dask_imgcurator.cli.main import cli
 from dask_imgcurator.engine.backend import get_backend
-from dask_imgcurator.models.encoders import ModelError, load_encoder, resolve_encoder
+from dask_imgcurator.models import ModelError
+from dask_imgcurator.models.encoders import load_encoder, resolve_encoder
 from dask_imgcurator.select.syntax import WhereError
 from dask_imgcurator.similarity.scan import SearchError
 from dask_imgcurator.steps.score_table import METADATA_KEY

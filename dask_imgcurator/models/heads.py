@@ -1,4 +1,4 @@
-"""Aesthetic and NSFW heads, as data: which embedder each was fitted to, its file, and what it computes.
+"""Published aesthetic and NSFW heads: which model each was fitted to, its file, and what it computes.
 
 A head maps a CLIP image embedding to one number. LAION published those named here:
 
@@ -6,37 +6,41 @@ A head maps a CLIP image embedding to one number. LAION published those named he
 - **aesthetic v2** (``sac+logos+ava1-l14-linearMSE``), for L/14: five linear layers without activations
   between, so one affine map. v1 and v2 are two scales: their scores do not compare.
 - **NSFW**, an AutoKeras classifier each for L/14 and B/32. Some columns were taken for categories and are
-  looked up by the text of their value, see `ranks`.
+  looked up by the text of their value, see `savedmodel.ranks`.
 
 The two ``starter`` heads belong to the starter model, whose embeddings live in ViT-B/32's space. They are
 previews: good enough to see a pipeline work, **not** for safety decisions.
+
+A new head is one entry of `HEADS`.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib import resources
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import weights
-from .savedmodel import AutoKerasHead, SavedModelError, read_autokeras
+from ..engine.cache import cache
+from . import starter, weights
+from .savedmodel import SavedModelError, read_autokeras, scorer
 from .weights import WeightsError, WeightsFile
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HEADS", "Head", "HeadError", "HeadSpec", "load_head", "provenance", "ranks", "read_pth", "resolve"]
-
 Kind = Literal["aesthetic", "nsfw"]
+
+#: From embeddings (n, width) to scores (n,), on one device.
+Score = Callable[["torch.Tensor"], "torch.Tensor"]
+
+#: Weight (out, in) and bias (out,) of linear layers, first to last.
+Layers = list[tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 #: Rows scored at a time, so that double precision costs little memory whatever the partition's size.
 _BLOCK = 65_536
@@ -50,227 +54,185 @@ class HeadError(ValueError):
     """A head does not exist, does not fit the embeddings, or was given what it cannot score."""
 
 
+# --- the registry -----------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class HeadSpec:
-    """A head that can be asked for by name.
-
-    Attributes
-    ----------
-    name : str
-        Its name here.
-    kind : {"aesthetic", "nsfw"}
-        What it scores.
-    column : str
-        Column that it fills.
-    width : int
-        Width of the embeddings that it takes.
-    embedder : str
-        Model whose embeddings it was fitted to; embeddings of another one of the same width give nonsense.
-    weights : WeightsFile or None
-        Published file; None where the weights ship in this package.
-    source : str
-        Where it was published.
-    preview : bool
-        Whether it is a preview only, not for decisions.
-    """
+    """A head that can be asked for by name."""
 
     name: str
     kind: Kind
-    column: str
+    #: Model whose embeddings it was fitted to, as open_clip names it; those of another one of its width give nonsense.
+    family: str
     width: int
-    embedder: str
-    weights: WeightsFile | None
     source: str
-    preview: bool = False
+    #: None where the weights ship in this package.
+    weights: WeightsFile | None = None
+
+    @property
+    def column(self) -> str:
+        """Column that it fills."""
+        return f"{self.kind}_score"
+
+    @property
+    def embedder(self) -> str:
+        """The model in words."""
+        return "dask_imgcurator starter" if self.preview else f"OpenAI CLIP {'/'.join(self.family.rsplit('-', 1))}"
+
+    @property
+    def preview(self) -> bool:
+        """Whether it is not for decisions."""
+        return self.family == "starter"
+
+    @property
+    def round_to(self) -> Literal["float16"] | None:
+        """What embeddings are best rounded to first; see `load_head`."""
+        return "float16" if self.kind == "nsfw" else None
 
 
-# Pinned to commits: the repositories have moved these files about before.
-_V1 = ("LAION-AI/aesthetic-predictor", "6d122adad522ab246644d9dc1c6d7a3810ee255f", "MIT")
-_V2 = (
+@dataclass(frozen=True)
+class _Origin:
+    """Where heads of one kind were published; pinned to a commit: the repositories have moved these files about."""
+
+    kind: Kind
+    repository: str
+    commit: str
+    license: str
+
+    def head(self, name: str, family: str, filename: str, sha256: str) -> HeadSpec:
+        path = filename.replace("+", "%2B")
+        url = f"https://raw.githubusercontent.com/{self.repository}/{self.commit}/{path}"
+        file = WeightsFile(self.kind, filename, sha256, url, self.license)
+        return HeadSpec(name, self.kind, family, _WIDTHS[family], f"https://github.com/{self.repository}", file)
+
+
+_WIDTHS = {"ViT-L-14": 768, "ViT-B-32": 512, "ViT-B-16": 512}
+
+_V1 = _Origin("aesthetic", "LAION-AI/aesthetic-predictor", "6d122adad522ab246644d9dc1c6d7a3810ee255f", "MIT")
+_V2 = _Origin(
+    "aesthetic",
     "christophschuhmann/improved-aesthetic-predictor",
     "6934dd81792f086e613a121dbce43082cb8be85e",
     "Apache-2.0",
 )
-_NSFW = ("LAION-AI/CLIP-based-NSFW-Detector", "d6bb8fe31fd4aecbfed7dfb62df4fe5858bfc014", "MIT")
+_NSFW = _Origin("nsfw", "LAION-AI/CLIP-based-NSFW-Detector", "d6bb8fe31fd4aecbfed7dfb62df4fe5858bfc014", "MIT")
+_STARTER = "dask_imgcurator, fitted to real CLIP ViT-B/32 embeddings, bias set on the starter model's"
 
-
-def _published(
-    name: str, kind: Kind, width: int, embedder: str, origin: tuple[str, str, str], filename: str, sha256: str
-) -> HeadSpec:
-    repository, commit, license_ = origin
-    path = filename.replace("+", "%2B")
-    url = f"https://raw.githubusercontent.com/{repository}/{commit}/{path}"
-    file = WeightsFile(folder=kind, filename=filename, sha256=sha256, url=url, license=license_)
-    source = f"https://github.com/{repository}"
-    return HeadSpec(name, kind, f"{kind}_score", width, f"OpenAI CLIP {embedder}", file, source)
-
-
-def _starter(name: str, kind: Kind) -> HeadSpec:
-    source = "dask_imgcurator, fitted to real CLIP ViT-B/32 embeddings, bias set on the starter model's"
-    return HeadSpec(name, kind, f"{kind}_score", 512, "dask_imgcurator starter", None, source, preview=True)
-
-
-#: Every head, by name.
+#: Every head, by name. Of several that fit, ``auto`` takes the first.
 HEADS: Mapping[str, HeadSpec] = {
     spec.name: spec
     for spec in (
-        _published(
+        _V2.head(
             "aesthetic-v2-l14",
-            "aesthetic",
-            768,
-            "ViT-L/14",
-            _V2,
+            "ViT-L-14",
             "sac+logos+ava1-l14-linearMSE.pth",
             "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
         ),
-        _published(
+        _V1.head(
             "aesthetic-v1-l14",
-            "aesthetic",
-            768,
-            "ViT-L/14",
-            _V1,
+            "ViT-L-14",
             "sa_0_4_vit_l_14_linear.pth",
             "2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba",
         ),
-        _published(
+        _V1.head(
             "aesthetic-v1-b32",
-            "aesthetic",
-            512,
-            "ViT-B/32",
-            _V1,
+            "ViT-B-32",
             "sa_0_4_vit_b_32_linear.pth",
             "c7b14cead230694acc7b9447974d3cad78003c72da032e402a303b6c2429e85f",
         ),
-        _published(
+        _V1.head(
             "aesthetic-v1-b16",
-            "aesthetic",
-            512,
-            "ViT-B/16",
-            _V1,
+            "ViT-B-16",
             "sa_0_4_vit_b_16_linear.pth",
             "8ad3923d7ecf019df20ecd2ab5542a3075fbba0278d239c0371345f3d7fcbde0",
         ),
-        _published(
+        _NSFW.head(
             "nsfw-l14",
-            "nsfw",
-            768,
-            "ViT-L/14",
-            _NSFW,
+            "ViT-L-14",
             "clip_autokeras_binary_nsfw.zip",
             "905520bb0336accc73ee282c605d926aef90cf14248889d44b9cee50eef71f8a",
         ),
-        _published(
+        _NSFW.head(
             "nsfw-b32",
-            "nsfw",
-            512,
-            "ViT-B/32",
-            _NSFW,
+            "ViT-B-32",
             "clip_autokeras_nsfw_b32.zip",
             "78715ab9d64485167e8c9ade3b8e6761a17a16c24d114bd47431ac1dab46462b",
         ),
-        _starter("aesthetic-starter", "aesthetic"),
-        _starter("nsfw-starter", "nsfw"),
+        HeadSpec("aesthetic-starter", "aesthetic", "starter", 512, _STARTER),
+        HeadSpec("nsfw-starter", "nsfw", "starter", 512, _STARTER),
     )
 }
 
-_AUTO: Mapping[tuple[Kind, int], str] = {
-    ("aesthetic", 768): "aesthetic-v2-l14",
-    ("aesthetic", 512): "aesthetic-v1-b32",
-    ("nsfw", 768): "nsfw-l14",
-    ("nsfw", 512): "nsfw-b32",
-}
 
+def for_model(kind: Kind, model: str) -> HeadSpec | None:
+    """Return the head that was fitted to a model, by open_clip's name; None where there is none.
 
-def resolve(kind: Kind, head: str, width: int) -> HeadSpec:
-    """Choose a head.
-
-    Parameters
-    ----------
-    kind : {"aesthetic", "nsfw"}
-        What is to be scored.
-    head : str
-        A name from `HEADS`, or ``"auto"``: by the width alone (768: ``aesthetic-v2-l14``, ``nsfw-l14``; 512:
-        ``aesthetic-v1-b32``, ``nsfw-b32``).
-    width : int
-        Width of the embeddings.
-
-    Returns
-    -------
-    HeadSpec
-
-    Raises
-    ------
-    HeadError
-        If there is no such head, it is of the other kind, or it (for ``auto``: every one) takes another
-        width.
+    The width alone would give B/16 the heads of B/32, and any other model of that width heads that mean nothing for it.
     """
-    there_are = ", ".join(f"{spec.name} ({spec.width})" for spec in HEADS.values() if spec.kind == kind)
-    if head == "auto":
-        if (kind, width) not in _AUTO:
-            raise HeadError(
-                f"no {kind} head takes embeddings of width {width}; there are {there_are}; "
-                f"embed with a model whose width fits one of them"
-            )
-        return HEADS[_AUTO[kind, width]]
+    for spec in HEADS.values():
+        if spec.kind == kind and (model == spec.family or model.startswith(f"{spec.family}-quickgelu")):
+            return spec
+    return None
+
+
+def named(kind: Kind, head: str) -> HeadSpec:
+    """Return a head by its name; raise `HeadError` if there is none, or it is of the other kind."""
     if head not in HEADS:
         close = difflib.get_close_matches(head, HEADS, n=3)
         hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-        raise HeadError(f"unknown {kind} head {head!r}{hint}; there are auto, {there_are}")
-    spec = HEADS[head]
-    if spec.kind != kind:
-        raise HeadError(f"head {head!r} gives {spec.column}; {kind} heads are auto, {there_are}")
+        raise HeadError(f"unknown {kind} head {head!r}{hint}; there are auto, {_there_are(kind)}")
+    if HEADS[head].kind != kind:
+        raise HeadError(f"head {head!r} gives {HEADS[head].column}; {kind} heads are auto, {_there_are(kind)}")
+    return HEADS[head]
+
+
+def resolve(kind: Kind, head: str, width: int) -> HeadSpec:
+    """Choose a head for embeddings of a width: the one named, or with ``"auto"`` the first that takes the width."""
+    if head == "auto":
+        for spec in HEADS.values():
+            if (spec.kind, spec.width) == (kind, width):
+                return spec
+        raise HeadError(
+            f"no {kind} head takes embeddings of width {width}; there are {_there_are(kind)}; "
+            f"embed with a model whose width fits one of them"
+        )
+    spec = named(kind, head)
     if spec.width != width:
         raise HeadError(
             f"head {head!r} takes embeddings of width {spec.width} ({spec.embedder}), these have {width}; "
-            f"{kind} heads are {there_are}"
+            f"{kind} heads are {_there_are(kind)}"
         )
     return spec
 
 
+def _there_are(kind: Kind) -> str:
+    return ", ".join(f"{spec.name} ({spec.width})" for spec in HEADS.values() if spec.kind == kind)
+
+
 def provenance(spec: HeadSpec) -> dict[str, str]:
     """Return what identifies a head's output: ``name``, ``sha256`` of its file, and ``source``."""
-    sha256 = spec.weights.sha256 if spec.weights else hashlib.sha256(_starter_bytes()).hexdigest()
+    sha256 = spec.weights.sha256 if spec.weights else starter.arrays_sha256()
     return {"name": spec.name, "sha256": sha256, "source": spec.source}
+
+
+# --- loaded heads -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Head:
-    """A loaded head; made by `load_head`.
-
-    Attributes
-    ----------
-    spec : HeadSpec
-        What was loaded.
-    device : str
-        Where it computes.
-    round_to : {"float16"} or None
-        What embeddings are rounded to before anything else.
-    """
+    """A loaded head; made by `load_head`."""
 
     spec: HeadSpec
     device: str
     round_to: str | None
-    _score: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
+    _score: Score = field(repr=False)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Score embeddings.
+        """Score L2-normalised embeddings, floating (n, width) on the head's device: float32 (n,).
 
-        Parameters
-        ----------
-        x : torch.Tensor
-            Floating, ``(rows, width)``, on the head's device, L2-normalised. Used as they are but for the
-            rounding: nothing is normalised here.
-
-        Returns
-        -------
-        torch.Tensor
-            float32, ``(rows,)``, on the same device; NaN for a row whose norm is not finite.
-
-        Raises
-        ------
-        HeadError
-            If the shape, the dtype or the device does not fit, or if a row's norm lies outside 0.5 to 2: such
-            embeddings were not normalised, and their scores would be nonsense.
+        Nothing is normalised here. A row whose norm is not finite gets NaN. `HeadError` tells of another shape, dtype
+        or device, and of a norm outside 0.5 to 2: such embeddings were not normalised, and scores would be nonsense.
         """
         import torch
 
@@ -309,31 +271,10 @@ class Head:
 
 
 def load_head(spec: HeadSpec, weights_dir: str | None = None, device: str = "cpu", round_to: str | None = None) -> Head:
-    """Load a head; once per process for each set of arguments.
+    """Load a head, or return it where this process has it.
 
-    Parameters
-    ----------
-    spec : HeadSpec
-        Which.
-    weights_dir : str, optional
-        Folder to look for its file in first, see `dask_imgcurator.models.weights.find`.
-    device : str
-        Torch device to compute on.
-    round_to : {"float16"}, optional
-        Round embeddings first. LAION's NSFW heads were fitted to float16 embeddings, and their lookup of
-        categorical columns hits only values that float16 can hold.
-
-    Returns
-    -------
-    Head
-        Callable from ``(rows, width)`` to ``(rows,)``.
-
-    Raises
-    ------
-    HeadError
-        If `round_to` is something else.
-    WeightsError
-        If the file is not found, or is not what was published.
+    `weights_dir` is looked at first, see `weights.find`. `round_to` is ``"float16"`` or None: LAION's NSFW heads were
+    fitted to float16 embeddings, and their lookup of categorical columns hits only values that float16 can hold.
     """
     import torch
 
@@ -342,83 +283,79 @@ def load_head(spec: HeadSpec, weights_dir: str | None = None, device: str = "cpu
     where = torch.device(device)
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
+
+    def make() -> Head:
+        return Head(spec, str(where), round_to, _load(spec, weights_dir, str(where)))
+
     # The folder is part of the key: one that does not exist must raise in every process alike.
-    return _load(spec, weights_dir, str(where), round_to)
+    return cache.get("head", (spec, weights_dir, str(where), round_to), make)
 
 
-@lru_cache(maxsize=32)
-def _load(spec: HeadSpec, weights_dir: str | None, device: str, round_to: str | None) -> Head:
+def _load(spec: HeadSpec, weights_dir: str | None, device: str) -> Score:
     if spec.weights is None:
-        weight, bias = _starter_affine(spec.kind)
-        score = _affine(weight, bias, device, sigmoid=spec.kind == "nsfw")
-    else:
-        data = weights.read(spec.weights, weights_dir)
-        if spec.kind == "aesthetic":
-            weight, bias = _collapse(read_pth(data, spec.weights.filename))
-            score = _affine(weight, bias, device)
-        else:
-            try:
-                score = _autokeras(read_autokeras(data), device)
-            except SavedModelError as error:
-                raise WeightsError(f"{spec.weights.filename}: {error}") from error
-    return Head(spec, device, round_to, score)
+        arrays = starter.load_arrays()
+        weight, bias = arrays[f"{spec.kind}_w"].astype(np.float64), float(arrays[f"{spec.kind}_b"].item())
+        return _affine(weight, bias, device, sigmoid=spec.kind == "nsfw")
+    data = weights.read(spec.weights, weights_dir)
+    if spec.weights.filename.endswith(".pth"):
+        return _affine(*_collapse(read_pth(data, spec.weights.filename)), device)
+    try:
+        return scorer(read_autokeras(data), device)
+    except SavedModelError as error:
+        raise WeightsError(f"{spec.weights.filename}: {error}") from error
 
 
-# --- affine heads -------------------------------------------------------------------------------------------
+# --- linear heads -----------------------------------------------------------------------------------
 
 
-def read_pth(data: bytes, filename: str) -> dict[str, NDArray[np.float64]]:
-    """Read the tensors of a ``.pth`` file, which is a pickle, by torch's reader that executes nothing from it.
+def read_pth(data: bytes, where: str) -> Layers:
+    """Read the linear layers in a ``.pth`` file, which is a pickle, by torch's reader that executes nothing from it.
 
-    Parameters
-    ----------
-    data : bytes
-        Content of the file: a state dict.
-    filename : str
-        For the error.
-
-    Raises
-    ------
-    WeightsError
-        If it is anything else.
+    `WeightsError` tells of anything but plain tensors, `HeadError` of anything but linear layers.
     """
     import torch
 
     try:
         # The v2 file holds CUDA tensors.
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        return {str(name): tensor.detach().double().numpy() for name, tensor in state.items()}
+        arrays = {str(name): tensor.detach().double().numpy() for name, tensor in state.items()}
     # A damaged pickle can fail in any way. Torch's own text is left out: it advises weights_only=False.
     except Exception as error:
-        raise WeightsError(f"{filename} is not a file of plain tensors ({type(error).__name__})") from error
+        raise WeightsError(f"{where} is not a file of plain tensors ({type(error).__name__})") from error
+    return linear_layers(arrays, where)
 
 
-def _collapse(state: Mapping[str, NDArray[np.float64]]) -> tuple[NDArray[np.float64], float]:
+def linear_layers(state: Mapping[str, NDArray[np.float64]], where: str) -> Layers:
+    """Take the layers of a state dict in order: its keys are ``weight``, ``layers.10.bias`` and so on, with gaps."""
+    parts = {key: re.fullmatch(r"(?:(.*)\.)?(weight|bias)", key) for key in state}
+    strange = [key for key, part in parts.items() if not part or state[key].ndim != {"weight": 2, "bias": 1}[part[2]]]
+    if strange or not state:
+        found = f"{strange[0]} of shape {state[strange[0]].shape}" if strange else "nothing"
+        raise HeadError(f"{where} holds {found}: a head has linear layers alone (2-D weight, 1-D bias)")
+    layers: Layers = []
+    for name in sorted({part[1] or "" for part in parts.values() if part}, key=_natural):
+        prefix = f"{name}." if name else ""
+        if f"{prefix}weight" not in state:
+            raise HeadError(f"{where} holds {prefix}bias without {prefix}weight: a head has linear layers alone")
+        weight = state[f"{prefix}weight"]
+        layers.append((weight, state.get(f"{prefix}bias", np.zeros(len(weight)))))
+    return layers
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort ``net.10`` after ``net.9``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _collapse(layers: Layers) -> tuple[NDArray[np.float64], float]:
     """Fold linear layers without activations between into one affine map, in double precision."""
-    # Keys are "weight" and "bias", or "layers.<number>.weight" and so on: Dropout layers leave gaps.
-    layers = sorted({name.rpartition(".")[0] for name in state}, key=lambda n: int(n.rpartition(".")[2] or 0))
-    weight, bias = np.eye(state[f"{layers[0]}.weight".lstrip(".")].shape[1]), np.zeros(1)
-    for layer in layers:
-        kernel, offset = (state[f"{layer}.{part}".lstrip(".")] for part in ("weight", "bias"))
-        weight, bias = kernel @ weight, kernel @ bias + offset if layer != layers[0] else offset
+    (weight, bias), *others = layers
+    for kernel, offset in others:
+        weight, bias = kernel @ weight, kernel @ bias + offset
     return weight[0], float(bias[0])
 
 
-def _starter_bytes() -> bytes:
-    try:
-        return resources.files("dask_imgcurator").joinpath("data", "starter.npz").read_bytes()
-    except FileNotFoundError as error:
-        raise WeightsError("data/starter.npz is missing from this installation; install it again") from error
-
-
-def _starter_affine(kind: Kind) -> tuple[NDArray[np.float64], float]:
-    with np.load(io.BytesIO(_starter_bytes()), allow_pickle=False) as arrays:
-        return arrays[f"{kind}_w"].astype(np.float64), float(arrays[f"{kind}_b"].item())
-
-
-def _affine(
-    weight: NDArray[np.float64], bias: float, device: str, sigmoid: bool = False
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _affine(weight: NDArray[np.float64], bias: float, device: str, sigmoid: bool = False) -> Score:
     import torch
 
     w = torch.from_numpy(weight).to(device)
@@ -429,86 +366,3 @@ def _affine(
         return (y.sigmoid() if sigmoid else y).float()
 
     return score
-
-
-# --- NSFW heads ---------------------------------------------------------------------------------------------
-
-
-def _autokeras(head: AutoKerasHead, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    import torch
-
-    mean = torch.from_numpy(head.mean).to(device)
-    scale = torch.from_numpy(head.variance).sqrt().clamp(min=1e-7).to(device)
-    layers = [tuple(torch.from_numpy(a).to(device) for a in layer) for layer in head.layers]
-    lookups = [(v.column, ranks(v.texts, v.ranks, device)) for v in head.vocabularies]
-
-    def score(x: torch.Tensor) -> torch.Tensor:
-        columns = {column: lookup(x[:, column]) for column, lookup in lookups}
-        x = x.clone()
-        for column, rank in columns.items():
-            x[:, column] = rank.float()
-        x = (x - mean) / scale
-        for kernel, bias in layers[:-1]:
-            x = torch.addmm(bias, x, kernel).relu()
-        kernel, bias = layers[-1]
-        return torch.addmm(bias, x, kernel)[:, 0].sigmoid()
-
-    return score
-
-
-#: ``"%f"`` of a finite number.
-_PRINTED = re.compile(r"-?[0-9]{1,12}\.[0-9]{6}")
-
-#: Integers that stand for the text "-0.000000" and for numbers too large for any text of a vocabulary.
-_MINUS_ZERO, _FAR = -(1 << 62), 1 << 61
-
-
-def ranks(
-    texts: Sequence[str], values: NDArray[np.int64], device: str = "cpu"
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Make a lookup of numbers in a vocabulary by their printed text, which runs on the device.
-
-    AutoKeras looks ``"%f" % x`` up in a table of texts. Here each text becomes an integer, in millionths, and
-    so does each number: a float32 has 24 significant bits and a million 14 beside a power of two, so their
-    product is exact in double precision, and rounding it half to even is what ``"%f"`` does. "-0.000000" and
-    "0.000000" differ.
-
-    Parameters
-    ----------
-    texts : sequence of str
-        Vocabulary; each a finite number as ``"%f"`` prints it.
-    values : numpy.ndarray
-        int64, what each text stands for.
-    device : str
-        Torch device.
-
-    Returns
-    -------
-    callable
-        From finite float32 ``(rows,)`` to int64 ``(rows,)``; 0 for a number whose text is not in the
-        vocabulary.
-
-    Raises
-    ------
-    HeadError
-        If a text is none that ``"%f"`` prints for a finite number.
-    """
-    import torch
-
-    if not texts:
-        return lambda x: torch.zeros(x.shape, dtype=torch.int64, device=x.device)
-    strange = [t for t in texts if not _PRINTED.fullmatch(t)]
-    if strange:
-        raise HeadError(f"{strange[0]!r} in the vocabulary is no finite number as printed by %f")
-    codes = np.array([_MINUS_ZERO if t == "-0.000000" else int(t.replace(".", "")) for t in texts], np.int64)
-    order = np.argsort(codes)
-    keys = torch.from_numpy(codes[order]).to(device)
-    found = torch.from_numpy(np.asarray(values, np.int64)[order]).to(device)
-
-    def lookup(x: torch.Tensor) -> torch.Tensor:
-        code = (x.double() * 1e6).round().clamp(-_FAR, _FAR).long()
-        code = torch.where((code == 0) & x.signbit(), _MINUS_ZERO, code)
-        at = torch.searchsorted(keys, code).clamp(max=len(keys) - 1)
-        return torch.where(keys[at] == code, found[at], 0)
-
-    return lookup

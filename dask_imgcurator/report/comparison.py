@@ -1,4 +1,4 @@
-"""The self-contained page about two selections: what only one of them keeps, with pictures."""
+"""The page about two selections: what only one of them keeps, with pictures."""
 
 from __future__ import annotations
 
@@ -13,17 +13,14 @@ import pyarrow as pa
 from ..duplicates.rows import row_ids
 from ..engine.pandas import from_arrow
 from ..images.thumbnails import make_thumbnails
-from ..schema import kind_of
 from ..select.settle import Settled
-from . import histograms
-from . import render as page
-from .histograms import KEPT, LINEAR, OTHER, OWN, SCALES, Histogram
-from .survey import FIRST, Rank, Wall, floats, read_batches
-
-__all__ = ["Compared", "Side", "compare_sides", "render_comparison"]
+from .histograms import KEPT, OTHER, OWN, Figure, Histogram, Kind
+from .render import ROW, page
+from .survey import FIRST, SIZES, Rank, Wall, floats, histograms_of, numbers_of, read_batches, row_of
 
 _IDENTITY = ("shard", "key", "sample_offset")
 _SEED = 0
+_KINDS = (Kind("in", (KEPT,), "in both"), Kind("own", (OWN,), "only in A"), Kind("out", (OTHER,), "only in B"))
 
 
 @dataclass(frozen=True)
@@ -60,11 +57,8 @@ class Side:
 def _ids(table: pa.Table) -> np.ndarray:
     """Hash what tells rows apart: (n,) uint64, the same for the same row in any table."""
     empty = pa.nulls(table.num_rows, pa.string())
-    columns = {
-        "shard": (table["shard"] if "shard" in table.column_names else empty).cast(pa.string()),
-        "key": (table["key"] if "key" in table.column_names else empty).cast(pa.string()),
-    }
-    frame = from_arrow(pa.table(columns))
+    texts = {n: table[n].cast(pa.string()) if n in table.column_names else empty for n in ("shard", "key")}
+    frame = from_arrow(pa.table(texts))
     offsets = table["sample_offset"].to_numpy() if "sample_offset" in table.column_names else 0
     frame["sample_offset"] = np.broadcast_to(np.asarray(offsets, np.int64), len(frame))
     return row_ids(frame)
@@ -113,41 +107,21 @@ def _walls(rank: Rank | None) -> dict[str, Wall]:
 
 
 def compare_sides(a: Side, b: Side, storage_options: Mapping[str, Any] | None = None) -> Compared:
-    """Find what two selections have in common, and what not.
+    """Find what two selections have in common, and what not; of a row in both, the scores that `a` has count.
 
-    Parameters
-    ----------
-    a, b : Side
-        The selections. Rows are the same if shard, key and sample_offset are; of a row in both, the scores that `a` has
-        count.
-    storage_options : mapping, optional
-        For the fsspec file system of the tables.
-
-    Returns
-    -------
-    Compared
-
-    Raises
-    ------
-    OSError, pyarrow.ArrowException
-        If a score file cannot be read.
-
-    Notes
-    -----
     Each table is streamed twice, without embeddings; in memory are 8 bytes a row that is kept.
     """
     options = storage_options or {}
     ids = [np.sort(np.concatenate([np.zeros(0, np.uint64), *map(_ids, s.kept(set(), options))])) for s in (a, b)]
-    numbers = [f.name for s in (a, b) for f in s.schema if kind_of(f.type) == "number"]
-    names = [*FIRST, *(n for n in numbers if n.endswith("_score")), "width", "height"]
+    numbers = [name for s in (a, b) for name in numbers_of(s.schema)]
+    names = [*FIRST, *(n for n in numbers if n.endswith("_score")), *SIZES]
     names += [n for s in (a, b) for n in sorted(s.settled.columns)]
-    shown = [n for n in dict.fromkeys(names) if n in numbers]
-    out = Compared(histograms={n: Histogram(SCALES.get(n, LINEAR)) for n in shown})
-    out.scores = [n for n in shown if n not in ("width", "height")]
+    out = Compared(histograms=histograms_of(names, numbers))
+    out.scores = [n for n in out.histograms if n not in SIZES]
     rank = Rank(out.scores[0]) if out.scores else None
     out.walls = _walls(rank)
     random = np.random.default_rng(_SEED)
-    wanted = {*page.ROW, *shown}
+    wanted = {*ROW, *out.histograms}
     for table in a.kept(wanted, options):
         both = _found(_ids(table), ids[1])
         out.both, out.only_a = out.both + int(both.sum()), out.only_a + int((~both).sum())
@@ -161,8 +135,7 @@ def compare_sides(a: Side, b: Side, storage_options: Mapping[str, Any] | None = 
 
 def _take(out: Compared, table: pa.Table, fates: np.ndarray, rank: Rank | None, random: np.random.Generator) -> None:
     def row(i: int) -> dict[str, Any]:
-        names = [c for c in (*page.ROW, *out.scores) if c in table.column_names]
-        return {c: table[c][i].as_py() for c in names}
+        return row_of(table, i, out.scores)
 
     for name, histogram in out.histograms.items():
         histogram.add(floats(table, name), fates)
@@ -176,64 +149,20 @@ def _take(out: Compared, table: pa.Table, fates: np.ndarray, rank: Rank | None, 
     out.walls["both"].offer(chance, fates == KEPT, row)
 
 
-# --- the page -------------------------------------------------------------------------------------
-
-
-def _sides(a: Side, b: Side, found: Compared) -> str:
-    union = found.both + found.only_a + found.only_b
-    rows = []
-    for letter, side, alone in (("A", a, found.only_a), ("B", b, found.only_b)):
-        n = found.both + alone
-        words = "; ".join(f"<code>{page.text(s)}</code>" for s in side.made_by)
-        name = f"{letter}: <code>{page.url(side.name, 500)}</code>{f' (selected by {words})' if words else ''}"
-        rows.append((name, f"{n:,}", f"{alone:,}", page.share(alone, n) + page.bar(alone, n)))
-    counts = {"in both": found.both, "only in A": found.only_a, "only in B": found.only_b}
-    cards = "".join(
-        f"<div><dt>{name}</dt><dd>{n:,} <small>{page.share(n, union)}</small></dd></div>" for name, n in counts.items()
-    )
-    head = ("Selection", "Rows", "Only in it", "Share of it")
-    return f'<dl class="cards">{cards}</dl>{page.table("The two selections", head, rows)}'
-
-
 def render_comparison(
     a: Side, b: Side, found: Compared, source_options: Mapping[str, Any] | None = None, notes: Sequence[str] = ()
 ) -> str:
-    """Make the page.
-
-    Parameters
-    ----------
-    a, b : Side
-        The selections.
-    found : Compared
-        What they have in common, and what not.
-    source_options : mapping, optional
-        For the fsspec file systems of the source shards, from which thumbnails are made.
-    notes : sequence of str
-        What stands first.
-
-    Returns
-    -------
-    str
-        HTML: one file that loads nothing from outside, of a few MB at most, however many rows there are.
-    """
-    rows = (row for wall in found.walls.values() for _, row in wall.rows)
-    images = make_thumbnails(rows, storage_options=source_options)
-    names = ("in both", "only in A", "only in B")
-    legend = "".join(f'<span class="{c}"></span> {n} ' for c, n in zip(("in", "own", "out"), names, strict=True))
-    figures = [histograms.figure(name, h, names=names) for name, h in found.histograms.items()]
-    walls = [
-        page.wall([(row, "") for _, row in wall.rows], images, found.scores, wall.title, wall.note)
-        for wall in found.walls.values()
-        if wall.rows
-    ]
-    veils = f"<p>{page.veils_note('nsfw_score' in found.histograms)}</p>\n"
-    return page.document(
+    """Make the page; `source_options` are for the source shards, from which thumbnails are made."""
+    walls = [wall for wall in found.walls.values() if wall.rows]
+    return page(
+        "comparison.html.j2",
         "Comparison of two selections",
         " and ".join(re.sub(r"\?.*", "", side.name).rstrip("/").rpartition("/")[2] for side in (a, b)),
         notes,
-        [
-            page.section("Counts", _sides(a, b, found)),
-            page.section("Scores", f'<p class="legend">{legend}</p><div class="figures">{"".join(figures)}</div>\n'),
-            page.section("Pictures", veils + "".join(walls) if walls else "<p>Neither keeps an image.</p>\n"),
-        ],
+        a=a,
+        b=b,
+        found=found,
+        figures=[Figure(name, h, kinds=_KINDS, cuts=False) for name, h in found.histograms.items()],
+        walls=walls,
+        images=make_thumbnails((row for w in walls for row in w.shown), storage_options=source_options),
     )

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,11 +24,9 @@ import pyarrow as pa
 from ..engine.backend import backend_of, is_dask
 from ..engine.run import reduce
 from ..select.ranks import arrow_type, value_order
-from .gallery import Pictures, frame, require_locators, widgets_of
-from .histograms import LINEAR, LOWER_IS_BETTER, SCALES, Scale
-from .render import CREDITS, NSFW, card, number, share, text, veils_note
-
-__all__ = ["Explorer", "Spread", "explore", "spread"]
+from .gallery import Pictures, require_locators, widgets_of
+from .histograms import LOWER_IS_BETTER, Axis, scale_of
+from .render import CREDITS, NSFW, frame, number, render
 
 Keep = Literal[">=", "<"]
 
@@ -36,6 +35,8 @@ _EXACT = 1 << 22
 #: Rows whose pictures can be shown, spread evenly over the ranks of the column.
 _ROWS = 8192
 _BARS = 80
+_WIDTH, _HEIGHT = 900, 136  # of the histogram; of its tallest bar
+_STEP = 0.001  # of the slider, in shares of the axis
 _QUIET = 0.25  # seconds without a move, before pictures are read
 
 
@@ -84,36 +85,23 @@ class Spread:
         low = self.rows.slice(max(0, at - n), min(n, at)).to_pylist()[::-1]
         return low, self.rows.slice(at, n).to_pylist()
 
+    def middle(self) -> float:
+        """Return the median."""
+        ends = np.cumsum(self.counts)
+        return float(self.values[np.searchsorted(ends, (ends[-1] + 1) // 2)])
+
 
 def spread(df: Any, column: str, shown: Sequence[str] = (), *, values: int = _EXACT, rows: int = _ROWS) -> Spread:
-    """Read how a column is spread, in one pass over it and the columns shown.
+    """Read how a column of numbers is spread, in one pass over it and the columns shown.
 
-    Parameters
-    ----------
-    df : dask, pandas or cuDF DataFrame
-        With the columns.
-    column : str
-        A column of numbers, compared as float64.
-    shown : sequence of str
-        Columns of `Spread.rows`.
-    values : int
-        Different values that are counted one by one, at most.
-    rows : int
-        Rows that are kept to be shown, at most.
-
-    Returns
-    -------
-    Spread
-
-    Raises
-    ------
-    SelectionError
-        If the column is missing or not of numbers.
+    At most so many different `values` are counted one by one, and so many `rows` kept to be shown. SelectionError if
+    the column is missing or not of numbers.
     """
     value_order(df, column)  # raises
     columns = list(dict.fromkeys((column, *shown)))
     quota = max(64, 4 * rows // df.npartitions) if is_dask(df) else rows
-    found: Spread = reduce(df[columns], _spread_of, _Merge(values, rows), column, columns, values, quota)
+    merge = partial(_merge, values=values, rows=rows)
+    found: Spread = reduce(df[columns], _spread_of, merge, column, columns, values, quota)
     return found
 
 
@@ -130,23 +118,17 @@ def _spread_of(part: Any, column: str, columns: list[str], values: int, rows: in
     return _coarsened(Spread(different, counts, len(x) - len(place), True, x[near], table), values)
 
 
-@dataclass(frozen=True)
-class _Merge:
-    """Merges the spreads of partitions within bounds."""
-
-    values: int
-    rows: int
-
-    def __call__(self, found: Sequence[Spread]) -> Spread:
-        values, at = np.unique(np.concatenate([part.values for part in found]), return_inverse=True)
-        counts = np.zeros(len(values), np.int64)
-        np.add.at(counts, at, np.concatenate([part.counts for part in found]))
-        near = np.concatenate([part.near for part in found])
-        by = np.argsort(near, kind="stable")
-        by = by[_even(len(by), self.rows)]
-        rows = pa.concat_tables([part.rows for part in found], promote_options="permissive").take(by)
-        missing, exact = sum(part.missing for part in found), all(part.exact for part in found)
-        return _coarsened(Spread(values, counts, missing, exact, near[by], rows), self.values)
+def _merge(found: Sequence[Spread], values: int, rows: int) -> Spread:
+    """Merge the spreads of partitions within the same bounds."""
+    different, at = np.unique(np.concatenate([part.values for part in found]), return_inverse=True)
+    counts = np.zeros(len(different), np.int64)
+    np.add.at(counts, at, np.concatenate([part.counts for part in found]))
+    near = np.concatenate([part.near for part in found])
+    by = np.argsort(near, kind="stable")
+    by = by[_even(len(by), rows)]
+    table = pa.concat_tables([part.rows for part in found], promote_options="permissive").take(by)
+    missing, exact = sum(part.missing for part in found), all(part.exact for part in found)
+    return _coarsened(Spread(different, counts, missing, exact, near[by], table), values)
 
 
 def _even(n: int, most: int) -> np.ndarray:
@@ -261,9 +243,9 @@ class Explorer:
     ) -> None:
         self.spread, self.column, self.keep = spread, column, keep
         self._n, self._dtype, self._pictures = n, dtype, pictures
-        self._axis = _Axis.of(spread, column)
+        self._axis, self._bars = _drawn(spread, column)
         if threshold is None:
-            threshold = NSFW if column == "nsfw_score" else self._axis.middle(spread)
+            threshold = NSFW if column == "nsfw_score" else self._round(self._axis.share(spread.middle()))
         self._value = _finite(threshold)
         self._telling = False
         self._later: asyncio.TimerHandle | None = None
@@ -289,10 +271,14 @@ class Explorer:
         return f"{name} {self.keep} {repr(self._value).removesuffix('.0')}"
 
     @property
+    def _bound(self) -> float:
+        """What the value is compared as: an expression makes a float32 of it for a float32 column."""
+        return float(self._dtype.type(self._value))
+
+    @property
     def kept(self) -> int:
         """Rows that the cut keeps."""
-        # An expression compares a float32 column with what float32 makes of the constant.
-        below = self.spread.below(float(self._dtype.type(self._value)))
+        below = self.spread.below(self._bound)
         return below if self.keep == "<" else int(self.spread.counts.sum()) - below
 
     # --- what is shown
@@ -301,7 +287,7 @@ class Explorer:
         widgets = widgets_of("explore")
         wide = widgets.Layout(width="100%", max_width="60rem")
         self._words, self._walls = widgets.HTML(layout=wide), widgets.HTML(layout=wide)
-        self._slider = widgets.FloatSlider(min=0.0, max=1.0, step=0.001, readout=False, layout=wide)
+        self._slider = widgets.FloatSlider(min=0.0, max=1.0, step=_STEP, readout=False, layout=wide)
         self._number = widgets.FloatText(description=f"keep {self.keep}", layout=widgets.Layout(width="15rem"))
         self._slider.observe(self._moved, "value")
         self._number.observe(self._typed, "value")
@@ -309,11 +295,17 @@ class Explorer:
 
     def _moved(self, change: Mapping[str, Any]) -> None:
         if not self._telling:
-            self.value = self._axis.value(change["new"])
+            self.value = self._round(change["new"])
 
     def _typed(self, change: Mapping[str, Any]) -> None:
         if not self._telling and math.isfinite(change["new"]):
             self.value = change["new"]
+
+    def _round(self, share: float) -> float:
+        """Return the value at a share of the axis, with no more digits than a step of the slider tells."""
+        exact, beside = self._axis.value(share), self._axis.value(share + _STEP)
+        step = abs(beside - exact)
+        return round(exact, 1 - math.floor(math.log10(step))) if step else exact
 
     @contextmanager
     def _quietly(self) -> Iterator[None]:
@@ -325,18 +317,30 @@ class Explorer:
             self._telling = False
 
     def _tell(self) -> None:
+        share = min(max(self._axis.share(self._value), 0.0), 1.0)
         with self._quietly():
-            self._slider.value = self._axis.at(self._value)
-            self._number.value = self._value
-        self._words.value = frame(f"<p>{self._sentence()}</p>{self._axis.svg(self._value, self.keep)}")
-
-    def _sentence(self) -> str:
-        about, found = "" if self.spread.exact else "about ", self.spread
-        missing = f"; {found.missing:,} have no value and are never kept" if found.missing else ""
-        return (
-            f"<code><b>{text(self.where)}</b></code> keeps {about}<b>{self.kept:,}</b> of {found.total:,} rows "
-            f"({share(self.kept, found.total)}){missing}."
+            self._slider.value, self._number.value = share, self._value
+        words = render(
+            "explorer_words.html.j2",
+            where=self.where,
+            kept=self.kept,
+            value=self._value,
+            spread=self.spread,
+            axis=self._axis,
+            cut=share * _WIDTH,
+            bars=list(self._coloured(share * _WIDTH)),
+            show=partial(number, digits=4),
         )
+        self._words.value = frame(words)
+
+    def _coloured(self, cut: float) -> Iterator[tuple[str, float, float, float]]:
+        """Yield the bars, cut in two where the cut is: colour, place, width and height."""
+        width, peak = _WIDTH / _BARS, self._bars.max()
+        for i in np.flatnonzero(self._bars):
+            left, right, height = i * width, (i + 1) * width - 0.8, max(self._bars[i] / peak * _HEIGHT, 0.6)
+            for begin, end, above in ((left, min(right, cut), False), (max(left, cut), right, True)):
+                if end > begin:
+                    yield "in" if above == (self.keep == ">=") else "out", begin, end - begin, height
 
     def _schedule(self) -> None:
         """Show pictures once the slider rests, where there is a loop to wait in; else now."""
@@ -348,17 +352,15 @@ class Explorer:
             self._show_pictures()
 
     def _show_pictures(self) -> None:
-        low, high = self.spread.beside(float(self._dtype.type(self._value)), self._n)
-        sides = [("Just kept", high), ("Just dropped", low)]
-        if self.keep == "<":
-            sides = [("Just kept", low), ("Just dropped", high)]
-        walls = "".join(self._wall(title, rows) for title, rows in sides)
-        scored = "nsfw_score" in self.spread.rows.column_names
-        self._walls.value = frame(f"{walls}<p><small>{veils_note(scored)}</small></p>" if scored else walls)
-
-    def _wall(self, title: str, rows: Sequence[Mapping[str, Any]]) -> str:
-        cards = [card(row, uri, [self.column]) for row, uri in zip(rows, self._pictures.of(rows), strict=True)]
-        return f'<p><b>{title}</b></p><ul class="wall">{"".join(cards) or "<li>none</li>"}</ul>'
+        low, high = map(self._pictures.beside, self.spread.beside(self._bound, self._n))
+        kept, dropped = (low, high) if self.keep == "<" else (high, low)
+        walls = render(
+            "explorer_walls.html.j2",
+            sides=[("Just kept", kept), ("Just dropped", dropped)],
+            column=self.column,
+            scored="nsfw_score" in self.spread.rows.column_names,
+        )
+        self._walls.value = frame(walls)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         return {**(self.widget._repr_mimebundle_(**kwargs) or {}), "text/plain": repr(self)}
@@ -375,72 +377,15 @@ def _finite(value: float) -> float:
     return value
 
 
-# --- the axis -------------------------------------------------------------------------------------
-
-_WIDE, _TALL = 900.0, 160.0
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """The axis that histogram and slider share: places from 0 to 1, and the share of the tallest bar."""
-
-    scale: Scale
-    low: float
-    high: float
-    bars: np.ndarray
-
-    @classmethod
-    def of(cls, found: Spread, column: str) -> _Axis:
-        finite = np.isfinite(found.values)
-        if not finite.any():
-            raise ValueError(f"column {column!r} has no finite value in {found.total:,} rows: nothing to cut")
-        scale = SCALES.get(column, LINEAR)
-        x = scale.forward(found.values[finite])
-        # A little more than there is, so that the cut can lie on either side of everything.
-        margin = max((x[-1] - x[0]) * 0.01, abs(x[0]) * 1e-6, 1e-9)
-        low, high = float(x[0] - margin), float(x[-1] + margin)
-        bars, _ = np.histogram(x, _BARS, (low, high), weights=found.counts[finite].astype(np.float64))
-        return cls(scale, low, high, bars)
-
-    def at(self, value: float) -> float:
-        """Where a value stands."""
-        x = float(self.scale.forward(np.array(value, np.float64)))
-        return min(max((x - self.low) / (self.high - self.low), 0.0), 1.0)
-
-    def value(self, place: float) -> float:
-        """Return the value at a place, with no more digits than a step of the slider tells."""
-        exact, beside = (self.scale.inverse(self.low + p * (self.high - self.low)) for p in (place, place + 0.001))
-        step = abs(beside - exact)
-        return round(exact, 1 - math.floor(math.log10(step))) if step else exact
-
-    def middle(self, found: Spread) -> float:
-        """Return a short number near the median."""
-        ends = np.cumsum(found.counts)
-        return self.value(self.at(float(found.values[np.searchsorted(ends, (ends[-1] + 1) // 2)])))
-
-    def svg(self, value: float, keep: Keep) -> str:
-        """Draw the histogram, what is kept and what is not, and the cut between."""
-        cut, width, peak, shapes = self.at(value) * _WIDE, _WIDE / _BARS, self.bars.max(), []
-        for i in np.flatnonzero(self.bars):
-            left, right, tall = i * width, (i + 1) * width - 0.8, max(self.bars[i] / peak * (_TALL - 24), 0.6)
-            for begin, end, above in ((left, min(right, cut), False), (max(left, cut), right, True)):
-                if end > begin:
-                    kind = "in" if above == (keep == ">=") else "out"
-                    shapes.append(
-                        f'<rect class="{kind}" x="{begin:.1f}" y="{_TALL - 18 - tall:.1f}" '
-                        f'width="{end - begin:.1f}" height="{tall:.1f}"/>'
-                    )
-        shapes.append(f'<path class="cut" d="M{cut:.1f} 0V{_TALL - 18}"/>')
-        shapes.append(f'<path class="axis" d="M0 {_TALL - 18}H{_WIDE}"/>{self._ticks()}')
-        label = f"Histogram with the cut at {number(value, 5)}"
-        return f'<svg viewBox="0 0 {_WIDE:.0f} {_TALL:.0f}" role="img" aria-label="{label}">{"".join(shapes)}</svg>'
-
-    def _ticks(self) -> str:
-        shapes, placed = [], list[float]()
-        for value in self.scale.ticks(self.scale.inverse(self.low), self.scale.inverse(self.high)):
-            x = (float(self.scale.forward(np.array(value, np.float64))) - self.low) / (self.high - self.low) * _WIDE
-            if 0 <= x <= _WIDE and all(abs(x - other) >= 48 for other in placed):
-                placed.append(x)
-                anchor = "start" if x < 20 else "end" if x > _WIDE - 20 else "middle"
-                shapes.append(f'<text x="{x:.1f}" y="{_TALL - 4}" text-anchor="{anchor}">{number(value, 4)}</text>')
-        return "".join(shapes)
+def _drawn(found: Spread, column: str) -> tuple[Axis, np.ndarray]:
+    """The axis that histogram and slider share, and the rows of each bar."""
+    finite = np.isfinite(found.values)
+    if not finite.any():
+        raise ValueError(f"column {column!r} has no finite value in {found.total:,} rows: nothing to cut")
+    scale = scale_of(column)
+    x = scale.forward(found.values[finite])
+    # A little more than there is, so that the cut can lie on either side of everything.
+    margin = max((x[-1] - x[0]) * 0.01, abs(x[0]) * 1e-6, 1e-9)
+    axis = Axis(scale, float(x[0] - margin), float(x[-1] + margin), _WIDTH)
+    bars, _ = np.histogram(x, _BARS, (axis.low, axis.high), weights=found.counts[finite].astype(np.float64))
+    return axis, bars

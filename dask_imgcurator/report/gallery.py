@@ -21,38 +21,16 @@ import pyarrow as pa
 from ..engine.backend import backend_of, is_dask
 from ..engine.frames import require_columns
 from ..engine.run import reduce
-from ..images.thumbnails import Place, make_thumbnails
+from ..images.thumbnails import make_thumbnails
 from ..schema import kind_of
 from ..select.ranks import ValueOrder, arrow_type, value_order
 from ..select.where import Where, filter_frame
 from .histograms import LOWER_IS_BETTER
-from .render import PARTS_CSS, ROW, card, many, plain, text, veils_note
-
-__all__ = ["Gallery", "Pictures", "frame", "require_locators", "show", "widgets_of"]
+from .render import ROW, frame, plain, render
 
 LOCATORS = ("shard", "offset", "nbytes")
 
 _AHEAD = 4  # pages that are taken at once, so that the next ones need no pass
-
-# Colours that follow those of the text around, whatever theme the notebook has; names within a scope of their own.
-_FRAME_CSS = f"""
-.imgcurator {{ --card: color-mix(in srgb, currentColor 7%, transparent);
-  --soft: color-mix(in srgb, currentColor 70%, transparent); --line: color-mix(in srgb, currentColor 20%, transparent);
-  --text: currentColor; --in: color-mix(in srgb, #2a7de1 88%, currentColor); --cut: #d9483b; --own: #d29a3a;
-  --out: color-mix(in srgb, currentColor 35%, transparent); font: 14px/1.45 system-ui, sans-serif;
-  color: var(--jp-content-font-color1, var(--vscode-foreground, inherit));
-* {{ box-sizing: border-box }}
-p {{ margin: .3rem 0 }} p small, figcaption {{ color: var(--soft) }}
-{PARTS_CSS}
-&&& ul.wall {{ padding: 0; margin: .5rem 0; list-style: none;
-  grid-template-columns: repeat(auto-fill, minmax(min(8rem, 45%), 1fr)) }}
-&&& .wall li {{ margin: 0 }} &&& figcaption {{ font-size: 12px }} &&& .wall dl {{ gap: 0 .3rem }}
-&&& .wall img {{ max-width: 100%; margin: 0; background: none }}
-&&& .wall dl {{ grid-template-columns: auto minmax(0, 1fr) }}
-&&& dl, &&& dt, &&& dd {{ float: none; width: auto; padding: 0; font-weight: normal; overflow-wrap: normal }}
-&&& dd {{ overflow-wrap: anywhere }}
-&&& code {{ font-size: .85em; overflow-wrap: anywhere; background: none; color: inherit; padding: 0 }}
-}}"""
 
 
 def show(
@@ -128,11 +106,11 @@ def show(
     wanted = [c for c in dict.fromkeys((*ROW, *values, "nsfw_score")) if c in df.columns]
     source: _Source = _InOrder(df, wanted) if order is None else _Sorted(df, wanted, order)
     how = "" if sort_by is None else f"by {sort_by}, {'lowest' if lower else 'highest'} first"
-    return Gallery(source, Pictures(upright, storage_options), n, page, values, how)
+    return Gallery(_Shown(source, Pictures(upright, storage_options), n, values, how), page)
 
 
 def require_locators(df: Any, step: str) -> None:
-    """Tell at once of a frame whose pictures cannot be found."""
+    """Raise ValueError for a frame whose pictures cannot be found."""
     require_columns(df, LOCATORS, step, "keep these columns, by which pictures are found")
 
 
@@ -213,25 +191,24 @@ class _First:
     table: pa.Table
 
 
-def _to_host(frame: Any, columns: list[str]) -> pa.Table:
-    return backend_of(frame).to_host(frame, columns)
+def _to_host(part: Any, columns: list[str]) -> pa.Table:
+    return backend_of(part).to_host(part, columns)
 
 
 def _joined(tables: list[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables, promote_options="permissive")
 
 
-def _first(frame: Any, order: ValueOrder, columns: list[str], most: int) -> _First:
-    keys, known = order.keys(_to_host(frame, [order.column]))
+def _first(part: Any, order: ValueOrder, columns: list[str], most: int) -> _First:
+    keys, known = order.keys(_to_host(part, [order.column]))
     by = np.lexsort((keys, ~known))[:most]  # which is stable
-    return _First(len(frame), keys[by], known[by], _to_host(frame.iloc[by], columns))
+    return _First(len(part), keys[by], known[by], _to_host(part.iloc[by], columns))
 
 
 def _merge(found: Sequence[_First], most: int) -> _First:
     keys, known = (np.concatenate([getattr(part, name) for part in found]) for name in ("keys", "known"))
     by = np.lexsort((keys, ~known))[:most]
-    table = pa.concat_tables([part.table for part in found], promote_options="permissive").take(by)
-    return _First(sum(part.total for part in found), keys[by], known[by], table)
+    return _First(sum(p.total for p in found), keys[by], known[by], _joined([p.table for p in found]).take(by))
 
 
 # --- pictures and pages ---------------------------------------------------------------------------
@@ -239,54 +216,40 @@ def _merge(found: Sequence[_First], most: int) -> _First:
 
 @dataclass
 class Pictures:
-    """Thumbnails of rows, each made once.
-
-    Attributes
-    ----------
-    upright, storage_options
-        As for `thumbnails.make_thumbnails`.
-    """
+    """Thumbnails of rows, each made once; options as for `make_thumbnails`."""
 
     upright: bool = False
     storage_options: Mapping[str, Any] | None = None
-    _made: dict[Place, str | None] = field(default_factory=dict)
+    _made: dict[tuple[str, int], str | None] = field(default_factory=dict)
 
-    def of(self, rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
-        """Return the ``data:`` URI of each row's picture, None where none can be made."""
-        new = [row for row in rows if _place(row) not in self._made]
+    def beside(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str | None]]:
+        """Return rows with the ``data:`` URI of their picture, None where none can be made."""
+        places = [(row["shard"], row["offset"]) for row in rows]
+        new = [row for row, place in zip(rows, places, strict=True) if place not in self._made]
         found = make_thumbnails(new, upright=self.upright, storage_options=self.storage_options)
-        self._made.update({_place(row): found.get(_place(row)) for row in new})
-        return [self._made[_place(row)] for row in rows]
-
-
-def _place(row: Mapping[str, Any]) -> Place:
-    return row["shard"], row["offset"]
-
-
-def frame(content: str) -> str:
-    """Put HTML into a scope of its own, so that its styles change nothing else in a notebook."""
-    return f'<div class="imgcurator"><style>{_FRAME_CSS}</style>\n{content}</div>\n'
+        self._made |= {place: found.get(place) for place in places if place not in self._made}
+        return [(row, self._made[place]) for row, place in zip(rows, places, strict=True)]
 
 
 def widgets_of(what: str) -> Any:
-    """Import ipywidgets.
-
-    Parameters
-    ----------
-    what : str
-        What needs it, for the error.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        If it is not installed, with the remedy.
-    """
+    """Import ipywidgets for something; ModuleNotFoundError has the remedy."""
     try:
         return importlib.import_module("ipywidgets")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f'{what} needs ipywidgets, which is not installed: pip install "dask-imgcurator[notebook]"', name=error.name
         ) from error
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What all pages of a gallery have in common; `how` says in words how rows are sorted."""
+
+    source: _Source
+    pictures: Pictures
+    n: int
+    values: list[str]
+    how: str
 
 
 class Gallery:
@@ -302,26 +265,24 @@ class Gallery:
         Rows on all pages; None as long as the table was not read to its end.
     """
 
-    def __init__(
-        self, source: _Source, pictures: Pictures, n: int, number: int, values: Sequence[str], how: str
-    ) -> None:
-        self._source, self._pictures, self._n, self._values, self._how = source, pictures, n, list(values), how
-        self.rows = source.take(n * number, n * (number + 1)) if number >= 0 else []
-        self.number, self.total = number, source.total
+    def __init__(self, shown: _Shown, number: int) -> None:
+        self._shown, self.number = shown, number
+        self.rows = self._take(number) if number >= 0 else []
+        self.total = shown.source.total
         if number and not self.rows:
-            last = (
-                f"the last one is {max(0, (self.total or 0) - 1) // n}" if self.total is not None else "they begin at 0"
-            )
+            last = "they begin at 0" if self.total is None else f"the last one is {max(0, self.total - 1) // shown.n}"
             raise ValueError(f"page={number}: there is no such page, {last}")
+
+    def _take(self, number: int) -> list[dict[str, Any]]:
+        return self._shown.source.take(self._shown.n * number, self._shown.n * (number + 1))
 
     def page(self, number: int) -> Gallery:
         """Return another page, from 0; ValueError if there is none."""
-        return Gallery(self._source, self._pictures, self._n, number, self._values, self._how)
+        return Gallery(self._shown, number)
 
     def next(self) -> Gallery:
         """Return the page after this one; after the last, the last."""
-        more = self._source.take(self._n * (self.number + 1), self._n * (self.number + 2))
-        return self.page(self.number + 1) if more else self.page(self.number)
+        return self.page(self.number + 1 if self._take(self.number + 1) else self.number)
 
     def previous(self) -> Gallery:
         """Return the page before this one; before the first, the first."""
@@ -332,41 +293,39 @@ class Gallery:
         """Which rows these are, in words."""
         if not self.rows:
             return "no rows"
-        first = self._n * self.number
-        all_ = "" if self.total is None else f" of {self.total:,}"
-        where = f"page {self.number}" + ("" if self.total is None else f" (last: {(self.total - 1) // self._n})")
-        return ", ".join(filter(None, [f"rows {first + 1:,} to {first + len(self.rows):,}{all_}", where, self._how]))
+        first, of, last = self._shown.n * self.number, "", ""
+        if self.total is not None:
+            of, last = f" of {self.total:,}", f" (last: {(self.total - 1) // self._shown.n})"
+        words = [f"rows {first + 1:,} to {first + len(self.rows):,}{of}", f"page {self.number}{last}", self._shown.how]
+        return ", ".join(filter(None, words))
 
     def html(self) -> str:
         """Return the page as HTML, pictures and all, without the scope that `frame` puts around it."""
-        uris = self._pictures.of(self.rows)
-        cards = "".join(card(row, uri, self._values) for row, uri in zip(self.rows, uris, strict=True))
-        note = veils_note(True) if any("nsfw_score" in row for row in self.rows) else ""
-        none = sum(uri is None for uri in uris)
-        note += f" {many(none, 'row')} without a picture." if none else ""
-        return f'<p>{text(self.heading)}<br><small>{note}</small></p><ul class="wall">{cards}</ul>\n'
+        cards = self._shown.pictures.beside(self.rows)
+        return render(
+            "gallery.html.j2",
+            heading=self.heading,
+            scored=any("nsfw_score" in row for row in self.rows),
+            missing=sum(uri is None for _, uri in cards),
+            cards=cards,
+            values=self._shown.values,
+        )
 
     def pager(self) -> Any:
-        """Return an ipywidgets box of this page with buttons to turn it.
-
-        Raises
-        ------
-        ModuleNotFoundError
-            If ipywidgets is not installed.
-        """
+        """Return an ipywidgets box of this page with buttons to turn it (ModuleNotFoundError without ipywidgets)."""
         widgets = widgets_of("pager()")
-        shown, content = self, widgets.HTML(frame(self.html()))
+        shown, content = self, widgets.HTML(self._repr_html_())
         back, on = (widgets.Button(description=words) for words in ("‹ previous", "next ›"))
+
+        def mark() -> None:
+            back.disabled = shown.number == 0
+            on.disabled = shown.total is not None and shown._shown.n * (shown.number + 1) >= shown.total
 
         def turn(button: Any) -> None:
             nonlocal shown
             shown = shown.next() if button is on else shown.previous()
-            content.value = frame(shown.html())
+            content.value = shown._repr_html_()
             mark()
-
-        def mark() -> None:
-            back.disabled = shown.number == 0
-            on.disabled = shown.total is not None and self._n * (shown.number + 1) >= shown.total
 
         for button in (back, on):
             button.on_click(turn)
@@ -377,9 +336,11 @@ class Gallery:
         return frame(self.html())
 
     def __repr__(self) -> str:
-        names = list(dict.fromkeys(["key", *self._values]))
+        if not self.rows:
+            return self.heading
+        names = list(dict.fromkeys(["key", *self._shown.values]))
         table = pd.DataFrame([{name: _cell(row.get(name)) for name in names} for row in self.rows], columns=names)
-        return f"{plain(self.heading)}\n{table.to_string(index=False)}" if self.rows else self.heading
+        return f"{plain(self.heading)}\n{table.to_string(index=False)}"
 
 
 def _cell(value: Any) -> Any:

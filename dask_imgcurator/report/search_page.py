@@ -4,43 +4,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from ..engine.backend import get_backend
 from ..images.thumbnails import make_thumbnails, thumbnail
-from ..similarity.queries import Query
 from ..storage import files
-from . import render as page
+from .render import page
 
-__all__ = ["search_page", "write_search_page"]
+if TYPE_CHECKING:
+    from ..similarity.queries import Query
 
 _KINDS = {"text": "Text", "image": "Image", "like": "Like the row", "embedding": "Vector"}
 _MAX_NBYTES = 64_000_000
 
 
-def _query_image(query: Query, upright: bool, storage_options: Mapping[str, Any] | None) -> str:
-    """Make the thumbnail of a query that is an image file."""
+@dataclass(frozen=True)
+class Answer:
+    """A query, the row that it is or the thumbnail of its image, and the rows that were found, the best first."""
+
+    kind: str
+    label: str
+    row: Mapping[str, Any] | None
+    uri: str | None
+    best: Sequence[Mapping[str, Any]]
+
+
+def _query_image(query: Query, upright: bool, storage_options: Mapping[str, Any] | None) -> str | None:
     with files.opened(query.label, storage_options) as file:
-        uri = thumbnail(file.read(_MAX_NBYTES), upright=upright)
-    return f'<p><img src="{uri}" alt="The query"></p>\n' if uri else ""
-
-
-def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Make a table of all rows, of those too that have no picture."""
-    cells = [
-        [
-            str(row["rank"]),
-            page.figure_text(row["similarity"]),
-            page.text(row.get("key"), 80),
-            page.url(row.get("shard")),
-            page.text(row.get("caption")),
-        ]
-        for row in rows
-    ]
-    head = ("rank", "similarity", "key", "shard", "caption")
-    return f"<details><summary>As a table</summary>{page.table('Rows', head, cells)}</details>\n"
+        return thumbnail(file.read(_MAX_NBYTES), upright=upright)
 
 
 def search_page(
@@ -54,55 +48,30 @@ def search_page(
     source_options: Mapping[str, Any] | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> str:
-    """Make a self-contained page of what was found.
+    """Make the page of what `search` found for its queries; `own` has the rows that queries are, by their number.
 
-    Parameters
-    ----------
-    found : pandas.DataFrame
-        Of `search`.
-    queries : sequence of Query
-        In the order of its results.
-    title : str
-        Of the table that was searched; any text.
-    notes : sequence of str
-        What a reader must know; any text.
-    own : mapping, optional
-        Number of a query to the row that it is.
-    upright : bool
-        Whether thumbnails follow the EXIF orientation.
-    source_options, storage_options : mapping, optional
-        For the fsspec file systems of the shards, and of the queries' images.
-
-    Returns
-    -------
-    str
-        HTML. Pictures whose ``nsfw_score`` is high or missing are blurred until they are clicked.
+    `source_options` and `storage_options` are for the fsspec file systems of the shards, and of the queries' images.
     """
     rows = get_backend("pandas").to_arrow(found).to_pylist()
     own = own or {}
-    images = make_thumbnails([*rows, *own.values()], upright=upright, storage_options=source_options)
-    scores = ["similarity", *(str(name) for name in found.columns if str(name).endswith("_score"))]
-    sections = []
+    answers = []
     for number, query in enumerate(queries):
-        best = [row for row in rows if row["query_number"] == number]
-        picture = _query_image(query, upright, storage_options) if query.kind == "image" else ""
-        if number in own:
-            picture = page.wall([(own[number], "")], images, scores[1:])
+        image = query.kind == "image"
         # Of a file its name alone: a page is passed on, and a path may tell who made it.
-        name = query.label.partition("?")[0].rpartition("/")[2] if query.kind == "image" else query.label
-        label = page.text(name, 1000)
-        content = f"<p>{_KINDS[query.kind]}: <strong>{label}</strong></p>\n{picture}"
-        if best:
-            content += page.wall([(row, f"<strong>{row['rank']}.</strong> ") for row in best], images, scores)
-            content += _rows_table(best)
-        else:
-            content += "<p>Nothing was found: no row that may be compared is left.</p>\n"
-        sections.append(page.section(f"Query {number + 1}", content))
-    about = (
-        f"<p>Similarity is the cosine of the query's and the image's embeddings; the highest come first. "
-        f"{page.veils_note('nsfw_score' in found.columns)}</p>\n"
+        label = query.label.partition("?")[0].rpartition("/")[2] if image else query.label
+        uri = _query_image(query, upright, storage_options) if image else None
+        best = [row for row in rows if row["query_number"] == number]
+        answers.append(Answer(_KINDS[query.kind], label, own.get(number), uri, best))
+    return page(
+        "search.html.j2",
+        "Search",
+        title,
+        notes,
+        answers=answers,
+        scores=["similarity", *(str(name) for name in found.columns if str(name).endswith("_score"))],
+        scored="nsfw_score" in found.columns,
+        images=make_thumbnails([*rows, *own.values()], upright=upright, storage_options=source_options),
     )
-    return page.document("Search", title, notes, [about, *sections])
 
 
 def write_search_page(path: str | os.PathLike[str], *args: Any, **options: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +22,8 @@ from ..select.ranks import ValueOrder
 from ..select.settle import Bound, Condition, Settled, counts_of
 from ..select.where import Where
 from ..storage import files
-from . import render as page
-from .histograms import KEPT, LINEAR, LOWER_IS_BETTER, OTHER, OWN, SCALES, Histogram, Mark
-
-__all__ = ["FIRST", "Rank", "Survey", "Wall", "floats", "read_batches", "survey"]
+from .histograms import KEPT, LOWER_IS_BETTER, OTHER, OWN, Histogram, Mark, scale_of
+from .render import ROW, number
 
 _BATCH = 16_384  # rows of a score file in memory at a time
 _WALL = 12  # pictures of a wall
@@ -37,17 +35,15 @@ _SEED = 0
 #: Scores that come before others; by the first there is, images are ranked.
 FIRST = ("aesthetic_score", "clip_score", "nsfw_score")
 
+SIZES = ("width", "height")
+
 _MEASURES = ("brightness", "contrast", "blur", "entropy", "colourfulness")
-_SIZES = ("width", "height")
 _NAME = r"(?:`(?P<quoted>[^`]+)`|(?P<name>[^\W\d]\w*))"
 _LITERAL = r"(?P<number>-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
 _BOUNDS = (
     re.compile(rf"{_NAME} ?(?P<sign>[<>])=? ?{_LITERAL}"),
     re.compile(rf"{_LITERAL} ?(?P<turned>[<>])=? ?{_NAME}"),
 )
-
-
-# --- conditions that are bounds -------------------------------------------------------------------
 
 
 def _mark(condition: Condition, part: int) -> Mark | None:
@@ -60,7 +56,7 @@ def _mark(condition: Condition, part: int) -> Mark | None:
                 return Mark(found["quoted"] or found["name"], float(found["number"]), condition.text, below, part)
     elif isinstance(condition.bound, Bound) and isinstance(order, ValueOrder) and condition.bound.last >= 0:
         bound, below = float(order.value(condition.bound.last)), not order.largest
-        text = f"{condition.text} ({'<=' if below else '>='} {page.number(bound, 5)})"
+        text = f"{condition.text} ({'<=' if below else '>='} {number(bound, 5)})"
         return Mark(order.column, bound, text, below, part)
     return None
 
@@ -70,49 +66,47 @@ def _mark(condition: Condition, part: int) -> Mark | None:
 
 @dataclass(frozen=True)
 class Rank:
-    """The column by which images are the best and the worst.
-
-    Attributes
-    ----------
-    column : str
-        Name of the column.
-    """
+    """The column by which images are the best and the worst."""
 
     column: str
 
     @property
+    def lower(self) -> bool:
+        """Whether the lowest are the best."""
+        return self.column in LOWER_IS_BETTER
+
+    @property
     def best(self) -> str:
         """What the best have, in words."""
-        return f"{'lowest' if self.column in LOWER_IS_BETTER else 'highest'} {self.column}"
+        return f"{'lowest' if self.lower else 'highest'} {self.column}"
 
     @property
     def worst(self) -> str:
         """What the worst have, in words."""
-        return f"{'highest' if self.column in LOWER_IS_BETTER else 'lowest'} {self.column}"
+        return f"{'highest' if self.lower else 'lowest'} {self.column}"
 
     def order(self, values: np.ndarray) -> np.ndarray:
         """Values of the column, (n,) float64, so that the smallest is the best."""
-        return values if self.column in LOWER_IS_BETTER else -values
+        return values if self.lower else -values
 
 
 @dataclass
 class Wall:
-    """The rows with the smallest order values.
+    """The rows with the smallest order values, at most `limit`: pairs of value and row, in order.
 
-    Attributes
-    ----------
-    title, note : str
-        What they are.
-    limit : int
-        How many, at most.
-    rows : list of (float, dict)
-        Order value and row, in order.
+    `unselected` is its title on a page where nothing was selected; None: it is not shown there.
     """
 
     title: str
     note: str
+    unselected: str | None = None
     limit: int = _WALL
     rows: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def shown(self) -> list[dict[str, Any]]:
+        """The rows alone."""
+        return [row for _, row in self.rows]
 
     def offer(self, order: np.ndarray, among: np.ndarray, row: Callable[[int], dict[str, Any]]) -> None:
         """Take those of a batch in that belong on the wall: (n,) order values, (n,) bool, and a way to a row."""
@@ -124,18 +118,22 @@ class Wall:
         self.rows = sorted(self.rows, key=lambda r: r[0])[: self.limit]
 
 
+def histograms_of(columns: Iterable[str], numbers: Iterable[str]) -> dict[str, Histogram]:
+    """Return empty histograms of those columns that are numbers."""
+    among = set(numbers)
+    return {name: Histogram(scale_of(name)) for name in dict.fromkeys(columns) if name in among}
+
+
+def numbers_of(schema: pa.Schema) -> list[str]:
+    """Names of the columns of numbers."""
+    return [f.name for f in schema if kind_of(f.type) == "number"]
+
+
 # --- the pass -------------------------------------------------------------------------------------
 
 
 class Survey:
     """Everything that a page takes from a score table, besides the pictures.
-
-    Parameters
-    ----------
-    schema : pyarrow.Schema
-        Of the score files.
-    settled : Settled
-        What keeps a row.
 
     Attributes
     ----------
@@ -157,87 +155,97 @@ class Survey:
 
     def __init__(self, schema: pa.Schema, settled: Settled) -> None:
         self.settled = settled
-        self.conditions = list(settled.conditions)
-        numbers = {f.name for f in schema if kind_of(f.type) == "number"}
-        marks = [_mark(condition, i) for i, condition in enumerate(self.conditions)]
+        numbers = numbers_of(schema)
+        marks = [_mark(condition, i) for i, condition in enumerate(settled.conditions)]
         self.marks = [m for m in marks if m is not None and m.column in numbers]
+        bounded = [m.column for m in self.marks]
         scores = [*FIRST, *(n for n in schema.names if n.endswith("_score"))]
-        names = [*scores, *_MEASURES, *_SIZES, *(m.column for m in self.marks)]
-        self.histograms = {n: Histogram(SCALES.get(n, LINEAR)) for n in dict.fromkeys(names) if n in numbers}
-        shown = {*scores, *(m.column for m in self.marks)} - set(_SIZES)
-        self.scores = [n for n in self.histograms if n in shown]
+        self.histograms = histograms_of([*scores, *_MEASURES, *SIZES, *bounded], numbers)
+        self.scores = [n for n in self.histograms if n in {*scores, *bounded} - set(SIZES)]
         self.rank = Rank(self.scores[0]) if self.scores else None
-        self.wanted = {*page.ROW, "sample_offset", *self.histograms}
-        self.wanted |= {"status", *settled.columns}
-        self.examples: dict[str, list[dict[str, Any]]] = {}
+        self.wanted = {*ROW, "sample_offset", *self.histograms, "status", *settled.columns}
         self.counts = Counts()
         self.failed: Counter[int] = Counter()
-        self._random = np.random.default_rng(_SEED)
+        self.examples: dict[str, list[dict[str, Any]]] = {}
         self.walls = self._empty_walls()
+        self._random = np.random.default_rng(_SEED)
 
     def _empty_walls(self) -> dict[str, Wall]:
         walls = {}
         if self.rank is not None:
-            walls["best"] = Wall("Best kept", f"The {self.rank.best} among the kept.")
+            walls["best"] = Wall("Best kept", f"The {self.rank.best} among the kept.", "Best")
         for mark in self.marks[:_EDGES]:
             inside = f"Closest to the cut {mark.text}, among the kept."
             outside = f"Closest to the cut {mark.text}; they meet every other condition."
-            walls[f"inside {mark.part}"] = Wall(f"Just kept by {mark.text}", inside, _EDGE)
-            walls[f"outside {mark.part}"] = Wall(f"Just dropped by {mark.text}", outside, _EDGE)
+            walls[f"inside {mark.part}"] = Wall(f"Just kept by {mark.text}", inside, limit=_EDGE)
+            walls[f"outside {mark.part}"] = Wall(f"Just dropped by {mark.text}", outside, limit=_EDGE)
         if self.rank is not None:
-            walls["worst"] = Wall("Worst", f"The {self.rank.worst} of all readable images.")
-        walls["kept"] = Wall("Random kept", f"Drawn at random among the kept (seed {_SEED}).")
-        dropped = f"Drawn at random among the readable images not kept (seed {_SEED})."
-        walls["dropped"] = Wall("Random dropped", dropped)
+            walls["worst"] = Wall("Worst", f"The {self.rank.worst} of all readable images.", "Worst")
+        walls["kept"] = Wall("Random kept", f"Drawn at random among the kept (seed {_SEED}).", "Random")
+        walls["dropped"] = Wall("Random dropped", f"Drawn at random among the readable images not kept (seed {_SEED}).")
         return walls
 
     def add(self, table: pa.Table) -> None:
         """Take in some rows of a score file."""
-        n = table.num_rows
         verdict = self.settled.judge(table)
-        ok, masks, kept_rows = verdict.ok, verdict.passed, verdict.kept
+        ok, kept = verdict.ok, verdict.kept
         self.counts = Counts.sum([self.counts, counts_of(self.settled, verdict, _statuses(table))])
-        self._note_failures(ok, masks)
-        values = {name: floats(table, name) for name in self.histograms}
-        for name, histogram in self.histograms.items():
-            own = [m.part for m in self.marks if m.column == name]
-            others = np.logical_and.reduce([ok, *(m for i, m in enumerate(masks) if i not in own)])
-            histogram.add(values[name], np.where(kept_rows, KEPT, np.where(others, OWN, OTHER)))
+        self._note_failures(ok, verdict.passed)
+
+        def others(parts: Sequence[int]) -> np.ndarray:
+            """Readable rows that meet all conditions but some."""
+            return np.logical_and.reduce([ok, *(m for i, m in enumerate(verdict.passed) if i not in parts)])
 
         def row(i: int) -> dict[str, Any]:
-            names = [c for c in (*page.ROW, "sample_offset", *self.scores) if c in table.column_names]
-            return {**{c: table[c][i].as_py() for c in names}, "kept": bool(kept_rows[i])}
+            return {**row_of(table, i, ("sample_offset", *self.scores)), "kept": bool(kept[i])}
 
+        values = {name: floats(table, name) for name in self.histograms}
+        for name, histogram in self.histograms.items():
+            own = others([m.part for m in self.marks if m.column == name])
+            histogram.add(values[name], np.where(kept, KEPT, np.where(own, OWN, OTHER)))
         if self.rank is not None:
             order = self.rank.order(values[self.rank.column])
-            self.walls["best"].offer(order, kept_rows, row)
+            self.walls["best"].offer(order, kept, row)
             self.walls["worst"].offer(-order, ok, row)
         for mark in self.marks[:_EDGES]:
             away = np.abs(values[mark.column] - mark.number)
-            others = np.logical_and.reduce([ok, *(m for i, m in enumerate(masks) if i != mark.part)])
-            self.walls[f"inside {mark.part}"].offer(away, kept_rows, row)
-            self.walls[f"outside {mark.part}"].offer(away, others & ~kept_rows, row)
-        chance = self._random.random(n)
-        self.walls["kept"].offer(chance, kept_rows, row)
-        self.walls["dropped"].offer(chance, ok & ~kept_rows, row)
+            self.walls[f"inside {mark.part}"].offer(away, kept, row)
+            self.walls[f"outside {mark.part}"].offer(away, others([mark.part]) & ~kept, row)
+        chance = self._random.random(table.num_rows)
+        self.walls["kept"].offer(chance, kept, row)
+        self.walls["dropped"].offer(chance, ok & ~kept, row)
         for i in np.flatnonzero(~ok):
             shown = self.examples.setdefault(str(table["status"][int(i)]), [])
             if len(shown) < _EXAMPLES:
                 shown.append(row(int(i)))
 
-    def _note_failures(self, ok: np.ndarray, masks: Sequence[np.ndarray]) -> None:
+    def _note_failures(self, ok: np.ndarray, passed: Sequence[np.ndarray]) -> None:
         """Count the readable rows by what they fail."""
         bits = np.zeros(len(ok), np.int64)
-        for i, mask in enumerate(masks):
+        for i, mask in enumerate(passed):
             bits |= (~mask).astype(np.int64) << min(i, 62)  # those beyond the 63rd are told as one
         found, counts = np.unique(bits[ok], return_counts=True)
         self.failed.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+
+    def failures(self) -> dict[tuple[str, ...], int]:
+        """Return how many of the dropped rows fail which conditions, the most frequent first."""
+        texts = [condition.text for condition in self.settled.conditions]
+        return {
+            tuple(text for i, text in enumerate(texts) if bits >> i & 1): n
+            for bits, n in self.failed.most_common()
+            if bits
+        }
 
 
 def _statuses(table: pa.Table) -> dict[str, int]:
     if "status" not in table.column_names:
         return {"ok": table.num_rows}
     return {str(item["values"]): item["counts"] for item in pc.value_counts(table["status"]).to_pylist()}
+
+
+def row_of(table: pa.Table, i: int, columns: Sequence[str]) -> dict[str, Any]:
+    """Return what a card shows of a row, and some columns more."""
+    return {name: table[name][i].as_py() for name in (*ROW, *columns) if name in table.column_names}
 
 
 def floats(table: pa.Table, name: str) -> np.ndarray:
@@ -250,22 +258,7 @@ def floats(table: pa.Table, name: str) -> np.ndarray:
 def read_batches(
     urls: Sequence[str], columns: set[str], storage_options: Mapping[str, Any] | None = None
 ) -> Iterator[pa.Table]:
-    """Stream score files.
-
-    Parameters
-    ----------
-    urls : sequence of str
-        The files.
-    columns : set of str
-        Columns to read, where a file has them.
-    storage_options : mapping, optional
-        For fsspec.
-
-    Yields
-    ------
-    pyarrow.Table
-        Up to 16,384 rows.
-    """
+    """Stream score files, some thousand rows at a time, with those of the columns that each has."""
     for url in urls:
         with files.opened(url, storage_options or {}) as file:
             parquet = pq.ParquetFile(file)
@@ -275,33 +268,9 @@ def read_batches(
 
 
 def survey(
-    urls: Sequence[str],
-    schema: pa.Schema,
-    settled: Settled,
-    storage_options: Mapping[str, Any] | None = None,
+    urls: Sequence[str], schema: pa.Schema, settled: Settled, storage_options: Mapping[str, Any] | None = None
 ) -> Survey:
-    """Go once through a score table.
-
-    Parameters
-    ----------
-    urls : sequence of str
-        Its files.
-    schema : pyarrow.Schema
-        Of the first of them; columns that another one lacks count as missing there.
-    settled : Settled
-        What keeps a row.
-    storage_options : mapping, optional
-        For fsspec.
-
-    Returns
-    -------
-    Survey
-
-    Raises
-    ------
-    OSError, pyarrow.ArrowException
-        If a file cannot be read.
-    """
+    """Go once through a score table; columns of `schema` that a file lacks count as missing there."""
     found = Survey(schema, settled)
     for table in read_batches(urls, found.wanted, storage_options):
         found.add(table)

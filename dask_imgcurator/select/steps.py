@@ -1,13 +1,10 @@
-"""The steps of a selection as data, and their text: ``top 30% by clip_score``, ``sample 10000 seed 1``.
-
-What they mean is in `selection`.
-"""
+"""The steps of a selection as data, and their text: ``top 30% by clip_score``, ``sample 10000 seed 1``."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -15,26 +12,13 @@ from typing import Any, Literal
 import numpy as np
 
 from .ranks import SelectionError
-from .syntax import fold
-from .where import Where, WhereError, parse_where
-
-__all__ = [
-    "Amount",
-    "Sample",
-    "Step",
-    "Ties",
-    "Top",
-    "expand_steps",
-    "parse_sample",
-    "parse_step",
-    "parse_top",
-    "share",
-]
+from .syntax import WhereError, fold
+from .where import Where, parse_where
 
 Ties = Literal["exact", "include", "exclude"]
 
 _TIES = ("exact", "include", "exclude")
-_NAME = r"[^\W\d]\w*"
+_NAME = r"[^\W\d]\w*+"
 
 
 def share(fraction: Any, name: str = "fraction") -> Fraction:
@@ -49,15 +33,6 @@ def share(fraction: Any, name: str = "fraction") -> Fraction:
     return share
 
 
-def _check_amount(n: Any, fraction: Any) -> None:
-    if (n is None) == (fraction is None):
-        raise SelectionError(f"n={n!r}, fraction={fraction!r}: give one of them")
-    if fraction is not None:
-        share(fraction)
-    elif isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0:
-        raise SelectionError(f"n={n!r}: give a whole number of rows, 0 or more")
-
-
 def _quoted(column: str) -> str:
     return column if re.fullmatch(_NAME, column) else f"`{column}`"
 
@@ -70,7 +45,12 @@ class Amount:
     fraction: Any = None
 
     def __post_init__(self) -> None:
-        _check_amount(self.n, self.fraction)
+        if (self.n is None) == (self.fraction is None):
+            raise SelectionError(f"n={self.n!r}, fraction={self.fraction!r}: give one of them")
+        if self.n is None:
+            share(self.fraction)
+        elif isinstance(self.n, bool) or not isinstance(self.n, int | np.integer) or self.n < 0:
+            raise SelectionError(f"n={self.n!r}: give a whole number of rows, 0 or more")
 
     def of(self, rows: int) -> int:
         """How many of so many rows that is."""
@@ -82,23 +62,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class Top:
-    """A step: the rows with the largest, or the smallest, values of a column.
-
-    Attributes
-    ----------
-    column : str
-        A column of numbers.
-    fraction : float or Fraction, optional
-        Share of the rows that have a value.
-    n : int, optional
-        How many rows, at most.
-    largest : bool
-        Whether the largest values are kept.
-    ties : {"exact", "include", "exclude"}
-        What happens to equal values at the last place, see `dask_imgcurator.select.selection`.
-    among : Where or str, optional
-        Only rows for which this is true are ranked and kept.
-    """
+    """The rows with the largest (or smallest) values of a column; `among` are ranked and kept those it is true for."""
 
     column: str
     fraction: Any = None
@@ -108,7 +72,7 @@ class Top:
     among: Where | str | None = None
 
     def __post_init__(self) -> None:
-        _check_amount(self.n, self.fraction)
+        _ = self.amount  # checks it
         if self.ties not in _TIES:
             raise SelectionError(f"ties={self.ties!r}: use {', '.join(_TIES)}")
         if isinstance(self.among, str):
@@ -116,7 +80,7 @@ class Top:
 
     @property
     def amount(self) -> Amount:
-        """How many rows."""
+        """How many of the rows that have a value."""
         return Amount(self.n, self.fraction)
 
     @property
@@ -129,19 +93,7 @@ class Top:
 
 @dataclass(frozen=True)
 class Sample:
-    """A step: rows at random, without replacement.
-
-    Attributes
-    ----------
-    n : int, optional
-        How many rows, at most; with `by`, of each group.
-    fraction : float or Fraction, optional
-        Share of the rows.
-    seed : int
-        Another seed, another sample.
-    by : str, optional
-        A column of groups: numbers, text or truth values. Rows without a group are dropped.
-    """
+    """Rows at random, without replacement; with `by`, n of each group. Another seed, another sample."""
 
     n: int | None = None
     fraction: Any = None
@@ -149,7 +101,7 @@ class Sample:
     by: str | None = None
 
     def __post_init__(self) -> None:
-        _check_amount(self.n, self.fraction)
+        _ = self.amount  # checks it
         if isinstance(self.seed, bool) or not isinstance(self.seed, int | np.integer):
             raise SelectionError(f"seed={self.seed!r}: give a whole number")
         if self.by is not None and self.n is None:
@@ -175,81 +127,40 @@ Step = Where | Top | Sample
 
 # A column called `top` is still one where an operator follows.
 _STEP = re.compile(r"(top|bottom|sample)\b(?!\s*(?:[=<>!+*/%)-]|(?:and|or|in|is|not)\b))", re.IGNORECASE)
-_AMOUNT = r"([0-9][0-9_]*(?:\.[0-9]+)?)(\s*%)?(?=\s|:|$)"
-_COLUMN = rf"({_NAME})|`([^`]+)`"
-_WORD = re.compile(r"\S+")
 
-
-@dataclass
-class _Reader:
-    """Reads a step word by word, and shows where it cannot go on."""
-
-    text: str
-    at: int = 0
-
-    def fail(self, message: str) -> WhereError:
-        self.skip()
-        word = _WORD.match(self.text, self.at)
-        return WhereError(message, self.text, self.at, word.end() if word else self.at + 1)
-
-    def skip(self) -> None:
-        while self.at < len(self.text) and self.text[self.at] == " ":
-            self.at += 1
-
-    def take(self, pattern: str) -> re.Match[str] | None:
-        self.skip()
-        match = re.compile(pattern, re.IGNORECASE).match(self.text, self.at)
-        if match:
-            self.at = match.end()
-        return match
-
-    def amount(self, example: str) -> dict[str, Any]:
-        before = self.at
-        match = self.take(_AMOUNT)
-        if match is None:
-            raise self.fail(f"expected a number of rows or a percentage, as in `{example}`")
-        number = Fraction(match[1].replace("_", ""))
-        if match[2]:
-            if number > 100:
-                self.at = before
-                raise self.fail(f"{match[0]} is more than all rows; write 0% to 100%")
-            return {"fraction": number / 100}
-        if "." in match[1]:
-            self.at = before
-            hint = f"; {float(number * 100):g}% is that share" if number <= 1 else ""
-            raise self.fail(f"{match[1]} is not a number of rows{hint}")
-        return {"n": int(number)}
-
-    def column(self, example: str) -> str:
-        match = self.take(_COLUMN)
-        if match is None:
-            raise self.fail(f"expected a column, as in `{example}` (a name with other characters in backticks)")
-        return match[1] or match[2]
-
-    def end(self, what: str) -> None:
-        self.skip()
-        if self.at < len(self.text):
-            raise self.fail(f"this cannot stand here; expected {what} or nothing more")
+# What follows the first word, piece by piece, each with what to say where it is missing. Whether an optional piece is
+# there is asked by those after it: `(?(ties)…)`.
+_AMOUNT = (
+    r" *(?P<number>[0-9][0-9_]*(?:\.[0-9]+)?)(?P<percent>\s*%)?(?=\s|:|$)",
+    "expected a number of rows or a percentage, as in `{example}`",
+)
+_COLUMN = rf" *(?:(?P<name>{_NAME})|`(?P<quoted>[^`]+)`)"
+_NO_COLUMN = "expected a column, as in `{example}` (a name with other characters in backticks)"
+_NO_SEED = "after `seed` comes a whole number, as in `{example}`"
+_TOP = (
+    _AMOUNT,
+    (r" *(?::|by\b)", "expected `by` and a column, as in `{example}`"),
+    (_COLUMN, _NO_COLUMN),
+    (r"(?P<ties> *ties\b)?+", ""),
+    (rf"(?(ties) *(?P<rule>{'|'.join(_TIES)})(?!\w))", f"after `ties` comes one of {', '.join(_TIES)}"),
+    (r"(?: *among\b(?P<among>.*))?+", ""),
+    (r" *$", "this cannot stand here; expected `ties`, `among` or nothing more"),
+)
+_SAMPLE = (
+    _AMOUNT,
+    (r"(?P<seed> *seed\b)?+", ""),
+    (r"(?(seed) *(?P<number1>-?[0-9]+)(?!\w))", _NO_SEED),
+    (r"(?P<by> *(?:by\b|per\b|:))?+", ""),
+    (r"(?(by)(?(percent)(?!)))", "of each group a number of rows is taken, not a percentage, as in `{example}`"),
+    (rf"(?(by){_COLUMN})", _NO_COLUMN),
+    (r"(?P<later> *seed\b)?+", ""),
+    (r"(?(later) *(?P<number2>-?[0-9]+)(?!\w))", _NO_SEED),
+    (r" *$", "this cannot stand here; expected `seed`, `by` or nothing more"),
+)
 
 
 def parse_step(text: str) -> Step:
-    """Read a step of a selection.
-
-    Parameters
-    ----------
-    text : str
-        ``where EXPRESSION``, or the expression alone; ``top 30% by COLUMN`` or ``bottom 1000 by COLUMN``, then perhaps
-        ``ties include`` (or ``exclude``) and ``among EXPRESSION``; ``sample 10000``, then perhaps ``seed 1`` and
-        ``by COLUMN``.
-
-    Returns
-    -------
-    Where, Top or Sample
-
-    Raises
-    ------
-    WhereError
-        Where it has a mistake, with its place and the remedy.
+    """Read a step of a selection: an expression (after ``where`` or alone), or what `parse_top`, `parse_sample` read.
 
     Examples
     --------
@@ -263,87 +174,54 @@ def parse_step(text: str) -> Step:
     if match is None:
         return parse_where(re.sub(r"^where(\s+|$)", "", folded, flags=re.IGNORECASE))
     word = match[1].lower()
-    reader = _Reader(folded, match.end())
-    return _read_sample(reader) if word == "sample" else _read_top(reader, word == "top")
+    return parse_sample(folded, match.end()) if word == "sample" else parse_top(folded, word == "top", match.end())
 
 
-def parse_top(text: str, largest: bool = True) -> Top:
-    """Read what follows ``top`` (or ``bottom``) in a step: ``30% by clip_score``, or shorter ``30%:clip_score``.
-
-    Parameters
-    ----------
-    text : str
-        See `parse_step`.
-    largest : bool
-        Whether the largest values are kept.
-
-    Raises
-    ------
-    WhereError
-        Where it has a mistake.
-    """
-    return _read_top(_Reader(fold(text)), largest)
+def parse_top(text: str, largest: bool = True, at: int = 0) -> Top:
+    """Read what follows ``top`` (or ``bottom``): ``30% by clip_score ties include among width >= 512``."""
+    found = _read(fold(text), at, _TOP, f"{'top' if largest else 'bottom'} 30% by clip_score")
+    among = parse_where(found["among"]) if found["among"] is not None else None
+    ties: Any = (found["rule"] or "exact").lower()
+    return Top(found["name"] or found["quoted"], largest=largest, ties=ties, among=among, **_amount(found))
 
 
-def parse_sample(text: str) -> Sample:
-    """Read what follows ``sample`` in a step: ``10000``, ``1%``, ``10000 seed 1``, ``100 by cluster``.
-
-    Parameters
-    ----------
-    text : str
-        See `parse_step`.
-
-    Raises
-    ------
-    WhereError
-        Where it has a mistake.
-    """
-    return _read_sample(_Reader(fold(text)))
+def parse_sample(text: str, at: int = 0) -> Sample:
+    """Read what follows ``sample``: ``10000``, ``1%``, ``10000 seed 1``, ``100 by cluster``."""
+    found = _read(fold(text), at, _SAMPLE, "sample 100 by cluster seed 1")
+    seed = int(found["number2"] or found["number1"] or 0)
+    return Sample(seed=seed, by=found["name"] or found["quoted"], **_amount(found))
 
 
-def _read_top(reader: _Reader, largest: bool) -> Top:
-    example = f"{'top' if largest else 'bottom'} 30% by clip_score"
-    amount = reader.amount(example)
-    if not reader.take(r":|by\b"):
-        raise reader.fail(f"expected `by` and a column, as in `{example}`")
-    column = reader.column(example)
-    options: dict[str, Any] = {}
-    if reader.take(r"ties\b"):
-        match = reader.take(rf"({'|'.join(_TIES)})(?!\w)")
+def _read(text: str, at: int, pieces: Sequence[tuple[str, str]], example: str) -> re.Match[str]:
+    pattern, place = "", at
+    for piece, message in pieces:
+        pattern += piece
+        match = re.compile(pattern, re.IGNORECASE).match(text, at)
         if match is None:
-            raise reader.fail(f"after `ties` comes one of {', '.join(_TIES)}")
-        options["ties"] = match[1].lower()
-    if reader.take(r"among\b"):
-        options["among"] = parse_where(reader.text[reader.at :])
-        reader.at = len(reader.text)
-    reader.end("`ties`, `among`")
-    return Top(column, largest=largest, **amount, **options)
+            start = len(text) - len(text[place:].lstrip())
+            end = start + max(1, len(text[start:].partition(" ")[0]))
+            raise WhereError(message.format(example=example), text, start, end)
+        place = match.end()
+    return match  # type: ignore[return-value]
 
 
-def _read_sample(reader: _Reader) -> Sample:
-    example = "sample 10000 seed 1"
-    options = reader.amount(example)
-    while match := reader.take(r"(seed|by|per)\b|:"):
-        word = (match[1] or "by").lower()
-        if word == "seed":
-            seed = reader.take(r"-?[0-9]+(?!\w)")
-            if seed is None:
-                raise reader.fail(f"after `seed` comes a whole number, as in `{example}`")
-            options["seed"] = int(seed[0])
-        elif "fraction" in options:
-            raise reader.fail(
-                "of each group a number of rows is taken, not a percentage, as in `sample 100 by cluster`"
-            )
-        else:
-            options["by"] = reader.column("sample 100 by cluster")
-    reader.end("`seed`, `by`")
-    return Sample(**options)
+def _amount(found: re.Match[str]) -> dict[str, Any]:
+    number = Fraction(found["number"].replace("_", ""))
+    if found["percent"] and number <= 100:
+        return {"fraction": number / 100}
+    if not found["percent"] and "." not in found["number"]:
+        return {"n": int(number)}
+    hint = f"; {float(number * 100):g}% is that share" if number <= 1 else ""
+    message = f"{found['number']} is not a number of rows{hint}"
+    if found["percent"]:
+        message = f"{found['number']}% is more than all rows; write 0% to 100%"
+    raise WhereError(message, found.string, found.start("number"), max(found.end("number"), found.end("percent")))
 
 
 def expand_steps(steps: str | Step | Iterable[str | Step]) -> Iterator[Step]:
     """Yield all steps, those in text read, `among` as a step of its own."""
-    for item in [steps] if isinstance(steps, str | Where | Top | Sample) else steps:
-        step = item if isinstance(item, Where | Top | Sample) else parse_step(item)
+    for item in [steps] if isinstance(steps, str | Step) else steps:
+        step = item if isinstance(item, Step) else parse_step(item)
         if isinstance(step, Top) and isinstance(step.among, Where):
             yield step.among
             step = replace(step, among=None)

@@ -1,77 +1,57 @@
-"""The ``--where`` language: from text to a tree of its own, with every mistake shown where it stands.
+"""The ``--where`` language as text: an expression becomes a tree of Python's own `ast`, mistakes are shown in place.
 
-Python's `ast` gives the tree; a scanner in front of it finds nearly all mistakes, so that positions are in characters
-and messages do not depend on the version of Python. What the tree means is in `filters`.
+Only the tree is Python's. Columns and constants reach its parser as blanks of their own length, so positions in the
+tree are positions in the text, no value is read by Python's rules, and messages do not change with its version.
 """
 
 from __future__ import annotations
 
 import ast
 import math
-import operator
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
-
-import numpy as np
-
-__all__ = [
-    "ARITHMETIC",
-    "COMPARISON",
-    "KIND_NAMES",
-    "MAX_CHARACTERS",
-    "Arithmetic",
-    "Column",
-    "Compare",
-    "Constant",
-    "In",
-    "IsNull",
-    "Join",
-    "Node",
-    "Not",
-    "WhereError",
-    "clip",
-    "fold",
-    "parse",
-]
+from typing import NamedTuple
 
 # Bounds. They leave room for a list of a thousand hashes, and keep every recursion far from Python's limit.
 MAX_CHARACTERS = 100_000
 _MAX_OPERATORS = 500
 _MAX_BRACKETS = 50
 _MAX_DEPTH = 60
-_MAX_EXPONENT = 8
 
 _SHOWN = 100  # characters of a long expression that an error shows
 
-_STRING = r"""'(?:[^'\\\n\r]|\\.)*'|"(?:[^"\\\n\r]|\\.)*\""""
+_STRING = r"""(?:'(?:[^'\\\n\r]|\\.)*'|"(?:[^"\\\n\r]|\\.)*")"""
 _QUOTED = r"`[^`\n\r]+`"
 _FOLD = re.compile(rf"({_STRING}|{_QUOTED})|\s+")
 _NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _TOKEN = re.compile(
-    rf"""(?P<space>\ +)
+    rf"""\ +
+    |(?P<prefixed>[^\W\d]\w*{_STRING})
+    |(?P<joined>(?<=['"`])(?:{_STRING}|{_QUOTED}|\w+)|(?<=\w)(?:{_STRING}|{_QUOTED}))
     |(?P<string>{_STRING})
     |(?P<quoted>{_QUOTED})
     |(?P<number>(?:[0-9]|\.[0-9])(?:[eE][+-](?=[0-9])|[\w.])*)
+    |(?P<word>(?ai:not\ in|is\ not|and|or|not|in|is))\b
     |(?P<name>[^\W\d]\w*)
-    |(?P<foreign>===|&&|\|\||<>|:=|=>|=<|//|[&|~^≥≤≠]|!(?!=)|(?<![=!<>])=(?!=))
+    |(?P<foreign>===|&&|\|\||<>|<<|>>|:=|=>|=<|//|[&|~^≥≤≠]|!(?!=)|(?<![=!<>])=(?!=))
     |(?P<sign>\*\*|[=!<>]=|[-+*/%<>()\[\],])
     |(?P<other>.)""",
     re.VERBOSE | re.DOTALL,
 )
-_WORDS = {"and", "or", "not", "in", "is"}
 _LITERALS = {"true": True, "false": False, "null": None, "none": None, "nan": None}
+_ESCAPE = re.compile(r"\\(.)")
 _ESCAPES = {"\\": "\\", "'": "'", '"': '"', "n": "\n", "t": "\t"}
 _PAIRS = {"(": ")", "[": "]"}
-
 # What other languages write, and what is written here.
 _FOREIGN = (
     {"=": "==", "===": "==", ":=": "==", "<>": "!=", "≠": "!=", "=>": ">=", "≥": ">=", "=<": "<=", "≤": "<="}
     | {"&": "and", "&&": "and", "|": "or", "||": "or", "~": "not", "!": "not"}
     | {"^": "**"}
+)
+_HINTS = {sign: f"; write `{ours}`" for sign, ours in _FOREIGN.items()} | dict.fromkeys(
+    ("lambda", "if", "else", "for", "await", "yield"), " (a column of that name goes in backticks)"
 )
 _NOT_ALLOWED = {
     ".": "attributes are not allowed (a column with a dot in its name goes in backticks: `a.b`)",
@@ -79,43 +59,19 @@ _NOT_ALLOWED = {
     '"': "this quote is never closed",
     "`": "this backtick is never closed",
 } | dict.fromkeys("‘’“”„«»", "write text in plain quotes: 'text'")
-_NOT_ALLOWED_WORDS = {"lambda", "if", "else", "for", "await", "yield"}
 
-ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul} | {
-    "/": operator.truediv,
-    "%": operator.mod,
-    "**": operator.pow,
-}
-_ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-COMPARISON = _ORDER | {"==": operator.eq, "!=": operator.ne}
-_VALUE_FOLLOWS = {*_WORDS, *ARITHMETIC, *COMPARISON, "(", "[", ","}
-_SIGNS: Mapping[type[ast.AST], str] = (
+SIGNS: Mapping[type[ast.AST], str] = (
     {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Mod: "%", ast.Pow: "**"}
     | {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
-    | {ast.UAdd: "+", ast.USub: "-"}
+    | {ast.UAdd: "+", ast.USub: "-", ast.And: "and", ast.Or: "or"}
 )
-KIND_NAMES = {
-    "number": "a number",
-    "string": "text",
-    "boolean": "true/false",
-    "list": "a list",
-    "other": "of a type that only `is null` can test",
-}
 
 
 class WhereError(ValueError):
     """A mistake in an expression, shown with a caret under its place.
 
-    Attributes
-    ----------
-    message : str
-        What is wrong and what to do, on one line.
-    text : str
-        The expression, folded onto one line.
-    start, end : int
-        The place, as character positions in `text`.
-    note : str
-        A further line, such as the list of columns; may be empty.
+    `message` says what is wrong and what to do, `note` (perhaps) which columns there are; `text` is the expression on
+    one line, `start` and `end` the place in it.
     """
 
     def __init__(self, message: str, text: str = "", start: int = 0, end: int = 0, note: str = "") -> None:
@@ -143,199 +99,9 @@ def _cells(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
-# --- Text to tokens -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Token:
-    sort: str  # "column", "constant", "word" or "sign"
-    value: Any
-    start: int
-    end: int
-
-
-def _tokens(text: str) -> Iterator[_Token]:
-    for match in _TOKEN.finditer(text):
-        sort, raw, start, end = match.lastgroup, match.group(), match.start(), match.end()
-        if sort == "string":
-            yield _Token("constant", _unescape(text, start, end), start, end)
-        elif sort == "quoted":
-            yield _Token("column", raw[1:-1], start, end)
-        elif sort == "number":
-            yield _Token("constant", _number(text, start, end), start, end)
-        elif sort == "name" and raw.lower() in _WORDS:
-            yield _Token("word", raw.lower(), start, end)
-        elif sort == "name" and raw.lower() in _LITERALS:
-            yield _Token("constant", _LITERALS[raw.lower()], start, end)
-        elif sort == "name" and raw in _NOT_ALLOWED_WORDS:
-            hint = "a column of that name goes in backticks"
-            raise WhereError(f"`{raw}` is not allowed in an expression ({hint})", text, start, end)
-        elif sort == "name":
-            yield _Token("column", raw, start, end)
-        elif sort == "sign":
-            yield _Token("sign", raw, start, end)
-        elif sort == "foreign":
-            hint = f"; write `{_FOREIGN[raw]}`" if raw in _FOREIGN else ""
-            raise WhereError(f"`{raw}` is not allowed in an expression{hint}", text, start, end)
-        elif sort == "other":
-            shown = f"`{raw}`" if raw.isprintable() else f"the character U+{ord(raw):04X}"
-            raise WhereError(_NOT_ALLOWED.get(raw, f"{shown} is not allowed in an expression"), text, start, end)
-
-
-def _unescape(text: str, start: int, end: int) -> str:
-    def replace(match: re.Match[str]) -> str:
-        if match[1] not in _ESCAPES:
-            at = start + 1 + match.start()
-            raise WhereError(f"unknown escape `{match[0]}`; write a backslash as `\\\\`", text, at, at + 2)
-        return _ESCAPES[match[1]]
-
-    inside = text[start + 1 : end - 1]
-    broken = re.search("[\ud800-\udfff]", inside)
-    if broken:  # bytes of a command line that are not UTF-8 arrive as these, and Arrow cannot hold them
-        at = start + 1 + broken.start()
-        raise WhereError("this text is not valid UTF-8", text, at, at + 1)
-    return re.sub(r"\\(.)", replace, inside)
-
-
-def _number(text: str, start: int, end: int) -> int | float:
-    raw = text[start:end]
-    if not _NUMBER.fullmatch(raw):
-        raise WhereError(f"`{clip(raw)}` is not a number; write it like 512, 0.5 or 1e-3", text, start, end)
-    # Longer integers would be slow to read and fit no column's type anyway.
-    value = int(raw) if raw.isdigit() and len(raw) <= 30 else float(raw)
-    if not math.isfinite(value):
-        raise WhereError(f"`{clip(raw)}` is too large a number", text, start, end)
-    return value
-
-
 def clip(text: str, most: int = 40) -> str:
+    """Shorten a piece of an expression for a message."""
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _check_order(text: str, tokens: list[_Token]) -> None:
-    """Check that values and operators take turns and that brackets close.
-
-    Python's parser would find most of it too, but its messages speak of Python, change with its version, and
-    take long on some input that is made to hurt.
-    """
-    brackets: list[tuple[_Token, bool]] = []  # with whether it opens the list after `in`
-    previous: _Token | None = None
-    operators = 0
-    negated_in = False  # after the `not` of `not in`
-
-    def fail(message: str, token: _Token) -> WhereError:
-        return WhereError(message, text, token.start, token.end)
-
-    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
-        value_wanted = previous is None or (previous.sort in ("word", "sign") and previous.value in _VALUE_FOLLOWS)
-        shown = f"`{clip(text[token.start : token.end])}`"
-        sign = token.value if token.sort in ("word", "sign") else ""
-        after_in = previous is not None and previous.sort == "word" and previous.value == "in"
-        if after_in and sign not in _PAIRS:
-            raise fail("`in` wants a list of values in brackets, as in `in ('a', 'b')`", token)
-        if sign in _PAIRS:
-            if not value_wanted and previous is not None:
-                if sign == "[":
-                    raise fail("subscripts are not allowed", token)
-                if previous.sort == "column":
-                    name = text[previous.start : previous.end]
-                    message = f"calls are not allowed, so `{clip(name)}(…)` cannot be used"
-                    raise WhereError(message, text, previous.start, token.end)
-                raise fail(f"expected an operator before {shown}", token)
-            if sign == "[" and not after_in:
-                raise fail("a list can only stand after `in`", token)
-            brackets.append((token, after_in))
-            if len(brackets) > _MAX_BRACKETS:
-                raise fail(f"brackets are nested more than {_MAX_BRACKETS} deep", token)
-        elif sign in (")", "]"):
-            if not brackets or _PAIRS[brackets[-1][0].value] != sign:
-                raise fail(f"{shown} closes no bracket", token)
-            opened, is_list = brackets.pop()
-            if previous is opened:
-                raise WhereError("there is nothing in these brackets", text, opened.start, token.end)
-            if value_wanted and not (is_list and previous is not None and previous.value == ","):
-                raise fail(f"expected a value before {shown}", token)
-        elif sign == ",":
-            if not brackets or not brackets[-1][1]:
-                raise fail("a comma can only stand in the list after `in`", token)
-            if value_wanted:
-                raise fail(f"expected a value before {shown}", token)
-        elif sign:
-            operators += 1
-            if operators > _MAX_OPERATORS:
-                raise fail(f"more than {_MAX_OPERATORS} operators in one expression", token)
-            if value_wanted and sign not in ("+", "-", "not") and not (negated_in and sign == "in"):
-                raise fail(f"expected a value before {shown}", token)
-            negated_in = not value_wanted and sign == "not"
-            if negated_in and (following is None or following.value != "in"):
-                raise fail("expected `in` after this `not`, or `and`/`or` before it", token)
-        elif not value_wanted and previous is not None:
-            if text[token.start] in "'\"" and previous.sort == "column" and previous.end == token.start:
-                name = text[previous.start : previous.end]
-                raise WhereError(f"the prefix {name!r} is not allowed before text", text, previous.start, token.end)
-            hint = " (a quote inside text is written \\')" if text[token.start] in "'\"" else ""
-            raise fail(f"expected an operator before {shown}{hint}", token)
-        previous = token
-
-    if brackets:
-        raise fail("this bracket is never closed", brackets[-1][0])
-    if previous is not None and previous.sort in ("word", "sign") and previous.value in _VALUE_FOLLOWS:
-        raise fail(f"expected a value after `{text[previous.start : previous.end]}`", previous)
-
-
-# --- Tokens to a tree ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Column(Node):
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Constant(Node):
-    value: int | float | str | bool | None
-
-
-@dataclass(frozen=True, slots=True)
-class Arithmetic(Node):
-    sign: str
-    left: Node
-    right: Node
-
-
-@dataclass(frozen=True, slots=True)
-class Compare(Node):
-    sign: str
-    left: Node
-    right: Node
-
-
-@dataclass(frozen=True, slots=True)
-class In(Node):
-    value: Node
-    items: tuple[Constant, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class IsNull(Node):
-    value: Node
-
-
-@dataclass(frozen=True, slots=True)
-class Not(Node):
-    value: Node
-
-
-@dataclass(frozen=True, slots=True)
-class Join(Node):
-    word: str  # "and", "or"; "chain" is the `and` within `1 < a < 5`
-    parts: tuple[Node, ...]
 
 
 def fold(text: str) -> str:
@@ -343,133 +109,134 @@ def fold(text: str) -> str:
     return _FOLD.sub(lambda match: match[1] or " ", text).strip()
 
 
+class _Token(NamedTuple):
+    start: int
+    end: int
+    text: str
+    operand: ast.Name | ast.Constant | None  # of a column or a constant
+
+
 @lru_cache(maxsize=64)
-def parse(text: str) -> tuple[Node, tuple[str, ...]]:
-    """Return the tree and the columns of a folded expression."""
+def parse(text: str) -> tuple[ast.expr, tuple[str, ...]]:
+    """Return the tree of a folded expression, where `ast.Name` is a column, and the columns in order of appearance."""
     if not text:
         raise WhereError("the expression is empty; write a condition such as `aesthetic_score >= 5`")
-    tokens = list(_tokens(text))
-    _check_order(text, tokens)
-    # Python's parser is asked for the tree only. Columns and constants go in as `___` of their own length, so
-    # its positions are ours, in characters, and no value, name or escape is ever read by Python's rules.
-    source = [" "] * len(text)
-    for token in tokens:
-        width = token.end - token.start
-        source[token.start : token.end] = token.value if token.sort in ("word", "sign") else "_" * width
-    operands = {token.start: token for token in tokens if token.sort in ("column", "constant")}
+    tokens = _tokens(text)
+    operands = {token.start: token.operand for token in tokens if token.operand}
+    source = "".join("_" * len(token.text) if token.operand else token.text.lower() for token in tokens)
     try:
-        tree = ast.parse("".join(source), mode="eval").body
+        tree = _Fill(operands).visit(ast.parse(source, mode="eval").body)
+        if _depth(tree) > _MAX_DEPTH:
+            raise WhereError(f"operations are nested more than {_MAX_DEPTH} deep", text, *span(tree))
     except SyntaxError as error:
-        at = min(max((error.offset or 1) - 1, 0), len(text) - 1)
-        message = "this cannot be read as an expression; brackets around the parts may help"
-        raise WhereError(message, text, at, at + 1) from None
+        raise _misplaced(text, [t for t in tokens if not t.text.isspace()], (error.offset or 1) - 1) from None
     except (RecursionError, MemoryError):
         raise WhereError("the expression is nested too deeply", text, 0, len(text)) from None
-    columns = dict.fromkeys(token.value for token in tokens if token.sort == "column")
-    node = _Builder(text, operands).build(tree)
+    columns = dict.fromkeys(operand.id for operand in operands.values() if isinstance(operand, ast.Name))
     if not columns:
         raise WhereError("the expression uses no column, so it says nothing about a row", text, 0, len(text))
-    return node, tuple(columns)
+    return tree, tuple(columns)
 
 
-@dataclass
-class _Builder:
-    """Turns Python's tree into ours; a node that is not named here is refused."""
+class _Fill(ast.NodeTransformer):
+    """Puts columns and constants in the place of blanks."""
 
-    text: str
-    operands: Mapping[int, _Token]
-    depth: int = 0
+    def __init__(self, operands: Mapping[int, ast.expr]) -> None:
+        self.operands = operands
 
-    def fail(self, message: str, at: Node | ast.expr) -> WhereError:
-        start, end = (at.start, at.end) if isinstance(at, Node) else self.span(at)
-        return WhereError(message, self.text, start, end)
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.copy_location(self.operands[node.col_offset], node)
 
-    def span(self, node: ast.expr) -> tuple[int, int]:
-        return node.col_offset, node.end_col_offset or node.col_offset + 1
 
-    def build(self, node: ast.expr) -> Node:
-        self.depth += 1
-        if self.depth > _MAX_DEPTH:
-            raise self.fail(f"operations are nested more than {_MAX_DEPTH} deep", node)
-        built = self._build(node)
-        self.depth -= 1
-        return built
+def _depth(node: ast.AST) -> int:
+    return 1 + max(map(_depth, ast.iter_child_nodes(node)), default=0)
 
-    def _build(self, node: ast.expr) -> Node:
-        start, end = self.span(node)
-        match node:
-            case ast.Name():
-                token = self.operands[start]
-                return (Column if token.sort == "column" else Constant)(start, end, token.value)
-            case ast.BoolOp():
-                word = "and" if isinstance(node.op, ast.And) else "or"
-                return Join(start, end, word, tuple(self.build(part) for part in node.values))
-            case ast.UnaryOp(op=ast.Not()):
-                return Not(start, end, self.build(node.operand))
-            case ast.UnaryOp(op=ast.USub() | ast.UAdd()):
-                zero = Constant(start, start, 0)
-                return self._folded(Arithmetic(start, end, _SIGNS[type(node.op)], zero, self.build(node.operand)))
-            case ast.BinOp() if type(node.op) in _SIGNS:
-                sign, left, right = _SIGNS[type(node.op)], self.build(node.left), self.build(node.right)
-                if sign == "**":
-                    self._check_exponent(right)
-                return self._folded(Arithmetic(start, end, sign, left, right))
-            case ast.Compare():
-                return self._comparison(node)
-        raise self.fail("this is not allowed in an expression", node)
 
-    def _check_exponent(self, node: Node) -> None:
-        value = node.value if isinstance(node, Constant) else None
-        if type(value) not in (int, float) or abs(value) > _MAX_EXPONENT:  # type: ignore[arg-type]
-            raise self.fail(f"the exponent of `**` must be a number from -{_MAX_EXPONENT} to {_MAX_EXPONENT}", node)
+def _tokens(text: str) -> list[_Token]:
+    """Take an expression apart, and check what does not depend on the order of the parts."""
+    broken = re.search("[\ud800-\udfff]", text)
+    if broken:  # bytes of a command line that are not UTF-8 arrive as these, and Arrow cannot hold them
+        raise WhereError("this text is not valid UTF-8", text, *broken.span())
+    tokens: list[_Token] = []
+    brackets: list[_Token] = []
+    for match in _TOKEN.finditer(text):
+        token = _Token(*match.span(), match[0], _operand(text, match))
+        tokens.append(token)
+        if token.text in _PAIRS:
+            brackets.append(token)
+        elif token.text in (")", "]") and (not brackets or _PAIRS[brackets.pop().text] != token.text):
+            raise WhereError(f"`{token.text}` closes no bracket", text, *match.span())
+        if len(brackets) > _MAX_BRACKETS:
+            raise WhereError(f"brackets are nested more than {_MAX_BRACKETS} deep", text, *match.span())
+    if brackets:
+        raise WhereError("this bracket is never closed", text, brackets[-1].start, brackets[-1].end)
+    signs = [token for token in tokens if token.operand is None and token.text not in " ()[],"]
+    for token in signs[_MAX_OPERATORS:]:
+        raise WhereError(f"more than {_MAX_OPERATORS} operators in one expression", text, token.start, token.end)
+    return tokens
 
-    def _folded(self, node: Arithmetic) -> Node:
-        """Compute arithmetic on constants, so that `-5` and `512 * 512` are constants too."""
-        left, right = node.left, node.right
-        if node.sign in "/%" and isinstance(right, Constant) and right.value == 0 and right.value is not False:
-            raise self.fail("division by zero", right)
-        if not (isinstance(left, Constant) and isinstance(right, Constant)):
-            return node
-        if not all(type(side.value) in (int, float) for side in (left, right)):
-            return node  # a mistake in types, which the check of kinds words
-        if node.sign == "-" and left.value == 0 and isinstance(right.value, int):
-            return Constant(node.start, node.end, -right.value)
-        with np.errstate(all="ignore"):
-            value = ARITHMETIC[node.sign](np.float64(left.value), np.float64(right.value))
-        if not np.isfinite(value):
-            raise self.fail("this has no finite value", node)
-        return Constant(node.start, node.end, float(value))
 
-    def _comparison(self, node: ast.Compare) -> Node:
-        start, end = self.span(node)
-        signs = [type(op) for op in node.ops]
-        if not all(sign in _SIGNS for sign in signs) and len(signs) > 1:
-            raise self.fail("`in` and `is null` cannot be part of a chain; put brackets around them", node)
-        left = self.build(node.left)
-        if signs[0] in (ast.In, ast.NotIn):
-            found: Node = In(start, end, left, self._items(node.comparators[0]))
-            return Not(start, end, found) if signs[0] is ast.NotIn else found
-        if signs[0] in (ast.Is, ast.IsNot):
-            right = self.build(node.comparators[0])
-            if not isinstance(right, Constant) or right.value is not None:
-                raise self.fail("after `is` comes `null` or `not null`; compare values by `==`", right)
-            found = IsNull(start, end, left)
-            return Not(start, end, found) if signs[0] is ast.IsNot else found
-        sides = [left, *(self.build(side) for side in node.comparators)]
-        parts = tuple(
-            Compare(start, end, _SIGNS[sign], a, b) for sign, a, b in zip(signs, sides[:-1], sides[1:], strict=True)
-        )
-        return parts[0] if len(parts) == 1 else Join(start, end, "chain", parts)
+def _operand(text: str, match: re.Match[str]) -> ast.Name | ast.Constant | None:
+    """Read a column or a constant; None for what stands between them, an error for what is neither."""
+    raw, (start, end) = match[0], match.span()
+    hint = _HINTS.get(raw, "")
+    shown = f"`{clip(raw)}`" if raw.isprintable() else f"the character U+{ord(raw):04X}"
+    message = _NOT_ALLOWED.get(raw, f"{shown} is not allowed in an expression{hint}")
+    match match.lastgroup:
+        case None | "word" | "sign":
+            return None
+        case "quoted":
+            return ast.Name(raw[1:-1])
+        case "name" if raw.lower() in _LITERALS:
+            return ast.Constant(_LITERALS[raw.lower()])
+        case "name" if not hint:
+            return ast.Name(raw)
+        case "number" if _NUMBER.fullmatch(raw):
+            # Longer integers would be slow to read and fit no column's type anyway.
+            value = int(raw) if raw.isdigit() and len(raw) <= 30 else float(raw)
+            if math.isfinite(value):
+                return ast.Constant(value)
+            message = f"{shown} is too large a number"
+        case "number":
+            message = f"{shown} is not a number; write it like 512, 0.5 or 1e-3"
+        case "string":
+            wrong = next((escape for escape in _ESCAPE.finditer(text, start, end) if escape[1] not in _ESCAPES), None)
+            if wrong is None:
+                return ast.Constant(_ESCAPE.sub(lambda escape: _ESCAPES[escape[1]], raw[1:-1]))
+            message, (start, end) = f"unknown escape `{wrong[0]}`; write a backslash as `\\\\`", wrong.span()
+        case "prefixed":
+            message = f"the prefix {raw.partition(raw[-1])[0]!r} is not allowed before text"
+        case "joined":
+            message = _no_operator(raw) if raw[0] in "'\"`" else f"expected a space before {shown}"
+    raise WhereError(message, text, start, end)
 
-    def _items(self, node: ast.expr) -> tuple[Constant, ...]:
-        # `in ('a')` is no tuple to Python; here the brackets make the list.
-        elements = node.elts if isinstance(node, ast.Tuple | ast.List) else [node]
-        items = []
-        for element in elements:
-            item = self.build(element)
-            if not isinstance(item, Constant):
-                raise self.fail("the list after `in` can only hold numbers and text", item)
-            if item.value is None:
-                raise self.fail("null is in no list; add `or … is null`", item)
-            items.append(item)
-        return tuple(items)
+
+def _no_operator(raw: str) -> str:
+    hint = " (a quote inside text is written \\')" if raw[0] in "'\"" else ""
+    return f"expected an operator before `{clip(raw)}`{hint}"
+
+
+def _misplaced(text: str, tokens: list[_Token], offset: int) -> WhereError:
+    """Say why Python cannot read an expression: as a rule, values and operators do not take turns."""
+    previous = ""
+    value_wanted = True
+    for start, end, raw, operand in tokens:
+        sign = "" if operand else raw.lower()
+        closes = sign in (")", "]")
+        if value_wanted and sign and sign not in ("(", "[", "not", "+", "-") and not (closes and previous == ","):
+            return WhereError(f"expected a value before `{sign}`", text, start, end)
+        if not value_wanted and sign == "not":
+            return WhereError("expected `in` after this `not`, or `and`/`or` before it", text, start, end)
+        if not value_wanted and not sign:
+            return WhereError(_no_operator(raw), text, start, end)
+        value_wanted, previous = bool(sign) and not closes, sign
+    if value_wanted:
+        return WhereError(f"expected a value after `{previous}`", text, *tokens[-1][:2])
+    return WhereError(
+        "this cannot be read as an expression; brackets around the parts may help", text, offset, offset + 1
+    )
+
+
+def span(node: ast.expr) -> tuple[int, int]:
+    """Where a part of an expression stands."""
+    return node.col_offset, node.end_col_offset or node.col_offset + 1

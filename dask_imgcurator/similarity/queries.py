@@ -13,7 +13,8 @@ import pyarrow as pa
 from .. import config
 from ..engine.backend import get_backend
 from ..images.dali import dali_problem
-from ..models.encoders import Encoder, EncoderSpec, ModelError, load_encoder, resolve_encoder
+from ..models import ModelError
+from ..models.encoders import Encoder, EncoderSpec, load_encoder, resolve_encoder
 from ..models.text_tower import load_text_encoder, require_text_tower
 from ..steps import score_table as score
 from ..storage import files

@@ -13,7 +13,8 @@ import pyarrow as pa
 from ..engine.backend import Backend, backend_of
 from ..engine.cache import cache
 from ..engine.frames import apply_step, refuse_text, require_columns
-from ..models.encoders import EncoderSpec, ModelError, resolve_encoder
+from ..models import ModelError
+from ..models.encoders import EncoderSpec, resolve_encoder
 from ..models.text_tower import TextEncoder, load_text_encoder, require_text_tower
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ run that was killed leaves nothing that could be taken for either.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from distributed import Client
 
 from ..engine.backend import backend_of, is_dask
 from ..engine.frames import meta_of, require_columns
-from ..engine.run import Wave, current_client, results, run, waves
+from ..engine.run import JobError, Wave, current_client, results, run, waves
 from ..storage import files, shards
 from ..storage.tar_copy import WriteError, sample_sizes, write_tar
 
@@ -446,12 +447,26 @@ def to_webdataset(
         written = dask.delayed(write_partition)(df, (0, kept.tars), spec, not overwrite)
         later = dask.delayed(_finish)([written], spec)
         return later.compute(scheduler="synchronous") if compute else later
+    with _own_errors():
+        return _write_dask(df, spec, not overwrite, compute)
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raise what a partition raised, not what a job makes of it."""
+    try:
+        yield
+    except JobError as err:
+        raise err.__cause__ or err from None
+
+
+def _write_dask(df: dd.DataFrame, spec: WriteSpec, resume: bool, compute: bool) -> Any:
     client = current_client()
     df = df.persist()
     measured = results(df[list(LOCATORS)], measure_partition, spec, label="measure")
     numbers = [str(i) for i in range(df.npartitions)]
     found = dict(run(client, [Wave(numbers, measured)], "reading"))
-    plan = plan_write(client, [found[i] for i in numbers], _regroup(df), spec, not overwrite)
+    plan = plan_write(client, [found[i] for i in numbers], _regroup(df), spec, resume)
     if not compute:
         frame = plan.frame(range(len(plan.groups)))
         return dask.delayed(_finish_rows)(frame.to_delayed(), spec)

@@ -1,0 +1,174 @@
+"""What is particular to open_clip: names and tags, random weights, activations, tokenizers, and how much it says."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import logging
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..images.preprocess import Preprocess
+from . import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .encoders import EncoderSpec
+
+_RANDOM = re.compile(r"random:(\d+)")
+
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def resolve(model: str, pretrained: str | None) -> tuple[str, str | Path]:
+    """Check the names of a model and its weights: open_clip's, and a tag, ``random:SEED`` or a checkpoint's path."""
+    import open_clip
+
+    model = model.replace("/", "-")
+    known = open_clip.list_models()
+    if model not in known:
+        close = difflib.get_close_matches(model, known, 3, 0.5)
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ModelError(
+            f"unknown model {model!r}{hint} "
+            f"(open_clip.list_models() lists all {len(known)}; 'starter' needs no download)"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if not pretrained:
+        raise ModelError(
+            f"model {model!r} needs pretrained=: one of {', '.join(tags) or '(no published tags)'}, "
+            "a checkpoint's path, or random:SEED"
+        )
+    if pretrained.startswith("random"):
+        if not _RANDOM.fullmatch(pretrained):
+            raise ModelError(
+                f"cannot read {pretrained!r}: random weights are asked for as random:SEED, for example random:0"
+            )
+        return model, pretrained
+    if pretrained in tags or pretrained.replace("-", "_").lower() in tags:
+        return model, pretrained
+    path = Path(pretrained).expanduser()
+    if not path.is_file():
+        raise ModelError(
+            f"pretrained={pretrained!r} is neither a file nor a tag of {model!r} "
+            f"(tags: {', '.join(tags) or 'none'}; or random:SEED)"
+        )
+    return model, path
+
+
+def needs_quick_gelu(model: str, pretrained: str) -> bool:
+    """Whether published weights were trained with QuickGELU, whatever the model's name says.
+
+    OpenAI's were, and so were those that LAION's heads came from. open_clip 3 builds ``ViT-L-14`` with GELU for all
+    weights, and says of a mismatch only in a warning; embeddings are then not those of the published model.
+    """
+    import open_clip
+
+    return bool((open_clip.get_pretrained_cfg(model, pretrained) or {}).get("quick_gelu"))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep open_clip and its downloads from logging and warning: of random weights, of each of a dozen tries.
+
+    What fails is told by the error.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model of open_clip, and what an encoder has to know of it."""
+
+    model: Any
+    preprocess: Preprocess
+    width: int
+    provenance: dict[str, Any]
+
+
+def load(spec: EncoderSpec, device: str) -> Loaded:
+    """Load a model; raise `ModelError` where its weights cannot be had."""
+    import open_clip
+    import torch
+
+    random = _RANDOM.fullmatch(spec.pretrained)
+    quick = needs_quick_gelu(spec.model, spec.pretrained)
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            if random:
+                torch.manual_seed(int(random[1]))
+            model = open_clip.create_model(
+                spec.model,
+                pretrained=None if random else spec.pretrained or None,
+                precision=_PRECISIONS[spec.dtype],
+                device=device,
+                force_quick_gelu=quick,
+            )
+    except Exception as err:
+        remedy = (
+            "The file must be a checkpoint of this architecture, as torch.save or safetensors write it."
+            if spec.weights_sha256
+            else "Without network, give a checkpoint's path, or use the model 'starter'."
+        )
+        raise ModelError(
+            f"cannot load {spec.model!r} with pretrained={spec.pretrained!r}: "
+            f"{type(err).__name__}: {textwrap.shorten(str(err), 300)}. {remedy}"
+        ) from err
+    model.eval()
+    preprocess = Preprocess.from_open_clip(open_clip.get_model_preprocess_cfg(model))
+    with torch.inference_mode():
+        probe = torch.zeros((1, 3, *preprocess.size), dtype=getattr(torch, spec.dtype), device=device)
+        width = int(model.encode_image(probe).shape[-1])
+    provenance = {
+        "open_clip": open_clip.__version__,
+        "quick_gelu": quick or bool((open_clip.get_model_config(spec.model) or {}).get("quick_gelu")),
+    }
+    if random:
+        provenance["torch"] = torch.__version__
+    elif not spec.weights_sha256:
+        provenance["weights_sha256"] = _state_sha256(model)
+    return Loaded(model, preprocess, width, provenance)
+
+
+def _state_sha256(model: torch.nn.Module) -> str:
+    """Hash of a published model's parameters: open_clip does not tell which file it took them from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer(model: str) -> Any:
+    """Load the tokenizer of a model; raise `ModelError` where it cannot be had."""
+    import open_clip
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return open_clip.get_tokenizer(model)
+    except ImportError as err:
+        raise ModelError(
+            f"the tokenizer of {model!r} comes from another package: {err}. pip install transformers sentencepiece"
+        ) from err
+    # Hubs and tokenizers fail in many ways.
+    except Exception as err:
+        raise ModelError(
+            f"cannot load the tokenizer of {model!r}: {type(err).__name__}: {textwrap.shorten(str(err), 300)}. It is "
+            "downloaded from the Hugging Face Hub: let this machine reach it once, copy its cache here, or use a model "
+            "with open_clip's own tokenizer, such as ViT-B-32 or ViT-L-14"
+        ) from err
