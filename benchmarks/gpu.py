@@ -260,8 +260,7 @@ def run_end_to_end(settings: Settings) -> Found:
 
     from dask_imgcurator.engine import backend as seam
     from dask_imgcurator.models.encoders import resolve_encoder
-    from dask_imgcurator.steps.embed import EmbedSpec, embed_partition
-    from dask_imgcurator.steps.read import ReadSpec, index_partition
+    from dask_imgcurator.steps.score import EmbedSpec, ReadSpec, embed_partition, index_partition
 
     kind = type(seam.get_backend(settings.backend))
     tries = [(kind.decoders, False)]
@@ -293,7 +292,7 @@ def run_end_to_end(settings: Settings) -> Found:
 def run_cluster(settings: Settings) -> Found:
     """Shards to score tables on the workers of `start_client`, with the memory pool that all libraries share."""
     import dask_imgcurator as dic
-    from dask_imgcurator.monitor import Monitor, Progress
+    from dask_imgcurator.jobs.job import Monitor, Progress
 
     class Stopwatch(Monitor):
         def scoring(self, total: int, taken_over: int) -> None:
@@ -330,8 +329,7 @@ def run_profile(settings: Settings) -> Found:
     from torch.profiler import ProfilerActivity, profile
 
     from dask_imgcurator.models.encoders import resolve_encoder
-    from dask_imgcurator.steps.embed import EmbedSpec, embed_partition
-    from dask_imgcurator.steps.read import ReadSpec, index_partition
+    from dask_imgcurator.steps.score import EmbedSpec, ReadSpec, embed_partition, index_partition
 
     spec = EmbedSpec(resolve_encoder(settings.model, settings.pretrained, settings.dtype), settings.batch_size)
     name, urls = next(iter(settings.sets.items()))
