@@ -2,7 +2,7 @@
 
 A job is a frame that ends in a step with side effects (a file is written) and small results (a row of counts). `run`
 computes such frames, yields each partition's result as soon as it is there, and survives workers that die; `reduce`
-merges the results of all partitions on the workers.
+merges the results of all partitions on the workers, `stream` brings larger ones here one after another.
 """
 
 from __future__ import annotations
@@ -231,6 +231,21 @@ def reduce(df: Any, function: Callable[..., Any], merge: Callable[[list[Any]], A
         combine_kwargs={"merge": merge},
     )
     return merged.compute()["result"].iat[0]
+
+
+def stream(df: Any, function: Callable[..., Any], *args: Any, each: Sequence[Any] | None = None) -> Iterator[Any]:
+    """Apply a function to each partition and yield what it returns, in order, where that is too much for one place.
+
+    Arguments are as for `results`. A few partitions are computed at a time, so that memory here holds no more of them.
+    """
+    if not is_dask(df):
+        yield function(df, *([] if each is None else each), *args)
+        return
+    parts = results(df, function, *args, label="stream", each=each).to_delayed()
+    client = current_client()
+    at_once = max(_FAN_IN, sum(client.nthreads().values()) if client else 0)
+    for start in range(0, len(parts), at_once):
+        yield from (row["result"].iat[0] for row in dask.compute(*parts[start : start + at_once]))
 
 
 def _merge_results(frame: pd.DataFrame, merge: Callable[[list[Any]], Any]) -> pd.DataFrame:
