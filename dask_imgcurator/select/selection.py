@@ -64,7 +64,7 @@ def _conditions(steps: Steps) -> list[Step]:
 def count(df: Any, settled: Settled) -> Counts:
     """Count what a selection leaves of a frame."""
     columns = [name for name in settled.columns if name in df.columns]
-    return reduce(df[columns or list(df.columns[:1])], settled.count, Counts.sum)  # type: ignore[no-any-return]
+    return reduce(df[columns or list(df.columns[:1])], settled.count, Counts.sum)
 
 
 def apply_steps(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool = True) -> Any:

@@ -17,14 +17,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..engine.backend import backend_of, get_backend, is_dask
+from ..engine.backend import backend_of, is_dask
 from ..engine.frames import meta_of
 from ..engine.run import current_client, reduce
 from ..results import ConditionCount, Counts
 from ..schema import kind_of
 from .ranks import IDENTITY, Order, RandomOrder, SelectionError, arrow_type, find_ranks, random_order, value_order
 from .steps import Sample, Step, Top
-from .where import Where
+from .where import Where, to_arrow
 
 _ALL = 2**64 - 1
 _NONE = -1
@@ -125,7 +125,7 @@ class Settled:
         if not there:
             n = len(frame)
             return Verdict(np.ones(n, bool), [], [])
-        return self.judge(backend_of(frame).to_host(frame, there))
+        return self.judge(to_arrow(frame, there))
 
     def judge_digest(self, digest: pd.DataFrame) -> Verdict:
         """Tell the same from the digests of rows."""
@@ -141,7 +141,7 @@ class Settled:
         verdict = self.judge_frame(frame)
         statuses: dict[str, int] = {}
         if "status" in frame.columns:
-            found = pc.value_counts(backend_of(frame).to_host(frame, ["status"])["status"].combine_chunks())
+            found = pc.value_counts(to_arrow(frame, ["status"])["status"])
             statuses = {str(item["values"]): item["counts"] for item in found.to_pylist()}
         return counts_of(self, verdict, statuses)
 
@@ -202,7 +202,7 @@ def _digest(table: pa.Table, settled: Settled) -> pd.DataFrame:
 
 
 def _truth(where: Where, table: pa.Table) -> np.ndarray:
-    return np.asarray(where.mask(get_backend("pandas").from_arrow(table)).to_numpy(), bool)
+    return np.asarray(pc.fill_null(where.evaluate(table), False).to_numpy(zero_copy_only=False), bool)
 
 
 def _groups(groups: pa.ChunkedArray, by: str) -> tuple[pd.Series, np.ndarray]:
@@ -265,7 +265,7 @@ class Settling:
         return lazy.persist() if current_client() is not None else lazy.compute().reset_index(drop=True)
 
     def run(self, alone: bool) -> Settled:
-        """Find all bounds, by themselves too if asked for; reads the columns that are needed once, or twice for ties."""
+        """Find all bounds, also by themselves if `alone`; reads the needed columns once, or twice for ties."""
         if all(c.order is None for c in self.settled.conditions):
             return self.settled
         self.digests = self.digest()
@@ -366,7 +366,7 @@ def begin(df: Any, steps: Sequence[Step], ok_only: bool) -> Settling:
 
 
 def _digest_frame(frame: Any, settled: Settled) -> pd.DataFrame:
-    return _digest(backend_of(frame).to_host(frame, settled.columns), settled)
+    return _digest(to_arrow(frame, settled.columns), settled)
 
 
 def _eligible(digest: pd.DataFrame, before: Settled, i: int) -> np.ndarray:
@@ -386,7 +386,7 @@ def _tied_keys(digest: pd.DataFrame, before: Settled, i: int, key: int) -> np.nd
 def _rows_with(
     frame: Any, settled: Settled, before: Settled, i: int, key: int, tie: int | None, identity: tuple[str, ...]
 ) -> pd.DataFrame:
-    host = backend_of(frame).to_host(frame, list(frame.columns))
+    host = to_arrow(frame, list(frame.columns))
     digest = _digest(host, settled)
     found = _eligible(digest, before, i) & (digest[f"{i}"].to_numpy() == np.uint64(key))
     if tie is not None:

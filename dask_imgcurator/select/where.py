@@ -48,7 +48,7 @@ class Where:
         if is_dask(frame):
             part = frame[list(self.columns)]
             return part.map_partitions(self.mask, meta=self.mask(meta_of(part)))
-        truth = self.evaluate(_to_arrow(frame, self.columns))
+        truth = self.evaluate(to_arrow(frame, self.columns))
         truth = pc.and_kleene(truth, pc.is_valid(truth))
         schema = pa.schema([pa.field("_", pa.bool_(), nullable=False)])
         mask = backend_of(frame).from_arrow(pa.Table.from_arrays([truth], schema=schema))["_"]
@@ -141,14 +141,14 @@ def kinds_of(frame: Any) -> dict[str, str]:
     to tell by (Arrow's null type, or an object column where all is missing).
     """
     names = [name for name in frame.columns if isinstance(name, str)]
-    kinds = {name: kind_of_value(c) for name, c in zip(names, _to_arrow(meta_of(frame), names).columns, strict=True)}
+    kinds = {name: kind_of_value(c) for name, c in zip(names, to_arrow(meta_of(frame), names).columns, strict=True)}
     for name, kind in kinds.items():
         if kind == "unknown" and not is_dask(frame):  # objects have a type by their values only
-            kinds[name] = kind_of_value(_to_arrow(frame, [name])[name])
+            kinds[name] = kind_of_value(to_arrow(frame, [name])[name])
     return kinds
 
 
-def _to_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
+def to_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
     """Copy columns of a pandas or cuDF frame into host memory."""
     part = frame[list(names)]
     # Under their own names, the backend would round some to the types that we publish.
@@ -157,7 +157,7 @@ def _to_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
         return backend_of(frame).to_host(part, list(part.columns)).rename_columns(list(names))
     except (pa.ArrowException, OverflowError, UnicodeError):  # Python objects
         if len(names) > 1:
-            return pa.table({name: _to_arrow(frame, [name])[name] for name in names})
+            return pa.table({name: to_arrow(frame, [name])[name] for name in names})
         return pa.table({names[0]: _objects(frame[names[0]])})
 
 

@@ -57,7 +57,7 @@ _BLOCK = 16_384
 
 
 def resolve_head(head: str | os.PathLike[str] | HeadFile) -> HeadFile:
-    """Find a head, on the client: a file, or the name under which a package registered one (or a function that gives it)."""
+    """Find a head, on the client: a file, or what a package registered under a name."""
     if isinstance(head, HeadFile):
         return head
     name = os.fspath(head)

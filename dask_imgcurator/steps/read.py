@@ -31,7 +31,7 @@ _PEEK_SHARDS = 8
 
 @dataclass(frozen=True)
 class ReadSpec:
-    """How a shard becomes rows; `fields` are (name, key of `FIELD_TYPES`), `image` extensions in order of preference."""
+    """How a shard becomes rows; `fields` are names and keys of `FIELD_TYPES`, `image` lists extensions by preference."""
 
     backend: str = "pandas"
     caption: str | None = None
@@ -49,7 +49,7 @@ class ReadSpec:
 
 
 def index_partition(urls: Sequence[str], spec: ReadSpec) -> Any:
-    """Index shards into rows in the tars' order, and one ``read_error`` row for a tar that cannot be read to its end."""
+    """Index shards into rows, in order; a tar that cannot be read to its end adds a ``read_error`` row."""
     rows: list[dict[str, Any]] = []
     for url in urls:
         rows.extend(_index_rows(url, spec))

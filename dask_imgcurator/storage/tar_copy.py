@@ -3,8 +3,8 @@
 A written tar holds the members of the samples, names and bytes as in the source, in the order of the rows. Its headers
 are made anew with fixed owner, mode and time, so the same selection gives the same file on every machine.
 
-Nothing is extracted: a member called ``../x.jpg`` in the source is called so in the copy, and it is for whoever extracts
-one to guard against that (Python's ``filter="data"`` and GNU tar do).
+Nothing is extracted: a member called ``../x.jpg`` in the source is called so in the copy, and whoever extracts one must
+guard against that (Python's ``filter="data"`` and GNU tar do).
 """
 
 from __future__ import annotations
