@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
 from dask_imgcurator.duplicates.components import Forest
-from dask_imgcurator.duplicates.deduplication import DedupError, dedup, duplicate_groups, find_duplicates
+from dask_imgcurator.duplicates.deduplication import dedup, duplicate_groups, find_duplicates
 from dask_imgcurator.duplicates.index import build_index, open_index
 from dask_imgcurator.duplicates.result import neighbours
+from dask_imgcurator.duplicates.rows import DedupError
 from dask_imgcurator.engine.backend import get_backend
 
 WIDTH = 24

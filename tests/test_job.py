@@ -27,7 +27,7 @@ from dask_imgcurator.monitor import Monitor, Progress
 from dask_imgcurator.results import RunResult
 from dask_imgcurator.steps import write
 from dask_imgcurator.steps.score_table import file_provenance
-from dask_imgcurator.storage import shards
+from dask_imgcurator.storage.tar_index import index_shard
 
 WHERE = "aesthetic_score >= 5 and width >= 160"
 
@@ -178,7 +178,7 @@ def test_changed_shard_is_scored_again(made: SampleShards, client: Any, tmp_path
     shutil.copy(made.shards[1], shard)
     second = dic.score_shards(shard, tmp_path / "scores", model="starter", client=client)
     assert (first.shards_scored, second.shards_scored) == (1, 1)
-    index = shards.index_shard(str(made.shards[1]))
+    index = index_shard(str(made.shards[1]))
     assert score_tables(tmp_path / "scores")["key"].tolist() == [s.key for s in index.samples]
 
 
@@ -216,7 +216,7 @@ def test_damaged_and_missing_shards_are_reported_and_the_rest_goes_on(
     result = dic.curate(urls, tmp_path / "run", model="starter", client=client)
     assert result.by_status["read_error"] == 2
     table = score_tables(tmp_path / "run" / "scores")
-    whole = [s.key for s in shards.index_shard(str(cut)).samples]
+    whole = [s.key for s in index_shard(str(cut)).samples]
     assert table["key"][(table["shard"] == str(cut)) & (table["status"] != "read_error")].tolist() == whole
     assert result.kept == (table["status"] == "ok").sum()
 

@@ -22,7 +22,8 @@ import dask_imgcurator as dic
 from dask_imgcurator.checks import verify
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
 from dask_imgcurator.engine.run import JobError
-from dask_imgcurator.storage import files, remote, shards
+from dask_imgcurator.storage import files, remote
+from dask_imgcurator.storage.tar_index import open_shard
 
 WHERE = "aesthetic_score >= 5 and width >= 160"
 
@@ -337,7 +338,7 @@ def test_a_copy_is_shared_and_its_room_given_back(s3: S3, made: SampleShards) ->
     before = held()
     with remote.hold_copy(url, s3.options), remote.hold_copy(url, s3.options):
         assert held() == before + 1
-        with shards.open_shard(url, s3.options) as a, shards.open_shard(url, s3.options) as b:
+        with open_shard(url, s3.options) as a, open_shard(url, s3.options) as b:
             a.seek(1000)
             assert b.read() == made.shards[0].read_bytes()
     assert s3.sent(f"/source/{made.shards[0].name}") == size

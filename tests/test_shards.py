@@ -24,7 +24,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dask_imgcurator.storage import shards
+from dask_imgcurator.storage.samples import ShardIndex, format_idx, split_name
+from dask_imgcurator.storage.tar_index import index_shard, index_tar
+from dask_imgcurator.storage.tar_read import read_extents, read_text
+from dask_imgcurator.storage.urls import expand, fingerprint
 
 FORMATS = {
     "ustar": tarfile.USTAR_FORMAT,
@@ -69,12 +72,12 @@ def layout(blob: bytes) -> list[tuple[str, int, int, int, int]]:
         ]
 
 
-def listed(index: shards.ShardIndex) -> list[tuple[str, list[str]]]:
+def listed(index: ShardIndex) -> list[tuple[str, list[str]]]:
     return [(s.key, [m.name for m in s.members]) for s in index.samples]
 
 
-def index_bytes(blob: bytes) -> shards.ShardIndex:
-    return shards.index_tar(io.BytesIO(blob))
+def index_bytes(blob: bytes) -> ShardIndex:
+    return index_tar(io.BytesIO(blob))
 
 
 def picture(seed: int, size: int) -> bytes:
@@ -129,68 +132,68 @@ def here(folder: Path, *numbers: int) -> list[str]:
 
 
 def test_expand_paths_and_lists(folder: Path) -> None:
-    assert shards.expand(str(folder / "00001.tar")) == here(folder, 1)
-    assert shards.expand(folder / "00001.tar") == here(folder, 1)
-    assert shards.expand([folder / "00002.tar", str(folder / "00000.tar")]) == here(folder, 2, 0)
-    assert shards.expand(f"file://{folder}/00001.tar") == here(folder, 1)
+    assert expand(str(folder / "00001.tar")) == here(folder, 1)
+    assert expand(folder / "00001.tar") == here(folder, 1)
+    assert expand([folder / "00002.tar", str(folder / "00000.tar")]) == here(folder, 2, 0)
+    assert expand(f"file://{folder}/00001.tar") == here(folder, 1)
 
 
 def test_expand_globs_and_folders_are_sorted(folder: Path) -> None:
-    assert shards.expand(f"{folder}/*.tar") == here(folder, 0, 1, 2)
-    assert shards.expand(f"file://{folder}/0000[12].tar") == here(folder, 1, 2)
-    assert shards.expand(folder) == here(folder, 0, 1, 2)
-    assert shards.expand(f"{folder}/") == here(folder, 0, 1, 2)
+    assert expand(f"{folder}/*.tar") == here(folder, 0, 1, 2)
+    assert expand(f"file://{folder}/0000[12].tar") == here(folder, 1, 2)
+    assert expand(folder) == here(folder, 0, 1, 2)
+    assert expand(f"{folder}/") == here(folder, 0, 1, 2)
     (folder / "sub/sub").mkdir(parents=True)
     (folder / "sub/sub/00001.tar").touch()
-    assert shards.expand(f"{folder}/**/00001.tar") == here(folder, 1) + [str(folder / "sub/sub/00001.tar")]
+    assert expand(f"{folder}/**/00001.tar") == here(folder, 1) + [str(folder / "sub/sub/00001.tar")]
 
 
 def test_expand_braces_keep_their_order(folder: Path) -> None:
-    assert shards.expand(f"{folder}/{{00000..00002}}.tar") == here(folder, 0, 1, 2)
-    assert shards.expand(f"{folder}/0000{{2,0}}.tar") == here(folder, 2, 0)
-    assert shards.expand(f"{folder}/{{00002,0000[01]}}.tar") == here(folder, 2, 0, 1)
-    assert shards.expand("s3://bucket/{a,b}/{0..1}.tar") == [f"s3://bucket/{x}/{i}.tar" for x in "ab" for i in "01"]
+    assert expand(f"{folder}/{{00000..00002}}.tar") == here(folder, 0, 1, 2)
+    assert expand(f"{folder}/0000{{2,0}}.tar") == here(folder, 2, 0)
+    assert expand(f"{folder}/{{00002,0000[01]}}.tar") == here(folder, 2, 0, 1)
+    assert expand("s3://bucket/{a,b}/{0..1}.tar") == [f"s3://bucket/{x}/{i}.tar" for x in "ab" for i in "01"]
 
 
 def test_expand_takes_a_shard_once(folder: Path) -> None:
     twice = [folder / "00001.tar", folder, f"file://{folder}/00000.tar", f"{folder}/../{folder.name}/00002.tar"]
-    assert shards.expand(twice) == here(folder, 1, 0, 2)
+    assert expand(twice) == here(folder, 1, 0, 2)
 
 
 def test_expand_relative_paths_become_absolute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    assert shards.expand("00001.tar") == here(folder, 1)
-    assert shards.expand("*.tar") == here(folder, 0, 1, 2)
-    assert shards.expand(".") == here(folder, 0, 1, 2)
+    assert expand("00001.tar") == here(folder, 1)
+    assert expand("*.tar") == here(folder, 0, 1, 2)
+    assert expand(".") == here(folder, 0, 1, 2)
 
 
 @pytest.mark.parametrize("name", ["a[1].tar", "a{1,2}.tar", "what?.tar", "*.tar", "un{balanced.tar"])
 def test_expand_an_existing_name_is_not_a_pattern(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     (tmp_path / "a1.tar").touch()
-    assert shards.expand(tmp_path / name) == [str(tmp_path / name)]
-    assert shards.expand(f"file://{tmp_path / name}") == [str(tmp_path / name)]
+    assert expand(tmp_path / name) == [str(tmp_path / name)]
+    assert expand(f"file://{tmp_path / name}") == [str(tmp_path / name)]
 
 
 def test_expand_folder_with_braces_in_its_name(tmp_path: Path) -> None:
     odd = tmp_path / "set{1}[x]"
     odd.mkdir()
     (odd / "0.tar").touch()
-    assert shards.expand(odd) == [str(odd / "0.tar")]
+    assert expand(odd) == [str(odd / "0.tar")]
 
 
 def test_expand_leaves_hidden_files_of_a_folder_alone(folder: Path) -> None:
     (folder / ".partial-1234-00003.tar").touch()
     (folder / "._00001.tar").touch()
-    assert shards.expand(folder) == shards.expand(f"{folder}/*.tar") == here(folder, 0, 1, 2)
+    assert expand(folder) == expand(f"{folder}/*.tar") == here(folder, 0, 1, 2)
 
 
 def test_expand_one_missing_is_no_error_but_all_are(folder: Path) -> None:
-    assert shards.expand(f"{folder}/{{00001..00004}}.tar") == here(folder, 1, 2, 3, 4)
+    assert expand(f"{folder}/{{00001..00004}}.tar") == here(folder, 1, 2, 3, 4)
     with pytest.raises(FileNotFoundError, match=rf"{folder}/00007\.tar \(nor any of 2 others\)"):
-        shards.expand(f"{folder}/{{00007..00009}}.tar")
+        expand(f"{folder}/{{00007..00009}}.tar")
     with pytest.raises(FileNotFoundError, match=r"no such shard: .*missing\.tar$"):
-        shards.expand(folder / "missing.tar")
+        expand(folder / "missing.tar")
 
 
 @pytest.mark.parametrize(
@@ -203,14 +206,14 @@ def test_expand_one_missing_is_no_error_but_all_are(folder: Path) -> None:
 )
 def test_expand_nothing_matches(folder: Path, pattern: str, message: str) -> None:
     with pytest.raises(FileNotFoundError, match=message):
-        shards.expand(f"{folder}/{pattern}")
+        expand(f"{folder}/{pattern}")
 
 
 def test_expand_nothing_given(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="name at least one"):
-        shards.expand([])
+        expand([])
     with pytest.raises(FileNotFoundError, match=rf"no \*\.tar in the folder {tmp_path}$"):
-        shards.expand(tmp_path)
+        expand(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.TGZ", "a.tar.zst", "a.tbz2", "a.tar.xz"])
@@ -218,9 +221,9 @@ def test_expand_folder_of_compressed_tars(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     (tmp_path / "0.txt").touch()
     with pytest.raises(FileNotFoundError, match=rf"only compressed ones: unpack {tmp_path / name} and its like first"):
-        shards.expand(tmp_path)
+        expand(tmp_path)
     (tmp_path / "b.tar").touch()
-    assert shards.expand(tmp_path) == [str(tmp_path / "b.tar")]
+    assert expand(tmp_path) == [str(tmp_path / "b.tar")]
 
 
 @pytest.fixture
@@ -234,16 +237,16 @@ def test_expand_on_another_file_system(memory: Any) -> None:
     for name in ("b.tar", "a.tar", "c.txt"):
         memory.pipe(f"/shards-test/{name}", b"x")
     expected = ["memory:///shards-test/a.tar", "memory:///shards-test/b.tar"]
-    assert shards.expand("memory://shards-test/*.tar") == expected
-    assert shards.expand("memory://shards-test/") == expected
-    assert shards.expand(["memory://shards-test/c.txt", "memory://shards-test/?.tar"])[1:] == expected
+    assert expand("memory://shards-test/*.tar") == expected
+    assert expand("memory://shards-test/") == expected
+    assert expand(["memory://shards-test/c.txt", "memory://shards-test/?.tar"])[1:] == expected
     with pytest.raises(FileNotFoundError, match=r"memory://shards-test/\*\.zip"):
-        shards.expand("memory://shards-test/*.zip")
+        expand("memory://shards-test/*.zip")
 
 
 def test_expand_signed_address_is_not_a_glob() -> None:
     url = "https://host.invalid/00000.tar?signature=a*b[c]"
-    assert shards.expand(url) == [url]
+    assert expand(url) == [url]
 
 
 # --- index ----------------------------------------------------------------------------------------
@@ -269,7 +272,7 @@ def test_expand_signed_address_is_not_a_glob() -> None:
     ],
 )
 def test_split_name(name: str, expected: tuple[str, str] | None) -> None:
-    assert shards.split_name(name) == expected
+    assert split_name(name) == expected
 
 
 @pytest.mark.parametrize("format_", FORMATS)
@@ -286,7 +289,7 @@ def test_index_against_tarfile(tmp_path: Path, format_: str) -> None:
     members = names_for(format_)
     path = tmp_path / "a.tar"
     path.write_bytes(pack([others[0], *members[:5], *others[1:4], *members[5:], *others[4:]], format_))
-    index = shards.index_shard(str(path))
+    index = index_shard(str(path))
     assert (index.error, index.broken) == (None, None)
     blob = path.read_bytes()
     found = [(m.name, blob[m.offset : m.offset + m.nbytes]) for s in index.samples for m in s.members]
@@ -313,7 +316,7 @@ def test_index_against_webdataset(tmp_path: Path, format_: str) -> None:
     blob = path.read_bytes()
     ours = [
         (s.key, {m.ext: blob[m.offset : m.offset + m.nbytes] for m in s.members})
-        for s in shards.index_shard(str(path)).samples
+        for s in index_shard(str(path)).samples
         if s.key != "folder/000"
     ]
     assert ours == theirs
@@ -326,8 +329,8 @@ def test_index_of_what_webdataset_writes(tmp_path: Path) -> None:
     with wds.TarWriter(str(path)) as writer:
         for i in range(20):
             writer.write({"__key__": f"{i}", "jpg": picture(i, 100 * i), "txt": f"caption {i}", "json": {"i": i}})
-    assert shards.index_shard(str(path)).error is None
-    found = [(m.name, m.offset, m.nbytes) for s in shards.index_shard(str(path)).samples for m in s.members]
+    assert index_shard(str(path)).error is None
+    found = [(m.name, m.offset, m.nbytes) for s in index_shard(str(path)).samples for m in s.members]
     assert found == [(name, data, size) for name, _, data, size, _ in layout(path.read_bytes())]
     assert len(found) == 60
 
@@ -469,10 +472,10 @@ def test_sparse_members(tmp_path: Path, kind: str) -> None:
     for m in members:
         assert m.nbytes == len(HOLES[m.name])
         assert m.expand(blob[m.offset : m.offset + m.stored]) == HOLES[m.name]
-    assert shards.read_text(io.BytesIO(blob), members[2]) == HOLES["a.txt"].decode()
+    assert read_text(io.BytesIO(blob), members[2]) == HOLES["a.txt"].decode()
     assert index.samples[0].end == index.samples[1].offset
-    assert shards.format_idx(index.samples) is None
-    assert shards.format_idx(index.samples[1:]) is not None
+    assert format_idx(index.samples) is None
+    assert format_idx(index.samples[1:]) is not None
 
 
 def sparse(name: str, size: int, pieces: str, data: bytes = b"") -> tuple[tarfile.TarInfo, bytes]:
@@ -580,7 +583,7 @@ def test_tar_without_end_mark() -> None:
     assert ([s.key for s in index.samples], index.broken) == (["a", "b", "c"], None)
     assert f"no end mark: it may have been cut at byte {len(blob) - END:,}" in (index.error or "")
     assert index_bytes(blob[: 1 - END]).error is None  # no header begins with a zero
-    extent = shards.index_tar(io.BytesIO(blob[:-END]), extent=True)
+    extent = index_tar(io.BytesIO(blob[:-END]), extent=True)
     assert (extent.samples, extent.error) == (index.samples, None)
 
 
@@ -670,15 +673,15 @@ def test_any_number_of_zeros_may_end_a_tar(zeros: int) -> None:
 def test_not_a_tar(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(content)
-    index = shards.index_shard(str(path))
+    index = index_shard(str(path))
     assert index.samples == []
     assert re.search(message, index.error or "")
 
 
 def test_missing_and_unreadable(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.tar")
-    assert shards.index_shard(missing) == shards.ShardIndex([], f"no such file: {missing}")
-    folder = shards.index_shard(str(tmp_path))
+    assert index_shard(missing) == ShardIndex([], f"no such file: {missing}")
+    folder = index_shard(str(tmp_path))
     assert folder.samples == []
     assert str(tmp_path) in (folder.error or "")
 
@@ -760,7 +763,7 @@ def test_any_header_is_read_as_tarfile_reads_it(changes: list[tuple[int, int, in
     index = index_bytes(bytes(blob))
     assert listed(index)[0] == ("a", ["a.jpg", "a.txt", "a.bin"])
     found = sorted((m.offset, m.name, m.nbytes) for s in index.samples for m in s.members if m.pieces is None)
-    theirs = [(o, n, size) for n, o, size in seen_by_tarfile(bytes(blob)) if shards.split_name(n)]
+    theirs = [(o, n, size) for n, o, size in seen_by_tarfile(bytes(blob)) if split_name(n)]
     if index.broken is None:
         assert found == theirs
     else:
@@ -799,14 +802,14 @@ def simple(tmp_path: Path) -> Path:
 
 def test_format_idx_is_what_wds2idx_writes(simple: Path) -> None:
     theirs = wds2idx(simple).read_text(encoding="utf-8")
-    assert shards.format_idx(shards.index_shard(str(simple)).samples) == theirs
+    assert format_idx(index_shard(str(simple)).samples) == theirs
 
 
 @pytest.mark.parametrize("name", ["a b.jpg", "a\tb.jpg", "a\u00a0b.jpg", "a\udce9.jpg", "a."])
 def test_format_idx_cannot_express_some_names(name: str) -> None:
     index = index_bytes(pack([("z.jpg", b"1"), (name, b"2")]))
     assert len(index.samples) == 2
-    assert shards.format_idx(index.samples) is None
+    assert format_idx(index.samples) is None
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -815,39 +818,39 @@ def test_format_idx_cannot_express_some_names(name: str) -> None:
 def test_read_extents(simple: Path) -> None:
     blob = simple.read_bytes()
     wanted = [(0, 5), (512, 700), (len(blob) - 3, 10), (len(blob) + 100, 5), (1, 1)]
-    got = list(shards.read_extents(str(simple), wanted))
+    got = list(read_extents(str(simple), wanted))
     assert got == [blob[:5], THREE[0][1], blob[-3:], b"", blob[1:2]]
     with pytest.raises(FileNotFoundError):
-        list(shards.read_extents(str(simple) + "x", wanted))
+        list(read_extents(str(simple) + "x", wanted))
 
 
 def test_index_on_another_file_system(memory: Any, simple: Path) -> None:
     memory.pipe("/shards-test/simple.tar", simple.read_bytes())
     url = "memory://shards-test/simple.tar"
-    right = shards.index_shard(str(simple))
-    assert shards.index_shard(url) == right
-    assert shards.index_shard("memory://shards-test/no.tar").error == "no such file: memory://shards-test/no.tar"
-    assert list(shards.read_extents(url, [(512, 700)])) == [THREE[0][1]]
+    right = index_shard(str(simple))
+    assert index_shard(url) == right
+    assert index_shard("memory://shards-test/no.tar").error == "no such file: memory://shards-test/no.tar"
+    assert list(read_extents(url, [(512, 700)])) == [THREE[0][1]]
 
 
 def test_fingerprint_changes_with_size_and_time(simple: Path) -> None:
-    first = shards.fingerprint(str(simple))
-    assert shards.fingerprint(f"file://{simple}") == first
+    first = fingerprint(str(simple))
+    assert fingerprint(f"file://{simple}") == first
     os.utime(simple, ns=(1, 1))
-    second = shards.fingerprint(str(simple))
+    second = fingerprint(str(simple))
     with simple.open("ab") as file:
         file.write(b"x")
     os.utime(simple, ns=(1, 1))
-    third = shards.fingerprint(str(simple))
+    third = fingerprint(str(simple))
     assert len({first, second, third}) == 3
-    assert shards.fingerprint(str(simple) + "x") == "unreadable"
+    assert fingerprint(str(simple) + "x") == "unreadable"
 
 
 def test_fingerprint_on_another_file_system(memory: Any) -> None:
     seen = set()
     for content in (b"one", b"two", b"three"):
         memory.pipe("/shards-test/a.tar", content)
-        seen.add(shards.fingerprint("memory://shards-test/a.tar"))
+        seen.add(fingerprint("memory://shards-test/a.tar"))
     assert len(seen) == 3
-    assert shards.fingerprint("memory://shards-test/a.tar") in seen
-    assert shards.fingerprint("memory://shards-test/b.tar") == "unreadable"
+    assert fingerprint("memory://shards-test/a.tar") in seen
+    assert fingerprint("memory://shards-test/b.tar") == "unreadable"

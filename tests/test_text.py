@@ -25,8 +25,7 @@ from dask_imgcurator.models.encoders import load_encoder, resolve_encoder
 from dask_imgcurator.models.text_tower import MAX_CHARS, TextEncoder, load_text_encoder
 from dask_imgcurator.schema import arrow_schema, missing_columns
 from dask_imgcurator.steps.captions import detect_languages
-from dask_imgcurator.steps.prompts import NEGATIVE, PromptError, parse_prompts
-from dask_imgcurator.steps.prompts import PromptUse
+from dask_imgcurator.steps.prompts import NEGATIVE, PromptError, PromptUse, parse_prompts
 
 #: The smallest architecture among those that open_clip lists; its text tower gives 256 numbers.
 MODEL, WEIGHTS, WIDTH = "ViT-S-32-alt", "random:0", 256

@@ -14,7 +14,7 @@ import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import make_sample_shards
 from dask_imgcurator.checks.verify import verify
 from dask_imgcurator.cli.main import cli
-from dask_imgcurator.storage.shards import index_shard
+from dask_imgcurator.storage.tar_index import index_shard
 
 
 @pytest.fixture(scope="module")

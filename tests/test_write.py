@@ -32,20 +32,12 @@ from hypothesis import strategies as st
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.verify import verify
-from dask_imgcurator.steps.write import (
-    Group,
-    Kept,
-    WriteSpec,
-    parse_size,
-    plan_groups,
-    remove_surplus,
-    write_shard,
-    written_shards,
-)
+from dask_imgcurator.steps.write import Group, Kept, parse_size, plan_groups
 from dask_imgcurator.steps.write import (
     cut as cut_samples,
 )
 from dask_imgcurator.storage import files
+from dask_imgcurator.storage.curated import WriteSpec, remove_surplus, write_shard, written_shards
 from dask_imgcurator.storage.tar_copy import WriteError, sample_sizes
 
 Members = list[tuple[str, bytes]]

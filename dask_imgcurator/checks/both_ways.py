@@ -28,7 +28,7 @@ from ..schema import arrow_schema
 from ..select.where import parse_where
 from ..steps.heads import score_partition
 from ..steps.stream import batch_size_of, settle_decoder
-from ..storage import shards
+from ..storage.tar_read import read_extents
 from .parity_record import ALL, EXAMPLES, Decision, Flip, ImageDifference, OneSided, Pair, Parity, ParitySettings
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class BothWays:
         extents = list(zip(host["offset"], host["nbytes"], strict=True))
         blobs: list[bytes | BadImage] = []
         try:
-            blobs.extend(shards.read_extents(host["shard"][0], extents, self.read.storage_options))
+            blobs.extend(read_extents(host["shard"][0], extents, self.read.storage_options))
         except OSError as err:
             bad = BadImage("read_error", f"{type(err).__name__}: {err}")
             blobs.extend([bad] * (len(extents) - len(blobs)))

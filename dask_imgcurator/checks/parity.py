@@ -15,7 +15,7 @@ from ..jobs.plan import ScoreOptions, make_plan
 from ..monitor import Monitor, Progress
 from ..select.where import combine, parse_where
 from ..steps.read import ReadSpec, URLPath, index_partition
-from ..storage import shards
+from ..storage.urls import expand
 from .both_ways import BothWays
 from .parity_record import Parity
 
@@ -47,7 +47,7 @@ def compare(urlpath: URLPath, options: ParityOptions | None = None, *, monitor: 
     options, monitor = options or ParityOptions(), monitor or Monitor()
     if options.limit < 1:
         raise ValueError(f"limit={options.limit}: it must be at least 1")
-    urls = shards.expand(urlpath, options.storage_options)
+    urls = expand(urlpath, options.storage_options)
     plan, _ = make_plan(urls, options, None, monitor)
     expressions = _expressions(options, plan.kinds)
     if plan.embed.encoder.is_starter:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from ..steps import write
 from ..steps.score_table import file_provenance
-from ..storage import files, shards, tar_copy
+from ..storage import files, tar_copy
+from ..storage.curated import written_shards
+from ..storage.tar_index import hold_shard, index_shard, open_shard
+from ..storage.tar_read import read_extents
 
 Options = Mapping[str, Any] | None
 
@@ -26,7 +28,7 @@ def verify(
     """
     record = files.read_text(files.join(folder, "run.json"), storage_options)
     curated = files.join(folder, "shards") if record is not None else folder
-    stems = write.written_shards(curated, storage_options)
+    stems = written_shards(curated, storage_options)
     if record is None and not stems:
         raise FileNotFoundError(f"{folder} holds neither run.json nor curated shards (00000_stats.json …)")
     kept = 0
@@ -35,7 +37,7 @@ def verify(
         kept += stats.get("count", 0)
         url = files.join(curated, f"{stem}.tar")
         try:
-            with shards.hold_shard(url, storage_options):
+            with hold_shard(url, storage_options):
                 problem = _shard_problem(url, stats.get("sha256"), storage_options, source_options)
         except (tar_copy.WriteError, OSError) as err:
             problem = str(err)
@@ -45,20 +47,20 @@ def verify(
 
 
 def _shard_problem(url: str, sha256: str | None, options: Options, source_options: Options) -> str | None:
-    with shards.open_shard(url, options) as file:
+    with open_shard(url, options) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     if digest != sha256:
         return f"sha256 is {digest}, its _stats.json says {sha256}"
     with files.opened(url.removesuffix(".tar") + ".parquet", options) as file:
         rows = pq.read_table(file).to_pylist()
-    index = shards.index_shard(url, options)
+    index = index_shard(url, options)
     if index.error is not None:
         return index.error
     if len(index.samples) != len(rows):
         return f"it holds {len(index.samples)} samples, its Parquet file {len(rows)} rows"
     sources = tar_copy.source_members(rows, dict(source_options or {}))
     for row, sample, members in zip(rows, index.samples, sources, strict=True):
-        pieces = shards.read_extents(url, [(m.offset, m.nbytes) for m in sample.members], options, whole=True)
+        pieces = read_extents(url, [(m.offset, m.nbytes) for m in sample.members], options, whole=True)
         copied = list(zip((m.name for m in sample.members), pieces, strict=True))
         if copied != members:
             return f"sample {row['key']!r} differs from its source in {row['shard']}"

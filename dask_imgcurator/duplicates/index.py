@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..engine.backend import backend_of
-from ..steps.score_table import ScoreFiles, read_score_files
+from ..steps.score_table import ScoreFiles
 from ..storage import files
 from . import neighbours
 from .graphs import Source, cells_of

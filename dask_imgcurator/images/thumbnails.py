@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..storage import shards
+from ..storage.tar_read import read_extents
 from .pillow import inspect, opened
 
 #: Where an image lies: URL of its shard, and offset.
@@ -39,7 +39,7 @@ def make_thumbnails(
     for url, extents in by_shard.items():
         places = sorted(extents.items())
         try:
-            for (offset, _), data in zip(places, shards.read_extents(url, places, storage_options), strict=True):
+            for (offset, _), data in zip(places, read_extents(url, places, storage_options), strict=True):
                 uri = thumbnail(data, side, upright)
                 if uri is not None:
                     made[url, offset] = uri

@@ -25,7 +25,8 @@ from ..select.where import combine, parse_where
 from ..steps.read import URLPath
 from ..steps.score_table import file_schema, score_urls, scores_from_files
 from ..steps.write import Group, plan_write, run_write, write_spec
-from ..storage import files, shards
+from ..storage import files
+from ..storage.urls import expand
 from .plan import ScoreOptions, make_plan
 from .score import Last, ReadPlan, Run, Scored, measure_files, score_into
 
@@ -171,7 +172,7 @@ def curate(
     where = combine(where, min_aesthetic, max_nsfw)
     curated = files.join(folder, "shards")
     spec = write_spec(curated, max_count, max_size, given.out_options, given.storage_options)
-    urls = shards.expand(urlpath, given.storage_options)
+    urls = expand(urlpath, given.storage_options)
     plan, parsed = make_plan(urls, given, where, monitor)
     last = Last(settled_where(parsed), spec)
     files.remove_partial(curated)

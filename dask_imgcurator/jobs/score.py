@@ -29,8 +29,10 @@ from ..steps.embed import embed_partition
 from ..steps.heads import score_partition
 from ..steps.read import URLPath, read_groups
 from ..steps.score_table import file_provenance, scores_from_files, write_score_file
-from ..steps.write import LOCATORS, Kept, WriteSpec, measure_partition
-from ..storage import files, shards
+from ..steps.write import Kept, measure_partition
+from ..storage import files
+from ..storage.curated import LOCATORS, WriteSpec
+from ..storage.urls import expand, fingerprint
 from .plan import ScoreOptions, ScorePlan, describe, make_plan, score_files
 
 #: Shards whose version is asked for side by side.
@@ -225,7 +227,7 @@ def _look(
     names = score_files(urls, folder, plan.storage_options)
 
     def look(url: str) -> tuple[Target, bool]:
-        full = {**provenance, "shard": url, "fingerprint": shards.fingerprint(url, plan.read.storage_options)}
+        full = {**provenance, "shard": url, "fingerprint": fingerprint(url, plan.read.storage_options)}
         before = file_provenance(names[url], plan.storage_options) or {}
         before.pop("added", None)  # columns that came later belong to none of its making
         return Target(url, names[url], full), before == json.loads(json.dumps(full))
@@ -310,7 +312,7 @@ def score_shards(
     folder = os.fspath(out)
     result = RunResult(folder, notes=monitor.notes)
     given = ScoreOptions(**options)
-    urls = shards.expand(urlpath, given.storage_options)
+    urls = expand(urlpath, given.storage_options)
     plan, _ = make_plan(urls, given, None, monitor)
     with place(client, plan.read.backend, monitor) as lent:
         assert lent is not None

@@ -14,7 +14,10 @@ import pyarrow as pa
 
 from ..engine.backend import get_backend, resolve_name
 from ..schema import COLUMNS, arrow_schema, columns_of
-from ..storage import shards
+from ..storage.samples import Sample, ShardIndex, as_utf8
+from ..storage.tar_index import explain, hold_shard, index_shard, open_shard
+from ..storage.tar_read import first_json, read_json, read_text
+from ..storage.urls import expand
 
 URLPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -31,7 +34,7 @@ _PEEK_SHARDS = 8
 
 @dataclass(frozen=True)
 class ReadSpec:
-    """How a shard becomes rows; `fields` are names and keys of `FIELD_TYPES`, `image` lists extensions by preference."""
+    """How a shard becomes rows; `fields` pairs names with keys of `FIELD_TYPES`, `image` lists extensions by choice."""
 
     backend: str = "pandas"
     caption: str | None = None
@@ -60,13 +63,13 @@ def index_partition(urls: Sequence[str], spec: ReadSpec) -> Any:
 def _index_rows(url: str, spec: ReadSpec) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(shards.hold_shard(url, spec.storage_options))
+            stack.enter_context(hold_shard(url, spec.storage_options))
         except OSError as err:
-            index = shards.ShardIndex([], shards.explain(url, err))
+            index = ShardIndex([], explain(url, err))
         else:
-            index = shards.index_shard(url, spec.storage_options)
+            index = index_shard(url, spec.storage_options)
         if index.samples:
-            file = stack.enter_context(shards.open_shard(url, spec.storage_options))
+            file = stack.enter_context(open_shard(url, spec.storage_options))
             for sample in index.samples:
                 yield _row(url, sample, file, spec)
     if index.error is not None:
@@ -76,7 +79,7 @@ def _index_rows(url: str, spec: ReadSpec) -> Iterator[dict[str, Any]]:
         yield {**blank, "status": "read_error", "error_message": index.error}
 
 
-def _row(url: str, sample: shards.Sample, file: IO[bytes], spec: ReadSpec) -> dict[str, Any]:
+def _row(url: str, sample: Sample, file: IO[bytes], spec: ReadSpec) -> dict[str, Any]:
     row: dict[str, Any] = {
         "key": sample.key,
         "shard": url,
@@ -90,7 +93,7 @@ def _row(url: str, sample: shards.Sample, file: IO[bytes], spec: ReadSpec) -> di
     if image is None:
         row |= {"status": "no_image", "error_message": sample.why_no_image(spec.image)}
     elif image.pieces is not None:
-        name = shards.as_utf8(image.name)
+        name = as_utf8(image.name)
         problem = f"{name} is a sparse member, whose bytes do not lie in one piece: pack the shard without --sparse"
         row |= {"ext": image.ext, "status": "read_error", "error_message": problem}
     else:
@@ -98,11 +101,11 @@ def _row(url: str, sample: shards.Sample, file: IO[bytes], spec: ReadSpec) -> di
     document: dict[str, Any] = {}
     member = sample.get("json")
     if member is not None and (spec.fields or spec.caption is not None):
-        document = shards.read_json(file, member)
+        document = read_json(file, member)
     if spec.caption is not None:
         row["caption"] = _as_type(document.get(spec.caption), "string")
     elif (text := sample.get("txt")) is not None:
-        row["caption"] = shards.read_text(file, text)
+        row["caption"] = read_text(file, text)
     for name, type_ in spec.fields:
         row[name] = _as_type(document.get(name), type_)
     return row
@@ -139,7 +142,7 @@ def peek_fields(
     seen: dict[str, set[str]] = {name: set() for name in names}
     for url in urls[:_PEEK_SHARDS]:
         with contextlib.suppress(OSError):
-            for document in shards.first_json(url, samples, storage_options):
+            for document in first_json(url, samples, storage_options):
                 for name in names:
                     if (value := document.get(name)) is not None:
                         seen[name].add(_JSON_TYPES.get(type(value), "string"))
@@ -211,7 +214,7 @@ def read_webdataset(
         raise TypeError(f"columns={columns!r} is a string: give a list, columns=[{columns!r}]")
     if shards_per_partition < 1:
         raise ValueError(f"shards_per_partition={shards_per_partition}: it must be at least 1")
-    urls = shards.expand(urlpath, storage_options)
+    urls = expand(urlpath, storage_options)
     spec = read_spec(urls, columns, caption, storage_options, backend, image)
     groups = [tuple(urls[i : i + shards_per_partition]) for i in range(0, len(urls), shards_per_partition)]
     return read_groups(groups, spec)

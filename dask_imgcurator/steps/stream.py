@@ -20,7 +20,8 @@ from ..images.decoder import Batch, Decoder
 from ..images.formats import BadImage
 from ..images.isolated import IsolatedDecoder
 from ..images.preprocess import Preprocess
-from ..storage import shards
+from ..storage.tar_index import explain
+from ..storage.tar_read import read_extents
 
 if TYPE_CHECKING:
     from .embed import EmbedSpec
@@ -96,7 +97,7 @@ def _blobs(
         done = 0
         # For a part of a shard (a filtered frame), ranges cost less than all of it.
         whole = 2 * sum(nbytes for _, nbytes in extents) >= max(offset + nbytes for offset, nbytes in extents)
-        pieces = shards.read_extents(url, extents, storage_options, whole)
+        pieces = read_extents(url, extents, storage_options, whole)
         try:
             for data, (offset, nbytes) in zip(pieces, extents, strict=True):
                 done += 1
@@ -106,7 +107,7 @@ def _blobs(
                     yield data
         except OSError as err:
             for _ in numbers[done:]:
-                yield BadImage("read_error", shards.explain(url, err))
+                yield BadImage("read_error", explain(url, err))
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:

@@ -4,59 +4,39 @@ Samples keep the order of their rows. The client plans with a few numbers for ea
 whose kept samples fit into one curated shard together are one task and one shard; a partition with more than that is a
 task that cuts its samples into several. A key stands once in a shard (readers of webdataset would take two neighbours
 with one key for one sample), so a task cuts before a key that comes again.
-
-Whatever this library wrote has its ``_stats.json`` beside it, written before the files that it speaks of come to light,
-the tar last. So a shard is finished when it has both, files without one are someone else's and are left alone, and a
-run that was killed leaves nothing that could be taken for either.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
 import dask
 import dask.dataframe as dd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from distributed import Client
 
 from ..engine.backend import backend_of, is_dask
 from ..engine.frames import meta_of, require_columns
 from ..engine.run import JobError, Wave, current_client, results, run, waves
-from ..storage import files, shards
-from ..storage.tar_copy import WriteError, sample_sizes, write_tar
-
-#: Columns that the writer needs.
-LOCATORS = ("key", "shard", "sample_offset", "sample_nbytes")
-
-#: Columns by which it checks, where they are there, that an image is still the one that was scored.
-_CHECKS = ("offset", "nbytes", "sha256")
-
-_STATS = "_stats.json"
-_SUFFIXES = (".tar", ".parquet", ".idx", _STATS)
-_NAME = re.compile(r"(\d{5,})(\.tar|\.parquet|\.idx|_stats\.json)")
+from ..storage import files
+from ..storage.curated import (
+    LOCATORS,
+    WriteSpec,
+    check_sources,
+    concat_tables,
+    files_there,
+    overwrites,
+    remove_surplus,
+    write_shard,
+)
+from ..storage.tar_copy import WriteError, sample_sizes
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
-
-@dataclass(frozen=True)
-class WriteSpec:
-    """Where curated shards go, and how large they may be (a single larger sample gets a shard of its own)."""
-
-    folder: str
-    max_count: int = 10_000
-    max_nbytes: int = 1_000_000_000
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
-    source_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_spec(
@@ -113,7 +93,7 @@ def measure_partition(frame: Any, spec: WriteSpec) -> Kept:
         return Kept(0, 0, 0)
     keys = [row["key"] or "" for row in rows]
     sources = {row["shard"] for row in rows}
-    clash = next((url for url in sorted(sources) if _overwrites(spec.folder, url)), None)
+    clash = next((url for url in sorted(sources) if overwrites(spec.folder, url)), None)
     return Kept(len(rows), sum(_sizes(rows)), len(_cuts(rows, spec)), min(keys), max(keys), clash)
 
 
@@ -182,139 +162,11 @@ def count_tars(frame: Any, spec: WriteSpec) -> int:
 def write_partition(frame: Any, first: tuple[int, int], spec: WriteSpec, resume: bool) -> list[dict[str, Any]]:
     """Write the rows of a group as curated shards; `first` is the number of the first one, and how many there are."""
     frame = frame[frame["sample_nbytes"] > 0]
-    number, planned = first
+    backend, (number, planned) = backend_of(frame), first
     cuts = _cuts(_rows(frame), spec)
     if len(cuts) != planned:
         raise WriteError(f"the rows of {number:05d}.tar make {len(cuts)} shards, not {planned}: they changed meanwhile")
-    return [write_shard(number + i, [frame.iloc[rows]], spec, resume) for i, rows in enumerate(cuts)]
-
-
-def write_shard(number: int, frames: Sequence[Any], spec: WriteSpec, resume: bool = True) -> dict[str, Any]:
-    """Write one curated shard and what stands beside it; a finished one of the same content is left as it is."""
-    stem = f"{number:05d}"
-    table = _concat([backend_of(frame).to_arrow(frame) for frame in frames])
-    rows = table.select([name for name in (*LOCATORS, *_CHECKS) if name in table.column_names]).to_pylist()
-    sources = dict(Counter(row["shard"] for row in rows))
-    check_sources(spec.folder, sources)
-    parquet = _to_parquet(table)
-    content = _content(parquet, sources, spec.source_options)
-    urls = {suffix: files.join(spec.folder, stem + suffix) for suffix in _SUFFIXES}
-    before = _read_stats(urls[_STATS], spec.storage_options)
-    present = [suffix for suffix in _SUFFIXES if files.exists(urls[suffix], spec.storage_options)]
-    if before is None and present:
-        raise WriteError(
-            f"{urls[present[0]]} is there, and was not written by this library: "
-            "choose another folder, or move the file away"
-        )
-    if resume and before is not None and before["content"] == content and {".tar", ".parquet"} <= set(present):
-        return {**before, "resumed": True}
-    with files.write_whole(urls[".tar"], spec.storage_options) as file:
-        copied = write_tar(rows, file, spec.source_options)
-        stats = {
-            "shard": f"{stem}.tar",
-            "count": len(rows),
-            "nbytes": copied.nbytes,
-            "sha256": copied.sha256,
-            "sources": sources,
-            "content": content,
-        }
-        # An older tar would seem to be the one that the new statistics speak of.
-        files.remove(urls[".tar"], spec.storage_options)
-        _write(urls[_STATS], json.dumps(stats, indent=1, ensure_ascii=False).encode() + b"\n", spec)
-        _write(urls[".parquet"], parquet, spec)
-        idx = shards.format_idx(copied.samples)
-        if idx is None:
-            files.remove(urls[".idx"], spec.storage_options)
-        else:
-            _write(urls[".idx"], idx.encode(), spec)
-    return {**stats, "resumed": False}
-
-
-def _write(url: str, data: Any, spec: WriteSpec) -> None:
-    with files.write_whole(url, spec.storage_options) as file:
-        file.write(data)
-
-
-def _concat(tables: Sequence[pa.Table]) -> pa.Table:
-    """One table in one piece, whose bytes do not tell how the rows were cut into partitions."""
-    plain = []
-    for table in tables:
-        for i, column in enumerate(table.schema):
-            if pa.types.is_dictionary(column.type):
-                # Each partition of a categorical column may number its categories in another way.
-                values = table.column(i).cast(column.type.value_type)
-                table = table.set_column(i, column.with_type(values.type), values)
-        plain.append(table.replace_schema_metadata(None))
-    # A user's column that is all null in one partition has no type there.
-    return pa.concat_tables(plain, promote_options="permissive").combine_chunks()
-
-
-def _to_parquet(table: pa.Table) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
-
-
-def _content(parquet: pa.Buffer, sources: Iterable[str], source_options: Mapping[str, Any]) -> str:
-    """Hash of all that decides what the shard's files hold: the rows, and the versions of their sources."""
-    digest = hashlib.sha256()
-    for url in sources:
-        digest.update(f"{url} {shards.fingerprint(url, source_options)}\n".encode())
-    digest.update(parquet)
-    return digest.hexdigest()
-
-
-# --- the folder -----------------------------------------------------------------------------------
-
-
-def check_sources(folder: str, sources: Iterable[str]) -> None:
-    """Raise `WriteError` if a shard that is read lies in the folder, under a name that a curated shard may get."""
-    for url in sources:
-        if _overwrites(folder, url):
-            raise WriteError(f"{url} is read, and lies in the folder that is to be written: choose another folder")
-
-
-def _overwrites(folder: str, url: str) -> bool:
-    parent, _, name = url.rpartition("/")
-    return _NAME.fullmatch(name) is not None and _same_folder(parent, folder)
-
-
-def files_there(folder: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Names of the files in a folder that are called like those of a curated shard, whoever wrote them."""
-    names = (url.rpartition("/")[2] for url in files.list_files(folder, "", storage_options))
-    return [name for name in names if _NAME.fullmatch(name)]
-
-
-def written_shards(folder: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Stems of this library's curated shards in a folder, in order; one without its tar is unfinished."""
-    names = files_there(folder, storage_options)
-    stems = sorted((name.removesuffix(_STATS) for name in names if name.endswith(_STATS)), key=int)
-    return [s for s in stems if _read_stats(files.join(folder, s + _STATS), storage_options) is not None]
-
-
-def remove_surplus(folder: str, count: int, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Remove this library's curated shards beyond the first `count`: those of an earlier, larger selection."""
-    surplus = [stem for stem in written_shards(folder, storage_options) if int(stem) >= count]
-    for stem in surplus:
-        for suffix in _SUFFIXES:  # the statistics last: they say whose the others are
-            files.remove(files.join(folder, stem + suffix), storage_options)
-    return surplus
-
-
-def _read_stats(url: str, storage_options: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Read a statistics file; None unless it is this library's (img2dataset calls its own the same)."""
-    try:
-        stats = json.loads(files.read_text(url, storage_options) or "null")
-    except ValueError:
-        return None
-    return stats if isinstance(stats, dict) and {"content", "sha256", "shard"} <= stats.keys() else None
-
-
-def _same_folder(a: str, b: str) -> bool:
-    if files.is_local(a) and files.is_local(b):
-        return files.local_path(a).resolve() == files.local_path(b).resolve()
-    (protocol_a, _, path_a), (protocol_b, _, path_b) = a.partition("://"), b.partition("://")
-    return protocol_a == protocol_b and path_a.strip("/") == path_b.strip("/")
+    return [write_shard(number + i, [backend.to_arrow(frame.iloc[rows])], spec, resume) for i, rows in enumerate(cuts)]
 
 
 # --- the job --------------------------------------------------------------------------------------
@@ -501,4 +353,4 @@ def _together(frames: Sequence[Any], columns: Sequence[str]) -> Any:
     if len(frames) == 1:
         return frames[0][list(columns)]
     backend = backend_of(frames[0])
-    return backend.from_arrow(_concat([backend.to_arrow(frame[list(columns)]) for frame in frames]))
+    return backend.from_arrow(concat_tables([backend.to_arrow(frame[list(columns)]) for frame in frames]))

@@ -16,7 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from . import shards
+from .samples import Member, Sample
+from .tar_index import BLOCK, hold_shard, index_tar, open_shard
+from .tar_read import read_extents
 
 #: A longer extent (bytes) is not read in one piece: its members may lie far apart.
 _LONG_EXTENT = 256 << 20
@@ -66,7 +68,7 @@ class Copied:
 
     nbytes: int
     sha256: str
-    samples: list[shards.Sample]
+    samples: list[Sample]
 
 
 def write_tar(rows: list[dict[str, Any]], file: IO[bytes], source_options: Mapping[str, Any]) -> Copied:
@@ -134,8 +136,8 @@ def _in_one_piece(
     url: str, rows: list[dict[str, Any]], source_options: Mapping[str, Any]
 ) -> Iterator[list[tuple[str, bytes]]]:
     extents = [(row["sample_offset"], row["sample_nbytes"]) for row in rows]
-    for row, data in zip(rows, shards.read_extents(url, extents, source_options), strict=True):
-        index = shards.index_tar(io.BytesIO(data), extent=True)
+    for row, data in zip(rows, read_extents(url, extents, source_options), strict=True):
+        index = index_tar(io.BytesIO(data), extent=True)
         # Behind the sample's first member, others' members may lie between.
         sample = _checked(row, index.samples[0] if index.samples else None, index.error, row["sample_offset"])
         stored = [data[m.offset : m.offset + m.stored] for m in sample.members]
@@ -146,13 +148,13 @@ def _in_one_piece(
 class _Known:
     """What the index of a source says of some of its samples, by their offsets."""
 
-    samples: dict[int, shards.Sample]
+    samples: dict[int, Sample]
     error: str | None
 
 
 def _find_samples(url: str, offsets: set[int], source_options: Mapping[str, Any]) -> _Known:
-    with shards.hold_shard(url, source_options), shards.open_shard(url, source_options) as file:
-        index = shards.index_tar(file)
+    with hold_shard(url, source_options), open_shard(url, source_options) as file:
+        index = index_tar(file)
     return _Known({s.offset: s for s in index.samples if s.offset in offsets}, index.error)
 
 
@@ -163,12 +165,12 @@ def _one_by_one(
     extents = [(m.offset, m.stored) for sample in samples for m in sample.members]
     # A remote source was streamed to be indexed: for most of it, that copy serves better than ranges.
     whole = 2 * sum(nbytes for _, nbytes in extents) >= max((offset + nbytes for offset, nbytes in extents), default=0)
-    pieces = shards.read_extents(url, extents, source_options, whole)
+    pieces = read_extents(url, extents, source_options, whole)
     for row, sample in zip(rows, samples, strict=True):
         yield _expanded(row, sample, [next(pieces) for _ in sample.members])
 
 
-def _checked(row: Mapping[str, Any], sample: shards.Sample | None, error: str | None, base: int = 0) -> shards.Sample:
+def _checked(row: Mapping[str, Any], sample: Sample | None, error: str | None, base: int = 0) -> Sample:
     """Return the sample that was found where a row says; raise `WriteError` if it is not the row's."""
     if sample is None:
         raise _changed(row, error or "no sample begins there")
@@ -179,9 +181,7 @@ def _checked(row: Mapping[str, Any], sample: shards.Sample | None, error: str | 
     return sample
 
 
-def _expanded(
-    row: Mapping[str, Any], sample: shards.Sample, stored: list[bytes], base: int = 0
-) -> list[tuple[str, bytes]]:
+def _expanded(row: Mapping[str, Any], sample: Sample, stored: list[bytes], base: int = 0) -> list[tuple[str, bytes]]:
     """Names and contents of a sample's members; raise `WriteError` if its image is not the one that was scored."""
     for member, data in zip(sample.members, stored, strict=True):
         if len(data) < member.stored:
@@ -200,15 +200,15 @@ def _changed(row: Mapping[str, Any], wrong: str) -> WriteError:
     )
 
 
-def _add(tar: tarfile.TarFile, key: str, members: list[tuple[str, bytes]]) -> shards.Sample:
+def _add(tar: tarfile.TarFile, key: str, members: list[tuple[str, bytes]]) -> Sample:
     first = tar.offset
-    sample = shards.Sample(key, first, first)
+    sample = Sample(key, first, first)
     for name, data in members:
         info = tarfile.TarInfo(name)
         info.size, info.mode = len(data), 0o644
         tar.addfile(info, io.BytesIO(data))
-        padded = -(-len(data) // shards.BLOCK) * shards.BLOCK
+        padded = -(-len(data) // BLOCK) * BLOCK
         ext = name.rpartition("/")[2].partition(".")[2].lower()
-        sample.members.append(shards.Member(name, ext, tar.offset - padded, len(data)))
+        sample.members.append(Member(name, ext, tar.offset - padded, len(data)))
     sample.end = tar.offset
     return sample

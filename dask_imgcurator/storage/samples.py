@@ -1,0 +1,144 @@
+"""Samples of a tar: a run of members that share a key, as in webdataset.
+
+The key is a member's path up to the first dot of its last component, the extension (lower case) is what follows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+#: Extensions by which a member is taken for an image. What the bytes are is decided later, by content.
+IMAGE_EXTENSIONS = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff avif heic heif jxl jp2 ppm pgm pbm".split())
+
+_NOTES = re.compile(r"__[^/]*__/")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file in a tar and where its data lie; `pieces`: offset and length of what the tar holds of a sparse file."""
+
+    name: str
+    ext: str
+    offset: int
+    nbytes: int
+    pieces: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def stored(self) -> int:
+        """Bytes that the tar holds of it, from `offset` on."""
+        return self.nbytes if self.pieces is None else sum(nbytes for _, nbytes in self.pieces)
+
+    def expand(self, data: bytes) -> bytes:
+        """Content of the file, from the bytes that the tar holds of it."""
+        if self.pieces is None:
+            return data
+        out, position = bytearray(self.nbytes), 0
+        for start, nbytes in self.pieces:
+            out[start : start + nbytes] = data[position : position + nbytes]
+            position += nbytes
+        return bytes(out)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What has a sample's key, but cannot be one of its members: a link, say."""
+
+    ext: str
+    reason: str
+
+
+@dataclass
+class Sample:
+    """Members that share a key, the extent that holds them all, and what is left out."""
+
+    key: str
+    offset: int
+    end: int
+    members: list[Member] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def get(self, ext: str) -> Member | None:
+        """Return the member with this extension."""
+        return next((m for m in self.members if m.ext == ext), None)
+
+    def image(self, preferred: Sequence[str] = ()) -> Member | None:
+        """Return the image of the sample.
+
+        The first member, in the tar's order, whose extension is an image's; a plain extension (``jpg``) goes before one
+        with a prefix (``seg.png``). Where there are preferred extensions, the member that has the first of them that
+        any member has, and no other.
+        """
+        if preferred:
+            return next((m for ext in preferred if (m := self.get(ext)) is not None), None)
+        images = [m for m in self.members if _is_image(m.ext)]
+        plain = [m for m in images if "." not in m.ext]
+        return next(iter(plain or images), None)
+
+    def why_no_image(self, preferred: Sequence[str] = ()) -> str:
+        """Say what there is instead, where `image` finds none."""
+        reasons = [x.reason for x in self.left_out if (x.ext in preferred if preferred else _is_image(x.ext))]
+        if reasons:
+            return reasons[0]
+        wanted = f"the extension {' or '.join(preferred)}" if preferred else "an image extension"
+        found = [*(m.ext for m in self.members), *(x.reason for x in self.left_out)]
+        return f"no member with {wanted} (found: {', '.join(found)})"
+
+
+def _is_image(ext: str) -> bool:
+    return ext.rpartition(".")[2] in IMAGE_EXTENSIONS
+
+
+@dataclass
+class ShardIndex:
+    """What a tar holds: whole samples, what is wrong with it (or None), and the sample in which the damage lies."""
+
+    samples: list[Sample]
+    error: str | None = None
+    broken: Sample | None = None
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    r"""Split a member's name into key and lower-case extension; None for a name that belongs to no sample.
+
+    The rules are webdataset's: the key runs to the first dot after the last slash; names without an extension, hidden
+    files and what lies under ``__…__/`` (notes on the shard) are left out. Bytes of a name that are no UTF-8 stand as
+    ``\xe9`` in the key, since a string column cannot hold them.
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, dot, ext = base.partition(".")
+    if not stem or not dot or _NOTES.match(name):
+        return None
+    key, ext = folder + slash + stem, ext.lower()
+    if not name.isascii():
+        key, ext = as_utf8(key), as_utf8(ext)
+    return key, ext
+
+
+def as_utf8(name: str) -> str:
+    # tarfile decodes with "surrogateescape", so that odd bytes survive.
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def format_idx(samples: Iterable[Sample]) -> str | None:
+    """Write an index in the format of DALI's ``wds2idx``, version 1.2.
+
+    A header line, then for each sample a line with ``ext offset size name`` for each member.
+
+    Returns None when a name holds white space or bytes that are no UTF-8, or a member is sparse: the format cannot
+    express these.
+    """
+    lines = []
+    for sample in samples:
+        parts: list[str] = []
+        for m in sample.members:
+            # DALI wants the extension as it stands in the name.
+            ext = m.name.rpartition("/")[2].partition(".")[2]
+            parts += [ext, str(m.offset), str(m.nbytes), m.name]
+        if any(not part or any(c.isspace() or "\ud800" <= c <= "\udfff" for c in part) for part in parts):
+            return None
+        if any(m.pieces is not None for m in sample.members):
+            return None
+        lines.append(" ".join(parts))
+    return "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"

@@ -1,0 +1,73 @@
+"""Read members of a tar by offset."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import IO, Any
+
+from .files import is_local
+from .remote import hold_copy, read_ranges
+from .samples import Member, split_name
+from .tar_index import ShardError, entries, open_shard
+
+#: Larger text and JSON members are left unread (bytes): a caption has no gigabytes, and a worker no room for them.
+TEXT_LIMIT = 64 << 20
+
+
+def read_extents(
+    url: str,
+    extents: Iterable[tuple[int, int]],
+    storage_options: Mapping[str, Any] | None = None,
+    whole: bool = False,
+) -> Iterator[bytes]:
+    """Yield pieces of a shard, by offset and length, in the order given; shorter where the file ends early.
+
+    Ascending offsets read it once, in sequence. `whole`: a remote shard is streamed as a whole, for when most of it is
+    wanted; else only the pieces are fetched.
+    """
+    if is_local(url):
+        source: Any = contextlib.nullcontext()
+    elif whole:
+        source = hold_copy(url, storage_options)
+    else:
+        yield from read_ranges(url, list(extents), storage_options)
+        return
+    with source, open_shard(url, storage_options) as file:
+        for offset, nbytes in extents:
+            file.seek(offset)
+            yield file.read(nbytes)
+
+
+def read_text(file: IO[bytes], member: Member) -> str | None:
+    """Read a text member; bytes that are no UTF-8 become U+FFFD, and a byte order mark is dropped.
+
+    None where it is larger than `TEXT_LIMIT`.
+    """
+    if member.nbytes > TEXT_LIMIT:
+        return None
+    file.seek(member.offset)
+    return member.expand(file.read(member.stored)).decode("utf-8-sig", errors="replace")
+
+
+def read_json(file: IO[bytes], member: Member) -> dict[str, Any]:
+    """Read a JSON member; an empty dict where it is not a JSON object, or larger than `TEXT_LIMIT`."""
+    try:
+        value = json.loads(read_text(file, member) or "")
+    except (ValueError, RecursionError):  # the latter: thousands of brackets
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def first_json(url: str, count: int, storage_options: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the first JSON members of a shard, reading no further than it must; fewer where it is damaged."""
+    with open_shard(url, storage_options) as file, contextlib.suppress(ShardError):
+        for entry in entries(file):
+            parts = split_name(entry.name)
+            if parts is None or parts[1] != "json" or entry.left_out is not None:
+                continue
+            yield read_json(file, Member(entry.name, parts[1], entry.offset, entry.nbytes, entry.pieces))
+            count -= 1
+            if count <= 0:
+                return
