@@ -20,32 +20,18 @@ from .survey import FIRST, SIZES, Rank, Wall, floats, histograms_of, numbers_of,
 
 _IDENTITY = ("shard", "key", "sample_offset")
 _SEED = 0
-_KINDS = (Kind("in", (KEPT,), "in both"), Kind("own", (OWN,), "only in A"), Kind("out", (OTHER,), "only in B"))
+_KINDS = (Kind("in", KEPT, "in both"), Kind("own", OWN, "only in A"), Kind("out", OTHER, "only in B"))
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of two selections.
-
-    Attributes
-    ----------
-    name : str
-        As the user gave it: a folder, or an expression.
-    urls : sequence of str
-        Files of its score table.
-    schema : pyarrow.Schema
-        Of the first of them.
-    settled : Settled
-        What keeps a row of the table.
-    made_by : sequence of str
-        Steps by which the table itself was selected, as far as it says.
-    """
+    """One of two selections, by the name that the user gave it: a folder, or an expression."""
 
     name: str
-    urls: Sequence[str]
-    schema: pa.Schema
+    urls: Sequence[str]  # of the files of its score table
+    schema: pa.Schema  # of the first of them
     settled: Settled = field(default_factory=Settled)
-    made_by: Sequence[str] = ()
+    made_by: Sequence[str] = ()  # steps by which the table itself was selected, as far as it says
 
     def kept(self, columns: set[str], storage_options: Mapping[str, Any]) -> Iterator[pa.Table]:
         """Stream the rows that it keeps, with `columns` and those that tell rows apart."""
