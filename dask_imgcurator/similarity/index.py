@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from ..duplicates.neighbours import BRUTE_FORCE_ROWS
+from ..duplicates.cells import BRUTE_FORCE_ROWS
 from ..steps import read as collection, score_table as score
 from ..storage import files, shards
 from .queries import table_provenance
