@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ..schema import COLUMNS
 from .render import number, share
 
 # What becomes of an image that has a value; places in `Histogram.counts`.
@@ -59,15 +60,15 @@ PROBABILITY = Scale(
     lambda _low, _high: [0.5, 0.01, 0.99, 1e-4, 1e-6, 1e-8, 1e-10, 0.9999, 0.1, 0.9, 1e-3, 0.999, 1e-5, 1e-7],
     "Logit axis.",
 )
-_SCALES = {"nsfw_score": PROBABILITY, "width": LOG, "height": LOG, "nbytes": LOG}
+_SCALES = {"linear": LINEAR, "log": LOG, "probability": PROBABILITY}
 
-# Columns where a lower value is better, so that a cut keeps what lies below it.
-LOWER_IS_BETTER = frozenset(["nsfw_score", "blur"])
+# A cut on one of these keeps what lies below it.
+LOWER_IS_BETTER = frozenset(column.name for column in COLUMNS.values() if column.lower_is_better)
 
 
 def scale_of(column: str) -> Scale:
     """Return the scale on which a column is shown."""
-    return _SCALES.get(column, LINEAR)
+    return _SCALES[COLUMNS[column].scale] if column in COLUMNS else LINEAR
 
 
 @dataclass(frozen=True)

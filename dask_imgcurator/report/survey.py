@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..results import Counts
-from ..schema import kind_of
+from ..schema import MEASURES, kind_of
 from ..select.ranks import ValueOrder
 from ..select.settle import Bound, Condition, Settled, counts_of
 from ..select.where import Where
@@ -37,7 +37,6 @@ FIRST = ("aesthetic_score", "clip_score", "nsfw_score")
 
 SIZES = ("width", "height")
 
-_MEASURES = ("brightness", "contrast", "blur", "entropy", "colourfulness")
 _NAME = r"(?:`(?P<quoted>[^`]+)`|(?P<name>[^\W\d]\w*))"
 _LITERAL = r"(?P<number>-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
 _BOUNDS = (
@@ -137,7 +136,7 @@ class Survey:
         self.marks = [m for m in marks if m is not None and m.column in numbers]
         bounded = [m.column for m in self.marks]
         scores = [*FIRST, *(n for n in schema.names if n.endswith("_score"))]
-        self.histograms = histograms_of([*scores, *_MEASURES, *SIZES, *bounded], numbers)
+        self.histograms = histograms_of([*scores, *MEASURES, *SIZES, *bounded], numbers)
         self.scores = [n for n in self.histograms if n in {*scores, *bounded} - set(SIZES)]  # shown with a picture
         self.rank = Rank(self.scores[0]) if self.scores else None
         self.wanted = {*ROW, "sample_offset", *self.histograms, "status", *settled.columns}
