@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
+from dask_imgcurator.duplicates import hashes, neighbours
 from dask_imgcurator.duplicates.components import Forest
 from dask_imgcurator.duplicates.deduplication import dedup, duplicate_groups, find_duplicates
 from dask_imgcurator.duplicates.index import build_index, open_index
-from dask_imgcurator.duplicates.result import neighbours
 from dask_imgcurator.duplicates.rows import DedupError
 from dask_imgcurator.engine.backend import get_backend
 
@@ -122,25 +122,32 @@ def test_recall_on_real_embeddings(shared: Path, probe: int, least: float) -> No
         assert together.mean() >= least
 
 
-@pytest.mark.parametrize(("rows", "per_task"), [(100, 200), (100, 30), (40, 7)])
-def test_a_split_cell_compares_each_pair_once(rows: int, per_task: int) -> None:
-    rng = np.random.default_rng(rows)
-    ids = rng.integers(0, 2**63, rows).astype(np.uint64)
-    kind = rng.integers(0, 3, rows)
-    plan = neighbours.CellPlan(np.array([5.0, rows]), per_task)
-    which, bucket, chunk = plan.place(ids, np.ones(rows, np.int64))
-    assert bucket.min() >= plan.first[1] and bucket.max() < len(plan.part)
-    seen: list[tuple[int, int]] = []
-    for number in np.unique(bucket):
-        at = np.flatnonzero(bucket == number)
-        at = at[np.lexsort((kind[which[at]], chunk[at]))]
-        for left, right in neighbours.tiles_of(chunk[at], kind[which[at]]):
-            pairs = itertools.combinations(at[left], 2) if left == right else itertools.product(at[left], at[right])
-            seen += [tuple(sorted((int(which[a]), int(which[b])))) for a, b in pairs]
-    looking = neighbours.VISITOR, neighbours.REFERENCE
-    expected = [p for p in itertools.combinations(range(rows), 2) if {*kind[list(p)]} not in ({k} for k in looking)]
-    assert sorted(seen) == expected
-    assert plan.splits.tolist() == [1, -(-rows // per_task)]
+@pytest.mark.parametrize(("homes", "visitors", "references"), [(100, 0, 0), (40, 70, 0), (30, 20, 60), (0, 9, 8)])
+def test_a_cell_compares_each_pair_once(
+    homes: int, visitors: int, references: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that live there, with each other and with all others; and visitors with the reference."""
+    monkeypatch.setattr(neighbours, "BLOCK", 16)
+    rows = np.random.default_rng(homes).permutation(homes + visitors + references)
+    kind = np.repeat([0, 1, 2], [homes, visitors, references])
+    cell = neighbours.Cell(rows, homes, visitors)
+
+    def take(some: np.ndarray) -> np.ndarray:
+        return np.ones((len(some), 1), np.float32)
+
+    monkeypatch.setattr(neighbours, "Forest", Everything)
+    found = [neighbours.near_pairs(cell, left, take, "cpu", 0.5) for left in cell.left()]
+    seen = [tuple(sorted(pair)) for a, b, _ in found for pair in zip(a.tolist(), b.tolist(), strict=True)]
+    meeting = ({0}, {0, 1}, {0, 2}, {1, 2})
+    expected = [p for p in itertools.combinations(range(len(rows)), 2) if {*kind[list(p)]} in meeting]
+    assert sorted(seen) == sorted(tuple(sorted(rows[list(p)].tolist())) for p in expected)
+
+
+class Everything(Forest):
+    """Keeps all pairs."""
+
+    def _thin(self) -> None:
+        pass
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2, 7, 40]))
@@ -165,7 +172,13 @@ def test_a_forest_connects_what_all_pairs_connect(seed: int, n: int) -> None:
 
 def test_many_copies_make_few_pairs() -> None:
     vectors = torch.nn.functional.normalize(torch.ones(2500, 4) + 1e-3 * torch.rand(2500, 4), dim=1)
-    i, _, similarity = neighbours.similar_pairs(vectors, [(slice(0, 2500), slice(0, 2500))], 0.9)
+    cell = neighbours.Cell(np.arange(2500), 2500, 0)
+    found = [neighbours.near_pairs(cell, left, vectors.numpy().__getitem__, "cpu", 0.9) for left in cell.left()]
+    forest = Forest(2500, limit=0)
+    for pairs in found:
+        assert len(pairs[0]) < 2500
+        forest.add(*pairs)
+    i, _, similarity = forest.pairs()
     assert len(i) == 2499
     assert similarity.min() > 0.99
 
@@ -384,7 +397,7 @@ def test_hashes_against_brute_force(distance: int) -> None:
 
 @pytest.mark.parametrize(("n", "distance"), [(10, 3), (10**6, 4), (10**9, 4), (10**9, 8), (10**7, 1)])
 def test_no_table_misses_a_near_pair(n: int, distance: int) -> None:
-    masks = neighbours.hamming_masks(n, distance)
+    masks = hashes.hamming_masks(n, distance)
     rng = np.random.default_rng(n + distance)
     for _ in range(300):
         flips = sum(1 << int(b) for b in rng.choice(64, distance, replace=False))
@@ -392,19 +405,17 @@ def test_no_table_misses_a_near_pair(n: int, distance: int) -> None:
 
 
 def test_more_tables_for_more_hashes() -> None:
-    few, many = neighbours.hamming_masks(10**4, 4), neighbours.hamming_masks(10**9, 4)
+    few, many = hashes.hamming_masks(10**4, 4), hashes.hamming_masks(10**9, 4)
     assert len(few) < len(many)
     assert min(m.bit_count() for m in few) < min(m.bit_count() for m in many)
 
 
 def test_pairs_of_hashes_are_found_once() -> None:
-    hashes = planted_hashes(60, 1)
-    hashes = np.unique(hashes)
-    masks = neighbours.hamming_masks(len(hashes), 3)
-    copies, table = np.tile(hashes, len(masks)), np.repeat(np.arange(len(masks)), len(hashes))
-    i, j, bits = neighbours.hamming_pairs(copies, table, masks, 3, np.zeros(len(copies), bool))
-    found = [tuple(sorted((int(copies[a]), int(copies[b])))) for a, b in zip(i, j, strict=True)]
-    expected = [p for p in itertools.combinations(hashes.tolist(), 2) if (p[0] ^ p[1]).bit_count() <= 3]
+    values = np.unique(planted_hashes(60, 1))
+    masks = hashes.hamming_masks(len(values), 3)
+    i, j, bits = hashes.hamming_pairs(values, masks, 3, np.zeros(len(values), bool))
+    found = [tuple(sorted((int(values[a]), int(values[b])))) for a, b in zip(i, j, strict=True)]
+    expected = [p for p in itertools.combinations(values.tolist(), 2) if (p[0] ^ p[1]).bit_count() <= 3]
     assert sorted(found) == sorted(expected)
     assert bits.tolist() == [(a ^ b).bit_count() for a, b in found]
 
@@ -517,8 +528,8 @@ def test_index_errors(tmp_path: Path) -> None:
     assert about["columns"] == ["embedding"]
     with pytest.raises(ValueError, match="tier exact needs the column sha256 in the reference"):
         find_duplicates(frame_of(np.eye(3), sha256=[*"abc"]), against=tmp_path / "a")
-    (tmp_path / "a" / "index.json").write_text(json.dumps({**about, "format": 2}))
-    with pytest.raises(DedupError, match="format 2; this version reads 1"):
+    (tmp_path / "a" / "index.json").write_text(json.dumps({**about, "format": 1}))
+    with pytest.raises(DedupError, match="format 1; this version reads 2"):
         open_index(tmp_path / "a")
     with pytest.raises(ValueError, match="dtype='int8': use float32 or float16"):
         build_index(frame_of(np.eye(3)), tmp_path / "b", dtype="int8")

@@ -8,11 +8,12 @@
 or, where the values are known, ``df = dedup(df, eps=0.05, keep="aesthetic_score")``.
 
 **Tiers.** Each works on what the one before left. *exact*: the same ``sha256``. *perceptual*: ``phash`` within
-``max_distance`` bits; identical hashes are one, then no pair is missed (`neighbours.hamming_masks`). Hashes with fewer
+``max_distance`` bits; identical hashes are one, then no pair is missed (`hashes.hamming_masks`). Hashes with fewer
 than 8 bits set, or not set, are not compared: plain areas of any colour have the same. *semantic*: cosine
-of at least 1 - eps. Up to 20,000 rows every pair is compared. Above, rows are compared within k-means cells, and each
-row also with those of the ``probe - 1`` next cells in which a neighbour may lie; what may be missed are pairs on the
-border of cells, and the fewer the smaller eps is. ``n_cells=1`` compares all pairs, however many.
+of at least 1 - eps. Up to 20,000 rows every pair is compared. Above, k-means makes 2 √n cells, and a row is compared
+with those that live in its ``probe`` nearest; what may be missed are pairs on the border of cells, and the fewer the
+smaller eps is. `Duplicates.cells` tells how many, by comparing 512 rows with all. ``n_cells=1`` compares all pairs,
+however many.
 
 **Who stays.** Three rules. Take a ~ b ~ c, where a and c are not near each other:
 
@@ -28,16 +29,15 @@ border of cells, and the fewer the smaller eps is. ``n_cells=1`` compares all pa
 
 With ``keep=COLUMN`` the highest value is the best, missing ones last; ties go by ``shard``, ``key`` and
 ``sample_offset``. That order is total, and which rows meet follows from hashes of these three: the result depends on
-neither partitions, workers nor the order of rows (to the rounding of float32 where a cosine lies on the threshold).
+neither threads, partitions, workers nor the order of rows.
 
-**Memory.** Embeddings are never in one place. A task holds one input partition, or about 25,000 rows of a comparison
-(twice that where a cell is split), in a few copies: 25,000 x 512 float32 are 51 MB. Dask's shuffle adds its buffers:
-of 100,000 x 512, a worker took 1 GB at its peak over what it took when idle. One task holds the sample for
-k-means: 64 rows a cell, at most 500,000. Pairs come to the client, thinned to fewer than one a row and cell that have
-duplicates, with their rows' names: some hundred bytes for each row in a group.
-
-**Passes.** The frame is read up to four times (light columns, sample, comparison, similarities). Give it a score table
-(`read_scores`) or ``df.persist()``, not a lazy `embed` that would decode the images each time.
+**Where, and in how much memory.** The frame is read once, wherever its partitions are computed; its rows come to the
+process that asks. There they take about 100 bytes each in memory, and their vectors a file in Dask's
+``temporary-directory`` (2 GB for 10⁶ rows of 512), which is mapped: 2 GB count as this process's memory but are the
+system's to take back. Cells are then compared here, on all threads or on the card. Vectors could be shuffled to the
+workers of a cluster instead; but they would be sent and stored there as often as a row has cells, while to compare
+them takes this machine some microseconds a row. Sets too large for one disk go in parts, each against the index of
+those before (``against``, ``append``).
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from ..engine.backend import backend_of, get_backend, is_dask
+from ..engine.backend import Backend, backend_of, local_backend
+from ..engine.frames import meta_of
 from ..schema import kind_of
-from . import neighbours
-from .components import component_roots, follow, order_rows, strongest
-from .graphs import LightPass, Source, cells_of, light_pairs, semantic_pairs
-from .index import Index, open_index, source_of
+from . import hashes
+from .cells import Cells, assign, default_cells, train
+from .components import NO_PAIRS, Forest, Pairs, component_roots, follow, order_rows, strongest
+from .index import Index, by_id, open_index, source_of
+from .neighbours import TOLERANCE, compare_cells, earlier_pairs, near_pairs
 from .result import Duplicates, Level
-from .rows import Comparison, DedupError, Found
-
-__all__ = ["RULES", "TIERS", "DedupError", "Duplicates", "dedup", "duplicate_groups", "find_duplicates"]
+from .rows import Rows, Source, gather
 
 Rule = Literal["components", "semdedup", "nemo"]
 
@@ -78,23 +78,24 @@ _NEEDS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What `find_duplicates` was asked for, checked."""
+    """What `find_duplicates` was asked for; `central` is the order "hard" or "easy"."""
 
-    tiers: tuple[str, ...]
-    eps: tuple[float, ...]
+    tiers: Any
+    eps: Any
     max_distance: int
     keep: str | None
     lowest: bool
-    central: str | None
     rule: Rule
     n_cells: int | None
     probe: int
     seed: int
     columns: Mapping[str, str]
+    central: str | None = None
 
-    def column(self, tier: str) -> str:
-        """Name of the column that a tier compares."""
-        return self.columns[_NEEDS[tier][0]]
+    @property
+    def sequential(self) -> bool:
+        """Whether rows go one after another, by those before them."""
+        return self.rule != "components"
 
 
 def find_duplicates(
@@ -108,7 +109,7 @@ def find_duplicates(
     rule: Rule = "components",
     against: Any = None,
     n_cells: int | None = None,
-    probe: int = 2,
+    probe: int = 3,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
     embedding: str = "embedding",
@@ -118,8 +119,7 @@ def find_duplicates(
 ) -> Duplicates:
     """Find the duplicates in a frame, and those of a reference.
 
-    This computes: it reads the frame several times, see the notes of this module, which also say how the
-    tiers and rules work.
+    This computes: it reads the frame once. The notes of this module say how the tiers and rules work.
 
     Parameters
     ----------
@@ -146,8 +146,8 @@ def find_duplicates(
         benchmark that must not be trained on. Rows that duplicate one of its rows go; its rows always stay, and are not
         compared with each other.
     n_cells : int, optional
-        k-means cells; by default √n above 20,000 rows, else 1. 1 compares all pairs. An index of a like size brings its
-        own.
+        k-means cells; by default 2 √n above 20,000 rows, else 1. 1 compares all pairs. An index of a like size brings
+        its own.
     probe : int
         Cells in which a row looks for neighbours, its own included. The other two rules use 1.
     seed : int
@@ -173,71 +173,59 @@ def find_duplicates(
     DedupError
         If two rows cannot be told apart, or vectors differ in width, from each other or from the reference's.
     """
-    columns = {"sha256": sha256, "phash": phash, "embedding": embedding}
-    options = _settle(df, tiers, eps, max_distance, keep, lowest, rule, n_cells, probe, seed, columns)
-    use = {_NEEDS[tier][0]: options.column(tier) for tier in options.tiers}
-    if "semantic" not in options.tiers and embedding in df.columns:
+    asked = Options(
+        tiers, eps, max_distance, keep, lowest, rule, n_cells, probe, seed,
+        {"sha256": sha256, "phash": phash, "embedding": embedding},
+    )  # fmt: skip
+    options = _settle(df, asked)
+    use = {_NEEDS[tier][0]: options.columns[_NEEDS[tier][0]] for tier in options.tiers}
+    if embedding in df.columns:
         use["embedding"] = embedding  # for the similarity in the table of groups
-    sources = [source_of(df, use, keep=options.keep, lowest=lowest)]
+    sources = [source_of(df, use, options.keep, lowest)]
     index = None
+    if isinstance(against, str | os.PathLike):
+        index = open_index(against, storage_options)
+    elif isinstance(against, Index):
+        index = against
     if against is not None:
-        reference, index = _reference(against, use, options, storage_options)
-        sources.append(reference)
-    light = light_pairs(sources, options.tiers, max_distance)
-    width = _width(light, embedding, index, provenance)
-    return _decide(sources, light, options, width, index)
+        _check_reference(index.about["columns"] if index is not None else list(against.columns), index, use, options)
+    if against is not None and index is None:
+        sources.append(source_of(against, {c: name for c, name in use.items() if name in against.columns}))
+    read = sources
+    if "semantic" not in options.tiers:
+        read = [replace(s, spec=replace(s.spec, embedding=None)) for s in sources]
+    if index is not None:
+        index.check_origin(provenance)
+    return _decide(sources, gather(read, index), options, index, local_backend(backend_of(df)))
 
 
-def _settle(
-    df: Any,
-    tiers: Sequence[str] | None,
-    eps: float | Sequence[float],
-    max_distance: int,
-    keep: str | None,
-    lowest: bool,
-    rule: Rule,
-    n_cells: int | None,
-    probe: int,
-    seed: int,
-    columns: Mapping[str, str],
-) -> Options:
+def _settle(df: Any, asked: Options) -> Options:
     """Check what was asked for."""
     backend_of(df)  # raises for what is no frame
-    if rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}: use {', '.join(RULES)}")
-    values = (eps,) if isinstance(eps, int | float) else tuple(eps)
+    if asked.rule not in RULES:
+        raise ValueError(f"unknown rule {asked.rule!r}: use {', '.join(RULES)}")
+    values = (asked.eps,) if isinstance(asked.eps, int | float) else tuple(asked.eps)
     wrong = [e for e in values if not 0 <= e <= 2]
     if wrong or not values:
-        raise ValueError(f"eps={wrong[0] if wrong else eps}: 1 - cosine lies between 0 and 2")
-    for name, value, low, high in (("max_distance", max_distance, 0, 16), ("probe", probe, 1, 64)):
+        raise ValueError(f"eps={wrong[0] if wrong else asked.eps}: 1 - cosine lies between 0 and 2")
+    for name, value, low, high in (("max_distance", asked.max_distance, 0, 16), ("probe", asked.probe, 1, 64)):
         if not low <= value <= high:
             raise ValueError(f"{name}={value}: it must be {low} to {high}")
-    if n_cells is not None and n_cells < 1:
-        raise ValueError(f"n_cells={n_cells}: it must be at least 1")
-    chosen = _tiers(df, tiers, columns)
-    central = None
-    if keep is None:
-        keep = "first" if rule == "components" else "hard"
+    if asked.n_cells is not None and asked.n_cells < 1:
+        raise ValueError(f"n_cells={asked.n_cells}: it must be at least 1")
+    keep, central = asked.keep or ("hard" if asked.sequential else "first"), None
     if keep in ("hard", "easy"):
-        if rule == "components":
+        if not asked.sequential:
             raise ValueError(f"keep={keep!r} is an order of the rules semdedup and nemo: name a column, or 'first'")
-        central, keep = keep, None
-    elif keep == "first":
-        keep = None
-    else:
+        central = keep
+    elif keep != "first":
         _check_keep(df, keep)
-    return Options(
-        chosen,
-        tuple(sorted({float(e) for e in values})),
-        max_distance,
-        keep,
-        lowest,
-        central,
-        rule,
-        n_cells,
-        probe,
-        seed,
-        columns,
+    return replace(
+        asked,
+        tiers=_tiers(df, asked.tiers, asked.columns),
+        eps=tuple(sorted({float(e) for e in values})),
+        keep=None if central or keep == "first" else keep,
+        central=central,
     )
 
 
@@ -266,137 +254,116 @@ def _tiers(df: Any, tiers: Sequence[str] | None, columns: Mapping[str, str]) -> 
 
 
 def _check_keep(df: Any, keep: str) -> None:
-    from dask.dataframe.utils import make_meta
-
     if keep not in df.columns:
         raise ValueError(
             f"keep={keep!r}: there is no such column (there are: {', '.join(map(str, df.columns))}, or 'first')"
         )
-    backend = backend_of(df)
-    start = make_meta(df) if is_dask(df) else df.iloc[:1]
-    kind = backend.to_host(start, [keep]).schema.field(keep).type
+    kind = backend_of(df).to_host(meta_of(df), [keep]).schema.field(keep).type
     if kind_of(kind) in ("string", "list"):
         raise TypeError(f"keep={keep!r} is a column of {kind}: name one of numbers, truth values or times")
 
 
-def _reference(
-    against: Any, use: Mapping[str, str], options: Options, storage_options: Mapping[str, Any] | None
-) -> tuple[Source, Index | None]:
-    index = None
-    if isinstance(against, str | os.PathLike):
-        against = open_index(against, storage_options)
-    if isinstance(against, Index):
-        index, use = against, {column: column for column in use if column in against.about["columns"]}
-        against = index.frame()
-    backend_of(against)
+def _check_reference(there: Sequence[str], index: Index | None, use: Mapping[str, str], options: Options) -> None:
+    """Check that a reference has the columns that are compared; those of an index have names of their own."""
     for tier in options.tiers:
-        column = _NEEDS[tier][0]
-        if column not in use or use[column] not in against.columns:
+        column, step = _NEEDS[tier]
+        name = use[column] if index is None else column
+        if name not in there:
             raise ValueError(
-                f"the tier {tier} needs the column {use.get(column, column)} in the reference too (against=): "
-                f"{_NEEDS[tier][1]} adds it, or leave the tier out"
+                f"the tier {tier} needs the column {name} in the reference too (against=): {step} adds it, or leave "
+                "the tier out"
             )
-    columns = {column: name for column, name in use.items() if name in against.columns}
-    return source_of(against, columns, ref=True), index
 
 
-def _width(light: LightPass, embedding: str, index: Index | None, provenance: Mapping[str, Any] | None) -> int:
-    """Width of the vectors; 0 where there are none."""
-    widths = [sorted({width for (ref, width) in light.counts if width and ref == which}) for which in (False, True)]
-    if index is not None:
-        index.check(widths[0][0] if widths[0] else 0, provenance)
-    for found in widths:
-        if len(found) > 1:
-            raise DedupError(f"column {embedding!r} holds vectors of different lengths: {found}")
-    ours, theirs = widths
-    if ours and theirs and ours != theirs:
-        raise DedupError(
-            f"the embeddings have {ours[0]} numbers, those of the reference (against=) {theirs[0]}: "
-            "embed both with the same model"
-        )
-    return next(iter(ours + theirs), 0)
+# --- deciding -------------------------------------------------------------------------------------
 
 
-def _decide(sources: list[Source], light: LightPass, options: Options, width: int, index: Index | None) -> Duplicates:
+def _decide(
+    sources: Sequence[Source], rows: Rows, options: Options, index: Index | None, backend: Backend
+) -> Duplicates:
     """Go through the tiers, each on what the one before left."""
-    found = dict(light.pairs)
-    rows = sum(n for (ref, _), n in light.counts.items() if not ref)
+    found: dict[str, Pairs] = {}
+    if "exact" in options.tiers:
+        found["exact"] = hashes.exact_pairs(rows)
+    if "perceptual" in options.tiers:
+        found["perceptual"] = hashes.perceptual_pairs(rows, options.max_distance)
+    check = None
     if "semantic" in options.tiers:
-        records, edges = _numbered(found)
-        levels = _levels(records, edges, options)
-        gone = np.empty(0, np.uint64)
+        numbers, levels = _levels(rows, found, options)
+        gone = np.zeros(len(rows), bool)
         if levels:
-            here = np.arange(len(records))
-            gone = np.sort(records["id"].to_numpy()[(levels[-1].root != here) & ~records["ref"].to_numpy()])
-        n = max(1, sum(n for (_, w), n in light.counts.items() if w) - len(gone))
-        found["semantic"] = _semantic(sources, n, width, options, gone, index)
-    records, edges = _numbered(found)
-    return Duplicates(sources, records, _levels(records, edges, options), rows, width)
+            gone[numbers[levels[-1].root != np.arange(len(numbers))]] = True
+            gone[rows.ours :] = False
+        there = by_id(rows)
+        cells = _cells(rows, there[~gone[there]], options, index, backend)
+        found["semantic"] = _semantic(rows, cells, options, backend.device)
+        if cells.k > 1:
+            check = cells.check(rows.vectors, options.eps, backend.device)
+    return Duplicates(sources, index, rows, *_levels(rows, found, options), check)
 
 
-def _semantic(
-    sources: list[Source], n: int, width: int, options: Options, gone: np.ndarray, index: Index | None
-) -> Found:
-    largest = max(options.eps)
-    sequential = options.rule != "components"
-    centroids = None
-    if index is not None and options.n_cells is None and 4 * len(index.centroids) >= neighbours.default_cells(n):
-        # Of an index with far fewer rows than there are now, the cells would be too large.
+def _cells(rows: Rows, there: np.ndarray, options: Options, index: Index | None, backend: Backend) -> Cells:
+    """Put rows, sorted by id, in cells."""
+    n, ours = len(there), there < rows.ours
+    home = np.full(len(rows), -1, np.int32)
+    k = options.n_cells or default_cells(n)
+    # Of an index with far fewer rows than there are now, the cells would be too large.
+    if index is not None and index.about["width"] and options.n_cells is None and 4 * len(index.centroids) >= k:
         centroids = index.centroids
-        sources = [replace(s, spec=replace(s.spec, cell=s.spec.ref)) for s in sources]
-    cells = cells_of(
-        sources,
-        n,
-        width,
-        n_cells=options.n_cells,
-        probe=1 if sequential else options.probe,
-        radius=float(np.sqrt(2 * largest)),
-        seed=options.seed,
-        without=gone,
-        centroids=centroids,
-        central=options.central is not None,
-    )
-    device = get_backend(sources[0].spec.backend).device
-    how = Comparison(width, device, 1 - largest - neighbours.TOLERANCE, sequential, options.central)
-    return semantic_pairs(sources, cells, how, gone)
+        homes = [np.repeat(np.arange(len(centroids)), np.diff(part.starts)) for part in index.parts]
+        start = len(rows) - sum(len(part.rows) for part in index.parts)
+        for part, known in zip(index.parts, homes, strict=True):
+            home[start : start + len(known)] = known
+            start += len(part.rows)
+    elif min(k, n) <= 1 and options.central is None:
+        return Cells(1, there, ours, np.zeros((n, 1), np.int32), np.zeros(n, np.float32))
+    else:
+        centroids = train(there, rows.vectors, backend, min(k, n), options.seed) if n else np.zeros((1, 0), np.float32)
+    probe = 1 if options.sequential else min(options.probe, len(centroids))
+    cells, central = np.full((n, probe), -1, np.int32), np.zeros(n, np.float32)
+    cells[:, 0] = home[there]
+    new = cells[:, 0] < 0
+    cells[new], central[new] = assign(there[new], rows.vectors, centroids, backend.device, probe)
+    return Cells(len(centroids), there, ours, cells, central)
 
 
-def _numbered(found: Mapping[str, Found]) -> tuple[pd.DataFrame, dict[str, tuple[Any, Any, Any]]]:
-    """Records of all rows in pairs, best first, and the pairs by their numbers."""
-    if not found:
-        return pd.DataFrame({"id": np.empty(0, np.uint64), "ref": np.empty(0, bool)}), {}
-    records = pd.concat([records for _, records in found.values()], ignore_index=True).drop_duplicates("id")
-    records = records.iloc[order_rows(records)].reset_index(drop=True)
-    ids = records["id"].to_numpy()
-    by_id = np.argsort(ids)
-
-    def number(of: pd.Series) -> np.ndarray:
-        return by_id[np.searchsorted(ids, of.to_numpy(np.uint64), sorter=by_id)]
-
-    edges = {
-        tier: (number(pairs["a"]), number(pairs["b"]), pairs["near"].to_numpy()) for tier, (pairs, _) in found.items()
-    }
-    return records, edges
+def _semantic(rows: Rows, cells: Cells, options: Options, device: str) -> Pairs:
+    """Find the pairs of near vectors; with the sequential rules, b is the row before a."""
+    threshold = 1 - max(options.eps) - TOLERANCE
+    if options.sequential:
+        position = np.zeros(len(rows), np.int64)
+        position[cells.rows[order_rows(rows.take(cells.rows))]] = np.arange(len(cells.rows))
+        cells = cells.sorted_by(position, options.central)
+        found = [NO_PAIRS, *compare_cells(cells, earlier_pairs, rows.vectors.take, device, threshold)]
+        a, b, near = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return a, b, near
+    forest = Forest(len(rows))
+    for pairs in compare_cells(cells, near_pairs, rows.vectors.take, device, threshold):
+        forest.add(*pairs)
+    return forest.pairs()
 
 
-def _levels(records: pd.DataFrame, edges: Mapping[str, tuple[Any, Any, Any]], options: Options) -> list[Level]:
-    """Decide who stays after each tier, and in the semantic one for each eps."""
-    n = len(records)
+def _levels(rows: Rows, found: Mapping[str, Pairs], options: Options) -> tuple[np.ndarray, list[Level]]:
+    """Number the rows in pairs, best first, and decide who stays after each tier; in the semantic one for each eps."""
+    numbers = np.unique(np.concatenate([NO_PAIRS[0], *(side for pairs in found.values() for side in pairs[:2])]))
+    numbers = numbers[order_rows(rows.take(numbers))]
+    n, place = len(numbers), np.zeros(len(rows), np.int64)
+    place[numbers] = np.arange(n)
     levels: list[Level] = []
     i, j = np.empty(0, np.int64), np.empty(0, np.int64)
     for tier in ("exact", "perceptual"):
-        if tier in edges:
-            i, j = np.r_[i, edges[tier][0]], np.r_[j, edges[tier][1]]
+        if tier in found:
+            i, j = np.r_[i, place[found[tier][0]]], np.r_[j, place[found[tier][1]]]
             levels.append(Level(tier, None, component_roots(i, j, n)))
-    if "semantic" not in edges:
-        return levels
-    a, b, cosine = edges["semantic"]
+    if "semantic" not in found:
+        return numbers, levels
+    a, b, cosine = place[found["semantic"][0]], place[found["semantic"][1]], found["semantic"][2]
     before = levels[-1].root if levels else np.arange(n)
-    if options.rule != "components":
+    if options.sequential:
         a, b, cosine = strongest(a, b, cosine)
     for eps in options.eps:
-        if options.rule == "components":
-            near = cosine >= 1 - eps - neighbours.TOLERANCE
+        if not options.sequential:
+            near = cosine >= 1 - eps - TOLERANCE
             root = component_roots(np.r_[i, a[near]], np.r_[j, b[near]], n)
         else:
             near = cosine > 1 - eps if options.rule == "semdedup" else cosine >= 1 - eps
@@ -404,7 +371,7 @@ def _levels(records: pd.DataFrame, edges: Mapping[str, tuple[Any, Any, Any]], op
             parent[a[near]] = b[near]
             root = follow(parent)
         levels.append(Level("semantic", eps, root))
-    return levels
+    return numbers, levels
 
 
 def dedup(df: Any, tiers: Sequence[str] | None = None, *, mark: bool = False, **options: Any) -> Any:

@@ -1,35 +1,51 @@
-"""What is in a set already, saved: the hashes and vectors of its images, for `dedup(against=...)`.
+"""An index: the rows of a set, saved by cell, for ``dedup(against=...)`` and for `search`.
 
-An index is a folder: ``index.json``, ``centroids.npy`` (k, d) float32, and ``part-*.parquet`` with ``key``, ``shard``,
-``sample_offset``, ``sha256``, ``phash`` (16 hexadecimal digits), ``embedding`` (unit length) and ``cell``, its k-means
-cell. Its name is written last: a folder without ``index.json`` is no index.
+A folder: ``index.json``, written last; ``centroids.npy``, (k, d) float32; and for each time that rows were added
+``part-*.rows.arrow`` (`rows.SCHEMA`), ``part-*.vectors.npy`` and ``part-*.starts.npy``. Rows are sorted by cell and id:
+those of cell c are rows starts[c] to starts[c + 1] - 1, and have the vectors of these numbers; rows without a vector
+stand behind all others. The files are mapped into memory, so only what is needed of them is read.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import dask
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+<<<<<<< HEAD
 from ..engine.backend import backend_of
 from ..steps.score_table import ScoreFiles
+=======
+from ..engine.backend import Backend, backend_of, local_backend
+from ..engine.pandas import from_arrow
+from ..select.ranks import IDENTITY
+>>>>>>> main
 from ..storage import files
-from . import neighbours
-from .graphs import Source, cells_of
-from .rows import DedupError, RowSpec, signatures, unpack, vectors_of
+from .cells import assign, default_cells, train
+from .rows import SCHEMA, DedupError, Rows, RowSpec, Source, gather, scratch
 
-__all__ = ["Index", "build_index", "open_index"]
+FORMAT = 2
 
-_FORMAT = 1
-_NO_IDS = np.empty(0, np.uint64)
+_BLOCK = 65_536
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that were added at one time, mapped into memory."""
+
+    rows: pa.Table
+    vectors: np.ndarray
+    starts: np.ndarray
 
 
 class Index:
@@ -40,79 +56,91 @@ class Index:
     path : str
         The folder.
     about : dict
-        What ``index.json`` says: ``width``, ``rows``, ``dtype``, ``n_cells``, ``seed``, ``columns``, ``provenance``.
+        What ``index.json`` says: ``width``, ``rows``, ``dtype``, ``cells``, ``seed``, ``columns``, ``provenance``; of one
+        for searches also ``column``, ``files``, ``probe`` (cells that a search looks into) and ``recall`` (of the 20
+        rows most similar to a row of the table).
     centroids : numpy.ndarray
         (k, d) float32.
     """
 
-    def __init__(self, path: str, about: dict[str, Any], centroids: np.ndarray, storage_options: Mapping[str, Any]):
+    def __init__(self, path: str, about: dict[str, Any], centroids: np.ndarray, parts: Sequence[Part]) -> None:
         self.path = path
         self.about = about
         self.centroids = centroids
-        self._options = dict(storage_options)
+        self.parts = parts
 
-    def frame(self) -> Any:
-        """Its rows, as a Dask DataFrame (of pandas): one partition a file."""
-        import dask.dataframe as dd
+    def frame(self) -> pd.DataFrame:
+        """``shard``, ``key`` and ``sample_offset`` of its rows."""
+        return from_arrow(pa.concat_tables([part.rows.select(list(IDENTITY)) for part in self.parts]))
 
-        from ..engine.pandas import from_arrow
-
-        schema = _schema(self.about["dtype"])
-        urls = files.list_files(self.path, ".parquet", self._options)
-        read = ScoreFiles("pandas", tuple(schema.names), self._options)
-        meta = from_arrow(schema.empty_table())
-        return dd.from_map(read_score_file, urls, spec=read, meta=meta, enforce_metadata=False)
-
-    def check(self, width: int, provenance: Mapping[str, Any] | None) -> None:
-        """Raise DedupError where vectors of that width, or of that origin, cannot be compared with the index's."""
+    def check_width(self, width: int) -> None:
+        """Raise DedupError where vectors of that width cannot be compared with the index's."""
         if width and self.about["width"] and width != self.about["width"]:
             raise DedupError(
                 f"the index {self.path} holds embeddings of {self.about['width']} numbers, the rows have {width}: "
                 "embed them with the same model, or build the index anew"
             )
+
+    def check_origin(self, provenance: Mapping[str, Any] | None) -> None:
+        """Raise DedupError where vectors of that origin cannot be compared with the index's."""
         known = self.about["provenance"]
         wrong = {n: (known[n], v) for n, v in (provenance or {}).items() if n in known and known[n] != v}
         if wrong:
-            name, (there, here) = next(iter(wrong.items()))
-            raise DedupError(f"the index {self.path} was built with {name} {there!r}, the rows were made with {here!r}")
+            name, (saved, ours) = next(iter(wrong.items()))
+            raise DedupError(f"the index {self.path} was built with {name} {saved!r}, the rows were made with {ours!r}")
 
 
-def _schema(dtype: str) -> pa.Schema:
-    number = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
-    return pa.schema(
-        [
-            pa.field("key", pa.string(), nullable=False),
-            pa.field("shard", pa.string(), nullable=False),
-            pa.field("sample_offset", pa.int64(), nullable=False),
-            pa.field("sha256", pa.string()),
-            pa.field("phash", pa.string()),
-            pa.field("embedding", pa.list_(number)),
-            pa.field("cell", pa.int64(), nullable=False),
-        ]
-    )
+# --- opening --------------------------------------------------------------------------------------
 
 
 def open_index(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Index:
-    """Open an index that `build_index` left.
+    """Open an index that `build_index` or `build_search_index` left; a remote one is copied to this machine first.
 
     Raises
     ------
     FileNotFoundError
         If there is none.
     DedupError
-        If it was written by a later version of this library.
+        If it was written by another version of this library.
     """
     folder, options = os.fspath(path), dict(storage_options or {})
     text = files.read_text(files.join(folder, "index.json"), options)
     if text is None:
         raise FileNotFoundError(f"no index at {folder}: it has no index.json. Make one with build_index")
     about = json.loads(text)
-    if about["format"] != _FORMAT:
-        raise DedupError(f"the index {folder} has format {about['format']}; this version reads {_FORMAT}")
-    import fsspec
+    if about.get("format") != FORMAT:
+        raise DedupError(
+            f"the index {folder} has format {about.get('format')}; this version reads {FORMAT}: build it anew"
+        )
+    local = files.local_path(folder) if files.is_local(folder) else _copy(folder, options)
+    load = partial(np.load, mmap_mode="r")
+    parts = [
+        Part(
+            pa.ipc.open_file(pa.memory_map(str(local / f"{name}.rows.arrow"))).read_all(),
+            load(local / f"{name}.vectors.npy"),
+            load(local / f"{name}.starts.npy"),
+        )
+        for name in map(_part_name, range(about["parts"]))
+    ]
+    index = Index(folder, about, np.load(local / "centroids.npy"), parts)
+    if not files.is_local(folder):
+        weakref.finalize(index, shutil.rmtree, local, ignore_errors=True)
+    return index
 
-    with fsspec.open(files.join(folder, "centroids.npy"), "rb", **options) as file:
-        return Index(folder, about, np.load(io.BytesIO(file.read())), options)
+
+def _copy(folder: str, options: Mapping[str, Any]) -> Path:
+    target = scratch()
+    for url in files.list_files(folder, "", options):
+        with files.opened(url, options) as source, (target / url.rpartition("/")[2]).open("wb") as file:
+            shutil.copyfileobj(source, file, 16 << 20)
+    return target
+
+
+def _part_name(number: int) -> str:
+    return f"part-{number:05d}"
+
+
+# --- building -------------------------------------------------------------------------------------
 
 
 def build_index(
@@ -162,7 +190,8 @@ def build_index(
     FileExistsError
         If there is an index and `append` is False.
     DedupError
-        If the width or the provenance differs from that of the index appended to, or widths differ between rows.
+        If the width or the provenance differs from that of the index appended to, widths differ between rows, or two
+        rows cannot be told apart.
     ValueError
         If there is no column to index by, or no such dtype.
     """
@@ -174,104 +203,86 @@ def build_index(
         raise FileExistsError(f"{folder} holds an index already: choose another folder, or pass append=True")
     names = {"sha256": sha256, "phash": phash, "embedding": embedding}
     source = source_of(df, {tier: name for tier, name in names.items() if name in df.columns})
-    n, width = _count(source)
+    rows, backend = gather([source]), local_backend(backend_of(df))
     if before is not None:
-        before.check(width, provenance)
-    about = before.about if before else _about(source, n_cells, seed, dtype, width, provenance)
-    if before is None:
-        cells = cells_of(
-            [source], n, width, n_cells=n_cells, probe=1, radius=0.0, seed=seed, without=_NO_IDS, central=True
-        )
-        centroids = cells.centroids if width else np.zeros((1, 0), np.float32)
-    else:
-        centroids = before.centroids
-    files.make_folder(folder)
-    start = len(files.list_files(folder, ".parquet", options)) if before else 0
-    schema = _schema(about["dtype"])
-    tasks = [
-        dask.delayed(_write_part)(
-            part, source.spec, centroids, files.join(folder, f"part-{start + i:05d}.parquet"), schema, options
-        )
-        for i, part in enumerate(source.parts())
-    ]
-    about = {**about, "rows": about["rows"] + sum(dask.compute(*tasks))}
-    buffer = io.BytesIO()
-    np.save(buffer, centroids)
-    with files.write_whole(files.join(folder, "centroids.npy"), options) as file:
-        file.write(buffer.getvalue())
-    with files.write_whole(files.join(folder, "index.json"), options) as file:
-        file.write(json.dumps(about, indent=1).encode())
-    return Index(folder, about, centroids, options)
+        before.check_width(rows.vectors.width)
+        before.check_origin(provenance)
+        return write_part(rows, folder, before.about, before.centroids, backend.device, options)
+    about = {
+        "format": FORMAT,
+        "width": rows.vectors.width,
+        "dtype": dtype,
+        "seed": seed,
+        "columns": [name for name in names if getattr(source.spec, name) is not None],
+        "provenance": json.loads(json.dumps(dict(provenance or {}))),
+    }
+    return write_part(rows, folder, about, centroids_of(rows, n_cells, seed, backend), backend.device, options)
 
 
 def source_of(
-    df: Any, columns: Mapping[str, str], keep: str | None = None, lowest: bool = False, ref: bool = False
+    df: Any, columns: Mapping[str, str], keep: str | None = None, lowest: bool = False, by_file: bool = False
 ) -> Source:
     """Settle how rows are taken from a frame; `columns` names those of the tiers."""
-    backend = backend_of(df).name
+    backend_of(df)  # raises for what is no frame
+    there = ", ".join(map(str, df.columns))
     if "key" not in df.columns:
-        raise ValueError(f"dedup needs the column key (there are: {', '.join(map(str, df.columns))})")
+        raise ValueError(f"dedup needs the column key (there are: {there})")
     if not columns:
         raise ValueError(
-            "there is no column to find duplicates by: embed adds sha256 and embedding "
-            f"(there are: {', '.join(map(str, df.columns))})"
+            f"there is no column to find duplicates by: embed adds sha256 and embedding (there are: {there})"
         )
-    identity = tuple(name for name in ("shard", "key", "sample_offset") if name in df.columns)
-    sha256, phash, embedding = (columns.get(name) for name in ("sha256", "phash", "embedding"))
-    spec = RowSpec(backend, identity, "status" in df.columns, keep, lowest, sha256, phash, embedding, ref)
-    return Source(df, spec)
+    identity = tuple(name for name in IDENTITY if name in df.columns)
+    spec = RowSpec(identity, "status" in df.columns, **columns, keep=keep, lowest=lowest)
+    return Source(df, spec, range(df.npartitions) if by_file else None)
 
 
-def _count(source: Source) -> tuple[int, int]:
-    """Number of rows with a vector, and its width."""
-    counts = source.map(signatures).groupby("width")["id"].count().compute()
-    widths = {int(width): int(n) for width, n in counts.items() if width}
-    if len(widths) > 1:
-        raise DedupError(f"column {source.spec.embedding!r} holds vectors of different lengths: {sorted(widths)}")
-    return next(((n, width) for width, n in widths.items()), (0, 0))
+def by_id(rows: Rows) -> np.ndarray:
+    """Numbers of the rows that have a vector, sorted by id."""
+    there = np.flatnonzero(rows.vectors.slots >= 0)
+    return there[np.argsort(rows.ids[there], kind="stable")]
 
 
-def _about(
-    source: Source, n_cells: int | None, seed: int, dtype: str, width: int, provenance: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    columns = [name for name in ("sha256", "phash", "embedding") if getattr(source.spec, name) is not None]
-    return {
-        "format": _FORMAT,
-        "width": width,
-        "dtype": dtype,
-        "n_cells": n_cells,
-        "seed": seed,
-        "rows": 0,
-        "columns": columns,
-        "provenance": json.loads(json.dumps(dict(provenance or {}))),
-    }
+def centroids_of(rows: Rows, n_cells: int | None, seed: int, backend: Backend) -> np.ndarray:
+    """Centroids of the cells of an index."""
+    there = by_id(rows)
+    if not len(there):
+        return np.zeros((1, rows.vectors.width), np.float32)
+    k = min(n_cells or default_cells(len(there)), len(there))
+    return train(there, rows.vectors, backend, k, seed)
 
 
-def _write_part(
-    frame: Any, spec: RowSpec, centroids: np.ndarray, url: str, schema: pa.Schema, options: Mapping[str, Any]
-) -> int:
-    import torch
-
-    rows = signatures(frame, spec)
-    width = centroids.shape[1]
-    vectors: list[Any] = [None] * len(rows)
-    rows["cell"] = np.int64(0)
-    if spec.embedding is not None and width:
-        with_vector = vectors_of(frame, spec, _NO_IDS)
-        values = unpack(with_vector["vector"], width).copy()
-        _, cells = neighbours.nearest_cells(torch.from_numpy(values), torch.from_numpy(centroids), 1, 0.0)
-        at = pd.Series(np.arange(len(rows)), rows["id"]).loc[with_vector["id"]].to_numpy()
-        rows.loc[at, "cell"] = cells
-        for row, vector in zip(
-            at, values.astype(schema.field("embedding").type.value_type.to_pandas_dtype()), strict=True
-        ):
-            vectors[row] = vector
-    hashes = [f"{h:016x}" if there else None for h, there in zip(rows["phash"], rows["hashed"], strict=True)]
-    columns = [*(pa.array(rows[n]) for n in ("key", "shard", "sample_offset", "sha256")), hashes, vectors, rows["cell"]]
-    arrays = [
-        pa.array(c, field.type) if isinstance(c, list) else pa.array(c).cast(field.type)
-        for c, field in zip(columns, schema, strict=True)
-    ]
-    with files.write_whole(url, options) as file:
-        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), file, compression="zstd")
-    return len(rows)
+def write_part(
+    rows: Rows,
+    folder: str,
+    about: Mapping[str, Any],
+    centroids: np.ndarray,
+    device: str,
+    options: Mapping[str, Any],
+) -> Index:
+    """Add rows to an index, sorted by cell and id; `about` is what ``index.json`` says so far."""
+    there = by_id(rows)
+    cells = assign(there, rows.vectors, centroids, device, 1)[0][:, 0]
+    order = there[np.argsort(cells, kind="stable")]
+    starts = np.r_[0, np.cumsum(np.bincount(cells, minlength=len(centroids)))]
+    without = np.flatnonzero(rows.vectors.slots < 0)
+    table = rows.table.take(np.r_[order, without])
+    number = about.get("parts", 0)
+    name = files.join(folder, _part_name(number))
+    files.make_folder(folder)
+    with files.write_whole(f"{name}.rows.arrow", options) as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        writer.write_table(table, max_chunksize=_BLOCK)
+    half = about["dtype"] == "float16"
+    with files.write_whole(f"{name}.vectors.npy", options) as file:
+        shape = {"descr": "<f2" if half else "<f4", "fortran_order": False, "shape": (len(order), rows.vectors.width)}
+        np.lib.format.write_array_header_1_0(file, shape)
+        for start in range(0, len(order), _BLOCK):
+            some = order[start : start + _BLOCK]
+            # Halves are of unit length, for the sake of their range; others as they are, for the last bit of a search.
+            file.write(rows.vectors.take(some).astype(np.float16) if half else rows.vectors.raw(some))
+    for target, array in ((f"{name}.starts.npy", starts), (files.join(folder, "centroids.npy"), centroids)):
+        with files.write_whole(target, options) as file:
+            np.save(file, array)
+    about = {**about, "rows": about.get("rows", 0) + len(table), "cells": len(centroids), "parts": number + 1}
+    with files.write_whole(files.join(folder, "index.json"), options) as file:
+        file.write(json.dumps(about, indent=1).encode())
+    return open_index(folder, options)

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import dask
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from ..engine.backend import backend_of, get_backend, is_dask
-from .graphs import Source, pair_cosines
-from .rows import RowSpec, identity_of, row_ids
-
-__all__ = ["Duplicates", "Level"]
+from ..engine.frames import meta_of
+from ..engine.pandas import from_arrow
+from ..select.ranks import IDENTITY
+from .cells import CellCheck
+from .index import Index
+from .neighbours import cosines
+from .rows import Rows, Source, gather, row_ids, taking_part, text
 
 
 @dataclass(frozen=True)
 class Level:
-    """What stays after a tier.
-
-    Attributes
-    ----------
-    tier : str
-        The tier.
-    eps : float or None
-        Of the semantic tier.
-    root : numpy.ndarray
-        (n,) int64: for each row in any pair the one that stays for it, which may be itself.
-    """
+    """What stays after a tier: `root[i]` is the record that stays for record i, which may be itself."""
 
     tier: str
     eps: float | None
@@ -40,16 +35,26 @@ class Duplicates:
     """The duplicates of a frame: who is in a group with whom, and who stays, for each tier and eps.
 
     Made by `find_duplicates`.
+
+    Attributes
+    ----------
+    cells : CellCheck or None
+        How well the cells of the semantic tier work; None where every pair was compared.
     """
 
     def __init__(
-        self, sources: list[Source], records: pd.DataFrame, levels: list[Level], rows: int, width: int
+        self,
+        sources: Sequence[Source],
+        index: Index | None,
+        rows: Rows,
+        numbers: np.ndarray,
+        levels: list[Level],
+        cells: CellCheck | None,
     ) -> None:
-        self._sources = sources
-        self._records = records
-        self._levels = levels
-        self._rows = rows
-        self._width = width
+        self.cells = cells
+        self._sources, self._index, self._rows, self._numbers, self._levels = sources, index, rows, numbers, levels
+        #: Rows in any pair, best first.
+        self._records = from_arrow(rows.take(numbers))
 
     def counts(self) -> pd.DataFrame:
         """Count what each tier and eps drops, those before it included.
@@ -64,7 +69,7 @@ class Duplicates:
         for level in self._levels:
             gone = self._gone(level)
             groups = len(np.unique(level.root[gone]))
-            lines.append((level.tier, level.eps, groups, int(gone.sum()), self._rows - int(gone.sum())))
+            lines.append((level.tier, level.eps, groups, int(gone.sum()), self._rows.ours - int(gone.sum())))
         frame = pd.DataFrame(lines, columns=["tier", "eps", "groups", "dropped", "remaining"])
         return frame.astype({"eps": float})
 
@@ -84,19 +89,17 @@ class Duplicates:
             ``eps`` (the smallest of those tried that drops it), ``kept_key``, ``kept_shard``, ``similarity`` (cosine to
             the one that stays; NaN without embeddings) and ``distance`` (bits in which the hashes differ).
         """
-        table = self._table(self._level(eps))
-        records = self._records
-        members = table["at"].to_numpy()
-        kept = table["root"].to_numpy()
+        table, records = self._table(self._level(eps)), self._records
+        members, kept = table["at"].to_numpy(), table["root"].to_numpy()
         names = records[["key", "shard", "sample_offset"]].iloc[members].reset_index(drop=True)
         out = pd.concat([table[["group"]], names], axis=1)
         out["kept"] = members == kept
-        out["in_reference"] = records["ref"].to_numpy()[members]
+        out["in_reference"] = self._ref[members]
         out["tier"], out["eps"] = table["tier"], table["eps"]
         out["kept_key"] = records["key"].iloc[kept].array
         out["kept_shard"] = records["shard"].iloc[kept].array
         out["similarity"] = self._similarity(members, kept)
-        hashes, hashed = records["phash"].to_numpy(), records["hashed"].to_numpy()
+        hashes, hashed = records["phash"].fillna(0).to_numpy(np.uint64), records["phash"].notna().to_numpy()
         bits = pd.Series(np.bitwise_count(hashes[members] ^ hashes[kept]), dtype="Int64")
         out["distance"] = bits.where(hashed[members] & hashed[kept])
         return out
@@ -136,29 +139,25 @@ class Duplicates:
         the frame's type
             The rows that stay, and those that did not take part (no status ``ok``), unchanged and in order.
         """
-        return self._map(df, _drop_partition, eps, None)
+        return self._map(df, _drop_partition, eps, pa.schema([]))
 
-    def _map(self, df: Any, function: Any, eps: float | None, added: pa.Schema | None) -> Any:
+    def _map(self, df: Any, function: Any, eps: float | None, added: pa.Schema) -> Any:
         names = self._names(self._level(eps))
-        identity = tuple(n for n in ("shard", "key", "sample_offset") if n in df.columns)
-        if identity != self._sources[0].spec.identity:
+        searched = self._sources[0].spec.identity
+        identity = tuple(n for n in IDENTITY if n in df.columns)
+        if identity != searched:
             raise ValueError(
-                f"the rows were told apart by {', '.join(self._sources[0].spec.identity)}, but this frame has "
+                f"the rows were told apart by {', '.join(searched)}, but this frame has "
                 f"{', '.join(identity) or 'none of them'}: give the frame that was searched"
             )
         backend = backend_of(df)
-        spec = replace(self._sources[0].spec, backend=backend.name, status="status" in df.columns)
         if not is_dask(df):
-            return function(df, spec, names)
-        import dask
-        from dask.dataframe.utils import make_meta
-
-        meta = make_meta(df)
-        if added is not None:
-            new = backend.from_arrow(added.empty_table())
-            new.index = meta.index
-            meta = meta.assign(**{name: new[name] for name in added.names})
-        return df.map_partitions(function, spec, dask.delayed(names), meta=meta, enforce_metadata=False)
+            return function(df, names, backend.name)
+        meta = meta_of(df)
+        new = backend.from_arrow(added.empty_table())
+        new.index = meta.index
+        meta = meta.assign(**{name: new[name] for name in added.names})
+        return df.map_partitions(function, dask.delayed(names), backend.name, meta=meta, enforce_metadata=False)
 
     def _level(self, eps: float | None) -> Level:
         if eps is None:
@@ -168,9 +167,12 @@ class Duplicates:
             raise ValueError(f"eps={eps} was not tried: there are {', '.join(map(str, tried)) or 'none'}")
         return next(level for level in self._levels if level.eps == eps)
 
+    @property
+    def _ref(self) -> np.ndarray:
+        return self._numbers >= self._rows.ours
+
     def _gone(self, level: Level) -> np.ndarray:
-        here = np.arange(len(level.root))
-        return (level.root != here) & ~self._records["ref"].to_numpy()
+        return (level.root != np.arange(len(level.root))) & ~self._ref
 
     def _table(self, level: Level) -> pd.DataFrame:
         """Rows of the groups (``at``, ``root``, ``group``, ``tier``, ``eps``), sorted by group, who stays first."""
@@ -192,12 +194,11 @@ class Duplicates:
 
     def _names(self, level: Level) -> pd.DataFrame:
         """What the workers need to mark rows, sorted by id."""
-        table = self._table(level)
-        records = self._records
+        table, records = self._table(level), self._records
         at, root = table["at"].to_numpy(), table["root"].to_numpy()
         names = pd.DataFrame(
             {
-                "id": records["id"].to_numpy()[at],
+                "id": records["id"].to_numpy(np.uint64)[at],
                 "key": records["key"].iloc[at].array,
                 "tier": table["tier"],
                 "eps": table["eps"].astype("float32"),
@@ -207,23 +208,27 @@ class Duplicates:
             }
         )
         names.loc[at == root, ["of", "of_shard"]] = pd.NA
-        return names[~records["ref"].to_numpy()[at]].sort_values("id", ignore_index=True)
+        return names[~self._ref[at]].sort_values("id", ignore_index=True)
 
     @cached_property
-    def _cosines(self) -> dict[tuple[int, int], float]:
-        return {}
+    def _with_vectors(self) -> tuple[Rows, np.ndarray]:
+        """Rows with their vectors, and the number that each record has there."""
+        if any(level.tier == "semantic" for level in self._levels):
+            return self._rows, self._numbers
+        ids = self._records["id"].to_numpy(np.uint64)
+        own = np.sort(ids[~self._ref])
+        rows = gather(self._sources, self._index, only=own)
+        order = np.argsort(rows.ids)
+        return rows, order[np.minimum(np.searchsorted(rows.ids[order], ids), max(len(order) - 1, 0))]
 
     def _similarity(self, members: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """Cosine of each member and the one that stays; computed once a pair."""
-        known = self._cosines
-        pairs = [pair for pair in zip(members.tolist(), kept.tolist(), strict=True) if pair not in known]
-        if pairs:
-            ids = self._records["id"].to_numpy()
-            left, right = np.array(pairs).T
-            values = pair_cosines(self._sources, ids[left], ids[right], self._width)
-            known.update(zip(pairs, values.tolist(), strict=True))
-        found = [known[pair] for pair in zip(members.tolist(), kept.tolist(), strict=True)]
-        return np.array(found, np.float32)
+        """Cosine of each member and the one that stays; NaN where one of them has no vector."""
+        rows, numbers = self._with_vectors
+        a, b = numbers[members], numbers[kept]
+        out = np.full(len(a), np.nan, np.float32)
+        known = (rows.vectors.slots[a] >= 0) & (rows.vectors.slots[b] >= 0)
+        out[known] = cosines(a[known], b[known], rows.vectors.take)
+        return out
 
 
 # --- marking --------------------------------------------------------------------------------------
@@ -239,38 +244,32 @@ _MARKS = pa.schema(
 )
 
 
-def _found_in(frame: Any, spec: RowSpec, names: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+def _found_in(frame: Any, names: pd.DataFrame, backend: str) -> tuple[np.ndarray, np.ndarray]:
     """Line of `names` for each row of a partition, and whether there is one."""
-    rows, taking_part = identity_of(frame, spec)
-    if not len(names) or not len(rows):
-        return np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
-    ids, those = row_ids(rows), names["id"].to_numpy()
+    columns = [name for name in (*IDENTITY, "status") if name in frame.columns]
+    table = get_backend(backend).to_host(frame, columns)
+    if not len(names) or not len(table):
+        return np.zeros(len(table), np.int64), np.zeros(len(table), bool)
+    ids, those = row_ids(table), names["id"].to_numpy()
     at = np.minimum(np.searchsorted(those, ids), len(those) - 1)
     # The key is compared too: of billions of rows, two may share a hash.
-    same = names["key"].iloc[at].to_numpy(object) == rows["key"].fillna("").to_numpy(object)
-    return at, (those[at] == ids) & same & taking_part
+    same = names["key"].iloc[at].to_numpy(object) == text(table["key"]).to_numpy()
+    return at, (those[at] == ids) & same & taking_part(table)
 
 
-def _mark_partition(frame: Any, spec: RowSpec, names: pd.DataFrame) -> Any:
-    at, there = _found_in(frame, spec, names)
+def _mark_partition(frame: Any, names: pd.DataFrame, backend: str) -> Any:
+    at, there = _found_in(frame, names, backend)
     arrays = []
     for field in _MARKS:
-        column = names[field.name.removeprefix("duplicate_")]
-        values = pa.array(column, from_pandas=True).cast(field.type)
-        arrays.append(
-            values.take(pa.array(np.where(there, at, 0), mask=~there)) if len(names) else _nulls(there, field)
-        )
-    arrays = [a.combine_chunks() if isinstance(a, pa.ChunkedArray) else a for a in arrays]
-    new = get_backend(spec.backend).from_arrow(pa.Table.from_arrays(arrays, schema=_MARKS))
+        values = pa.array(names[field.name.removeprefix("duplicate_")], from_pandas=True)
+        values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+        lines = pa.array(at, mask=~there) if len(names) else pa.nulls(len(there), pa.int64())
+        arrays.append(values.cast(field.type).take(lines))
+    new = get_backend(backend).from_arrow(pa.Table.from_arrays(arrays, schema=_MARKS))
     new.index = frame.index
     return frame.assign(**{name: new[name] for name in _MARKS.names})
 
 
-def _nulls(there: np.ndarray, field: pa.Field) -> pa.Array:
-    return pa.nulls(len(there), field.type)
-
-
-def _drop_partition(frame: Any, spec: RowSpec, names: pd.DataFrame) -> Any:
-    names = names[names["tier"].notna().to_numpy()].reset_index(drop=True)
-    _, there = _found_in(frame, spec, names)
+def _drop_partition(frame: Any, names: pd.DataFrame, backend: str) -> Any:
+    _, there = _found_in(frame, names[names["tier"].notna().to_numpy()].reset_index(drop=True), backend)
     return frame[~there]

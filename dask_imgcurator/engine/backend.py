@@ -166,6 +166,13 @@ def get_backend(name: str) -> Backend:
     raise ValueError(f"unknown backend {name!r}: use pandas or cudf")
 
 
+def local_backend(backend: Backend) -> Backend:
+    """Return a backend, or pandas' where this process has no card: the frames that it works on may lie on workers."""
+    import torch
+
+    return backend if backend.device == "cpu" or torch.cuda.is_available() else get_backend("pandas")
+
+
 def is_dask(frame: Any) -> bool:
     """Whether a frame is a Dask collection."""
     return dask.is_dask_collection(frame)

@@ -166,17 +166,20 @@ class CudfBackend:
             file.write(sink.getbuffer())
 
     def kmeans(self, values: torch.Tensor, n_cells: int, seed: int) -> np.ndarray:
-        """See `Backend.kmeans`; cuML's. It is not in the extras: it is large, and nothing else needs it."""
+        """See `Backend.kmeans`; cuVS's, hierarchical and balanced, which takes no seed."""
         import torch
 
         try:
-            from cuml.cluster import KMeans
+            from cuvs.cluster import kmeans
         except ImportError as err:
             cuda = (torch.version.cuda or "13").partition(".")[0]
-            raise ImportError(f'{err}: pip install "cuml-cu{cuda}=={cudf.__version__[:5]}.*"') from err
-        model = KMeans(n_clusters=n_cells, n_init=1, max_iter=20, random_state=seed, output_type="numpy")
-        model.fit(cupy.from_dlpack(values.contiguous()))
-        return np.asarray(model.cluster_centers_, np.float32)
+            raise ModuleNotFoundError(
+                f'k-means, for more than 20,000 rows, needs cuVS ({err}): pip install "dask-imgcurator[cu{cuda}]"'
+            ) from err
+        torch.cuda.synchronize()  # cuVS may queue on a stream of its own
+        settings = kmeans.KMeansParams(n_clusters=n_cells, hierarchical=True, hierarchical_n_iters=20)
+        centroids = kmeans.fit(settings, values.contiguous())[0]
+        return cupy.asnumpy(cupy.asarray(centroids))
 
     def make_cluster(self, n_workers: int | None = None, **kwargs: Any) -> Any:
         """See `Backend.make_cluster`: one worker process a GPU, the cores shared out among them.

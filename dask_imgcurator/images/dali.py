@@ -115,7 +115,7 @@ class Pipeline:
             anchor = fn.external_source(name="anchor", device="cpu", dtype=types.INT32, ndim=1)
             # For "mixed" only. Fancy upsampling of the colours is what libjpeg (so Pillow, so open_clip) does.
             # The load goes to the JPEG engines of those cards that have them (A100, A30, H100 …); others do without.
-            mixed = {"hw_decoder_load": HW_DECODER_LOAD, "jpeg_fancy_upsampling": True}
+            mixed: dict[str, Any] = {"hw_decoder_load": HW_DECODER_LOAD, "jpeg_fancy_upsampling": True}
             image = fn.decoders.image(
                 encoded,
                 device=self.device,

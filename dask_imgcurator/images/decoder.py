@@ -7,10 +7,10 @@ to Pillow, that image alone, so that nobody's pixels depend on a neighbour.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..engine.device import to_device
 from . import dali, pillow
@@ -21,8 +21,6 @@ from .quality import HASH_SIDE, SIDE
 
 if TYPE_CHECKING:
     import torch
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -70,10 +68,11 @@ class Decoder:
     adjust_orientation: bool = False
     views: bool = False
     _pipeline: dali.Pipeline | None = field(default=None, init=False)
-    _pool: ThreadPoolExecutor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._fits = self.batch_size
+        # Pillow and torchvision let go of the interpreter while they compute.
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pillow")
 
     def __call__(self, blobs: Sequence[bytes | BadImage]) -> Batch:
         """Decode a batch; a `BadImage` (something that could not even be read) keeps its place."""
@@ -161,7 +160,7 @@ class Decoder:
                 return bad
 
         decoded: dict[int, list[torch.Tensor]] = {}
-        for i, result in zip(rows, self._side_by_side(decode, rows), strict=True):
+        for i, result in zip(rows, self._pool.map(decode, rows), strict=True):
             if isinstance(result, BadImage):
                 info = self._info(batch, i)
                 result.width, result.height = info.width, info.height
@@ -172,14 +171,6 @@ class Decoder:
             places = self._places(list(decoded))
             for target, values in zip(batch.tensors, zip(*decoded.values(), strict=True), strict=True):
                 target[places] = to_device(torch.stack(values), self.device)
-
-    def _side_by_side(self, function: Callable[[int], T], rows: list[int]) -> Iterator[T]:
-        """Apply a function in threads: Pillow and torchvision let go of the interpreter while they compute."""
-        if self.threads == 1 or len(rows) < 2:
-            return map(function, rows)
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pillow")
-        return self._pool.map(function, rows)
 
     def _places(self, rows: list[int]) -> Any:
         """Index of some images of a batch that nobody waits for: a list would be copied to a card with a wait."""

@@ -144,8 +144,8 @@ class Format:
     """One kind of image file: how it is known, and who decodes it."""
 
     title: str
-    #: What its first bytes match; names and extensions are never asked.
-    begin: re.Pattern[bytes]
+    #: What its first bytes match, as a regular expression; names and extensions are never asked.
+    begin: bytes
     #: Pillow modes that DALI decodes, of files that are `plain`; Pillow decodes all others.
     dali: frozenset[str] = frozenset()
     plain: Callable[[bytes], bool] = lambda _data: True
@@ -161,10 +161,6 @@ class Format:
     check_end: Callable[[bytes, str], None] = lambda _data, _title: None
 
 
-def _begins(pattern: bytes) -> re.Pattern[bytes]:
-    return re.compile(pattern, re.DOTALL)
-
-
 #: What is decoded and by whom, by Pillow's name of the format; the first whose beginning matches is taken.
 #:
 #: DALI gets what it repeats to a rounding error: JPEGs that are gray or YCbCr. All others go to Pillow: open_clip
@@ -174,25 +170,19 @@ def _begins(pattern: bytes) -> re.Pattern[bytes]:
 #: Pillow knows many more formats. They are left out on purpose: some have no mark of their own and take random bytes
 #: for an image (TGA), some run another program (EPS, by Ghostscript), some decode before their size is known (ICO).
 FORMATS: Mapping[str, Format] = {
-    "JPEG": Format("JPEG", _begins(rb"\xff\xd8\xff"), dali=frozenset({"RGB", "L"}), plain=_jpeg_is_plain),
+    "JPEG": Format("JPEG", rb"\xff\xd8\xff", dali=frozenset({"RGB", "L"}), plain=_jpeg_is_plain),
     # Several JPEGs in one file, the first being the picture; Pillow finds out when it opens the JPEG.
-    "MPO": Format("MPO", _begins(rb"\xff\xd8\xff")),
-    "PNG": Format("PNG", _begins(rb"\x89PNG\r\n\x1a\n")),
-    "WEBP": Format("WebP", _begins(rb"RIFF.{4}WEBP"), feature="webp", size=_webp_size),
-    "GIF": Format("GIF", _begins(rb"GIF8[79]a")),
-    "BMP": Format("BMP", _begins(rb"BM")),
-    "TIFF": Format("TIFF", _begins(rb"II[*+]\0|MM\0[*+]")),
+    "MPO": Format("MPO", rb"\xff\xd8\xff"),
+    "PNG": Format("PNG", rb"\x89PNG\r\n\x1a\n"),
+    "WEBP": Format("WebP", rb"RIFF.{4}WEBP", feature="webp", size=_webp_size),
+    "GIF": Format("GIF", rb"GIF8[79]a"),
+    "BMP": Format("BMP", rb"BM"),
+    "TIFF": Format("TIFF", rb"II[*+]\0|MM\0[*+]"),
     # Its brand may stand among the compatible ones only, behind a general one (mif1).
-    "AVIF": Format(
-        "AVIF",
-        _begins(rb".{4}ftyp(?:.{4}){0,16}?avi[fs]"),
-        feature="avif",
-        size=_heif_size,
-        check_end=_check_boxes,
-    ),
+    "AVIF": Format("AVIF", rb".{4}ftyp(?:.{4}){0,16}?avi[fs]", feature="avif", size=_heif_size, check_end=_check_boxes),
     "HEIF": Format(
         "HEIC",
-        _begins(rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|m[is]f1)"),
+        rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|m[is]f1)",
         plugin="pillow_heif",
         register="register_heif_opener",
         package="pillow-heif",
@@ -201,19 +191,16 @@ FORMATS: Mapping[str, Format] = {
     ),
     "JXL": Format(
         "JPEG XL",
-        _begins(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"),
+        rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n",
         plugin="pillow_jxl",
         package="pillow-jxl-plugin",
         size=_jxl_size,
     ),
     "JPEG2000": Format(
-        "JPEG 2000",
-        _begins(rb"\xffO\xffQ|\0\0\0\x0cjP  \r\n\x87\n"),
-        feature="jpg_2000",
-        check_end=_check_codestream,
+        "JPEG 2000", rb"\xffO\xffQ|\0\0\0\x0cjP  \r\n\x87\n", feature="jpg_2000", check_end=_check_codestream
     ),
     # Not its variants in plain text: where the last digit is missing, nobody can tell.
-    "PPM": Format("PNM", _begins(rb"P[4-6f]\s")),
+    "PPM": Format("PNM", rb"P[4-6f]\s"),
 }
 
 
@@ -230,7 +217,7 @@ def recognise(data: bytes) -> str:
     """Find the format of a file (a key of `FORMATS`) and make Pillow ready for it."""
     if not data:
         raise BadImage("decode_error", "the file is empty (0 bytes)")
-    name = next((name for name, format_ in FORMATS.items() if format_.begin.match(data)), None)
+    name = next((name for name, format_ in FORMATS.items() if re.match(format_.begin, data, re.DOTALL)), None)
     if name is None:
         known = ", ".join(format_.title for format_ in FORMATS.values())
         raise BadImage("decode_error", f"no image format known here (starts with {data[:8].hex(' ')}; known: {known})")

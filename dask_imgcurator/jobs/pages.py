@@ -99,7 +99,7 @@ def write_report(
         counts = found.counts
         kept = counts.kept if settled.conditions else None
         subject = report.Subject(
-            _title(scores), counts.rows, counts.by_status, kept, counts.funnel, "", provenance, notes
+            _title(scores), counts.rows, counts.by_status, kept, counts.funnel, None, provenance, notes
         )
         html = report.render_report(subject, found, table.urls, options, _or(source_options, options), shown)
     with files.write_whole(target, options) as file:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..duplicates.rows import row_ids
-from ..engine.pandas import from_arrow
+from ..duplicates.rows import is_in, row_ids
 from ..images.thumbnails import make_thumbnails
 from ..select.settle import Settled
 from .histograms import KEPT, OTHER, OWN, Figure, Histogram, Kind
@@ -20,55 +19,24 @@ from .survey import FIRST, SIZES, Rank, Wall, floats, histograms_of, numbers_of,
 
 _IDENTITY = ("shard", "key", "sample_offset")
 _SEED = 0
-_KINDS = (Kind("in", (KEPT,), "in both"), Kind("own", (OWN,), "only in A"), Kind("out", (OTHER,), "only in B"))
+_KINDS = (Kind("in", KEPT, "in both"), Kind("own", OWN, "only in A"), Kind("out", OTHER, "only in B"))
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of two selections.
-
-    Attributes
-    ----------
-    name : str
-        As the user gave it: a folder, or an expression.
-    urls : sequence of str
-        Files of its score table.
-    schema : pyarrow.Schema
-        Of the first of them.
-    settled : Settled
-        What keeps a row of the table.
-    made_by : sequence of str
-        Steps by which the table itself was selected, as far as it says.
-    """
+    """One of two selections, by the name that the user gave it: a folder, or an expression."""
 
     name: str
-    urls: Sequence[str]
-    schema: pa.Schema
+    urls: Sequence[str]  # of the files of its score table
+    schema: pa.Schema  # of the first of them
     settled: Settled = field(default_factory=Settled)
-    made_by: Sequence[str] = ()
+    made_by: Sequence[str] = ()  # steps by which the table itself was selected, as far as it says
 
     def kept(self, columns: set[str], storage_options: Mapping[str, Any]) -> Iterator[pa.Table]:
         """Stream the rows that it keeps, with `columns` and those that tell rows apart."""
         wanted = {*columns, *_IDENTITY, "status", *self.settled.columns}
         for table in read_batches(self.urls, wanted, storage_options):
             yield table.filter(pa.array(self.settled.judge(table).kept))
-
-
-def _ids(table: pa.Table) -> np.ndarray:
-    """Hash what tells rows apart: (n,) uint64, the same for the same row in any table."""
-    empty = pa.nulls(table.num_rows, pa.string())
-    texts = {n: table[n].cast(pa.string()) if n in table.column_names else empty for n in ("shard", "key")}
-    frame = from_arrow(pa.table(texts))
-    offsets = table["sample_offset"].to_numpy() if "sample_offset" in table.column_names else 0
-    frame["sample_offset"] = np.broadcast_to(np.asarray(offsets, np.int64), len(frame))
-    return row_ids(frame)
-
-
-def _found(ids: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Which ids are among others, which are sorted: (n,) bool."""
-    if not len(among):
-        return np.zeros(len(ids), bool)
-    return among[np.minimum(np.searchsorted(among, ids), len(among) - 1)] == ids
 
 
 @dataclass
@@ -112,7 +80,7 @@ def compare_sides(a: Side, b: Side, storage_options: Mapping[str, Any] | None = 
     Each table is streamed twice, without embeddings; in memory are 8 bytes a row that is kept.
     """
     options = storage_options or {}
-    ids = [np.sort(np.concatenate([np.zeros(0, np.uint64), *map(_ids, s.kept(set(), options))])) for s in (a, b)]
+    ids = [np.sort(np.concatenate([np.zeros(0, np.uint64), *map(row_ids, s.kept(set(), options))])) for s in (a, b)]
     numbers = [name for s in (a, b) for name in numbers_of(s.schema)]
     names = [*FIRST, *(n for n in numbers if n.endswith("_score")), *SIZES]
     names += [n for s in (a, b) for n in sorted(s.settled.columns)]
@@ -123,11 +91,11 @@ def compare_sides(a: Side, b: Side, storage_options: Mapping[str, Any] | None = 
     random = np.random.default_rng(_SEED)
     wanted = {*ROW, *out.histograms}
     for table in a.kept(wanted, options):
-        both = _found(_ids(table), ids[1])
+        both = is_in(row_ids(table), ids[1])
         out.both, out.only_a = out.both + int(both.sum()), out.only_a + int((~both).sum())
         _take(out, table, np.where(both, KEPT, OWN), rank, random)
     for table in b.kept(wanted, options):
-        alone = ~_found(_ids(table), ids[0])
+        alone = ~is_in(row_ids(table), ids[0])
         out.only_b += int(alone.sum())
         _take(out, table.filter(pa.array(alone)), np.full(alone.sum(), OTHER), rank, random)
     return out

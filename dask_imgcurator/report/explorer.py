@@ -13,7 +13,6 @@ import asyncio
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -45,30 +44,14 @@ _QUIET = 0.25  # seconds without a move, before pictures are read
 
 @dataclass(frozen=True)
 class Spread:
-    """How the values of a column are spread, and rows to show of it.
+    """How the values of a column are spread, and rows to show of it."""
 
-    Attributes
-    ----------
-    values : numpy.ndarray
-        (m,) float64, ascending: the values there are.
-    counts : numpy.ndarray
-        (m,) int64: rows that have them.
-    missing : int
-        Rows where it is null or NaN.
-    exact : bool
-        Whether `values` are all of them. If not, those that agree in their first bits are counted as one.
-    near : numpy.ndarray
-        (k,) float64, ascending: the column in `rows`.
-    rows : pyarrow.Table
-        Rows with their locators: all that have a value, or some, evenly by rank.
-    """
-
-    values: np.ndarray
-    counts: np.ndarray
-    missing: int
-    exact: bool
-    near: np.ndarray
-    rows: pa.Table
+    values: np.ndarray  # (m,) float64, ascending: the values there are
+    counts: np.ndarray  # (m,) int64: rows that have them
+    missing: int  # rows where it is null or NaN
+    exact: bool  # `values` are all of them; if not, those that agree in their first bits are counted as one
+    near: np.ndarray  # (k,) float64, ascending: the column in `rows`
+    rows: pa.Table  # with locators: all rows that have a value, or some, evenly by rank
 
     @property
     def total(self) -> int:
@@ -247,7 +230,7 @@ class Explorer:
         if threshold is None:
             threshold = NSFW if column == "nsfw_score" else self._round(self._axis.share(spread.middle()))
         self._value = _finite(threshold)
-        self._telling = False
+        self._telling = False  # while controls are set, their changes are no news
         self._later: asyncio.TimerHandle | None = None
         self._build()
         self._tell()
@@ -307,19 +290,11 @@ class Explorer:
         step = abs(beside - exact)
         return round(exact, 1 - math.floor(math.log10(step))) if step else exact
 
-    @contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """Set controls without hearing of it."""
-        self._telling = True
-        try:
-            yield
-        finally:
-            self._telling = False
-
     def _tell(self) -> None:
         share = min(max(self._axis.share(self._value), 0.0), 1.0)
-        with self._quietly():
-            self._slider.value, self._number.value = share, self._value
+        self._telling = True
+        self._slider.value, self._number.value = share, self._value
+        self._telling = False
         words = render(
             "explorer_words.html.j2",
             where=self.where,

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,9 @@ from .render import ROW, frame, plain, render
 LOCATORS = ("shard", "offset", "nbytes")
 
 _AHEAD = 4  # pages that are taken at once, so that the next ones need no pass
+
+#: Of the first rows of a partition, or of several: how many rows there are in all, ranks (2, n), and the rows.
+_First = tuple[int, np.ndarray, pa.Table]
 
 
 def show(
@@ -104,9 +107,9 @@ def show(
     if where is not None:
         df = filter_frame(df, where)
     wanted = [c for c in dict.fromkeys((*ROW, *values, "nsfw_score")) if c in df.columns]
-    source: _Source = _InOrder(df, wanted) if order is None else _Sorted(df, wanted, order)
+    source = _InOrder(df, wanted) if order is None else _Sorted(df, wanted, order)
     how = "" if sort_by is None else f"by {sort_by}, {'lowest' if lower else 'highest'} first"
-    return Gallery(_Shown(source, Pictures(upright, storage_options), n, values, how), page)
+    return Gallery(source, Pictures(upright, storage_options), n, values, how, page)
 
 
 def require_locators(df: Any, step: str) -> None:
@@ -129,14 +132,6 @@ def _values(df: Any, sort_by: str | None, columns: Sequence[str] | None) -> list
 
 
 # --- rows -----------------------------------------------------------------------------------------
-
-
-class _Source(Protocol):
-    """Rows in some order; `total` is None as long as it is not known."""
-
-    total: int | None
-
-    def take(self, start: int, stop: int) -> list[dict[str, Any]]: ...
 
 
 @dataclass
@@ -176,39 +171,32 @@ class _Sorted:
         if self.total is None or len(self._rows) < min(stop, self.total):
             most = max(stop + (_AHEAD - 1) * (stop - start), 2 * len(self._rows))
             narrow = self.df[self.columns]
-            found = reduce(narrow, _first, partial(_merge, most=most), self.order, self.columns, most)
-            self.total, self._rows = found.total, found.table.to_pylist()
+            merge = partial(_merge, most=most)
+            self.total, _, table = reduce(narrow, _first, merge, self.order, self.columns, most)
+            self._rows = table.to_pylist()
         return self._rows[start:stop]
-
-
-@dataclass
-class _First:
-    """The first rows of a partition, or of several: their keys, whether they have one, and the rows themselves."""
-
-    total: int
-    keys: np.ndarray
-    known: np.ndarray
-    table: pa.Table
 
 
 def _to_host(part: Any, columns: list[str]) -> pa.Table:
     return backend_of(part).to_host(part, columns)
 
 
-def _joined(tables: list[pa.Table]) -> pa.Table:
+def _joined(tables: Sequence[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables, promote_options="permissive")
 
 
 def _first(part: Any, order: ValueOrder, columns: list[str], most: int) -> _First:
     keys, known = order.keys(_to_host(part, [order.column]))
-    by = np.lexsort((keys, ~known))[:most]  # which is stable
-    return _First(len(part), keys[by], known[by], _to_host(part.iloc[by], columns))
+    ranks = np.stack([~known, keys]).astype(np.uint64)  # those without a value last
+    by = np.lexsort(ranks[::-1])[:most]  # which is stable
+    return len(part), ranks[:, by], _to_host(part.iloc[by], columns)
 
 
 def _merge(found: Sequence[_First], most: int) -> _First:
-    keys, known = (np.concatenate([getattr(part, name) for part in found]) for name in ("keys", "known"))
-    by = np.lexsort((keys, ~known))[:most]
-    return _First(sum(p.total for p in found), keys[by], known[by], _joined([p.table for p in found]).take(by))
+    totals, ranks, tables = zip(*found, strict=True)
+    together = np.hstack(ranks)
+    by = np.lexsort(together[::-1])[:most]
+    return sum(totals), together[:, by], _joined(tables).take(by)
 
 
 # --- pictures and pages ---------------------------------------------------------------------------
@@ -241,44 +229,42 @@ def widgets_of(what: str) -> Any:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Shown:
-    """What all pages of a gallery have in common; `how` says in words how rows are sorted."""
-
-    source: _Source
-    pictures: Pictures
-    n: int
-    values: list[str]
-    how: str
-
-
+@dataclass(repr=False, eq=False)
 class Gallery:
     """A page of pictures, which a notebook shows; other pages are made from it. `show` makes the first.
 
     Attributes
     ----------
-    rows : list of dict
-        The rows of the page, with the columns that are shown.
     number : int
         Of the page, from 0.
+    rows : list of dict
+        The rows of the page, with the columns that are shown.
     total : int or None
         Rows on all pages; None as long as the table was not read to its end.
     """
 
-    def __init__(self, shown: _Shown, number: int) -> None:
-        self._shown, self.number = shown, number
-        self.rows = self._take(number) if number >= 0 else []
-        self.total = shown.source.total
-        if number and not self.rows:
-            last = "they begin at 0" if self.total is None else f"the last one is {max(0, self.total - 1) // shown.n}"
-            raise ValueError(f"page={number}: there is no such page, {last}")
+    _source: _InOrder | _Sorted
+    _pictures: Pictures
+    _n: int
+    _values: list[str]
+    _how: str  # rows are sorted, in words
+    number: int
+    rows: list[dict[str, Any]] = field(init=False)
+    total: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = self._take(self.number) if self.number >= 0 else []
+        self.total = self._source.total
+        if self.number and not self.rows:
+            last = "they begin at 0" if self.total is None else f"the last one is {max(0, self.total - 1) // self._n}"
+            raise ValueError(f"page={self.number}: there is no such page, {last}")
 
     def _take(self, number: int) -> list[dict[str, Any]]:
-        return self._shown.source.take(self._shown.n * number, self._shown.n * (number + 1))
+        return self._source.take(self._n * number, self._n * (number + 1))
 
     def page(self, number: int) -> Gallery:
         """Return another page, from 0; ValueError if there is none."""
-        return Gallery(self._shown, number)
+        return replace(self, number=number)
 
     def next(self) -> Gallery:
         """Return the page after this one; after the last, the last."""
@@ -293,22 +279,22 @@ class Gallery:
         """Which rows these are, in words."""
         if not self.rows:
             return "no rows"
-        first, of, last = self._shown.n * self.number, "", ""
+        first, of, last = self._n * self.number, "", ""
         if self.total is not None:
-            of, last = f" of {self.total:,}", f" (last: {(self.total - 1) // self._shown.n})"
-        words = [f"rows {first + 1:,} to {first + len(self.rows):,}{of}", f"page {self.number}{last}", self._shown.how]
+            of, last = f" of {self.total:,}", f" (last: {(self.total - 1) // self._n})"
+        words = [f"rows {first + 1:,} to {first + len(self.rows):,}{of}", f"page {self.number}{last}", self._how]
         return ", ".join(filter(None, words))
 
     def html(self) -> str:
         """Return the page as HTML, pictures and all, without the scope that `frame` puts around it."""
-        cards = self._shown.pictures.beside(self.rows)
+        cards = self._pictures.beside(self.rows)
         return render(
             "gallery.html.j2",
             heading=self.heading,
             scored=any("nsfw_score" in row for row in self.rows),
             missing=sum(uri is None for _, uri in cards),
             cards=cards,
-            values=self._shown.values,
+            values=self._values,
         )
 
     def pager(self) -> Any:
@@ -319,7 +305,7 @@ class Gallery:
 
         def mark() -> None:
             back.disabled = shown.number == 0
-            on.disabled = shown.total is not None and shown._shown.n * (shown.number + 1) >= shown.total
+            on.disabled = shown.total is not None and shown._n * (shown.number + 1) >= shown.total
 
         def turn(button: Any) -> None:
             nonlocal shown
@@ -338,7 +324,7 @@ class Gallery:
     def __repr__(self) -> str:
         if not self.rows:
             return self.heading
-        names = list(dict.fromkeys(["key", *self._shown.values]))
+        names = list(dict.fromkeys(["key", *self._values]))
         table = pd.DataFrame([{name: _cell(row.get(name)) for name in names} for row in self.rows], columns=names)
         return f"{plain(self.heading)}\n{table.to_string(index=False)}"
 

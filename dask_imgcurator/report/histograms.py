@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ..schema import COLUMNS
 from .render import number, share
 
 # What becomes of an image that has a value; places in `Histogram.counts`.
@@ -59,15 +60,15 @@ PROBABILITY = Scale(
     lambda _low, _high: [0.5, 0.01, 0.99, 1e-4, 1e-6, 1e-8, 1e-10, 0.9999, 0.1, 0.9, 1e-3, 0.999, 1e-5, 1e-7],
     "Logit axis.",
 )
-_SCALES = {"nsfw_score": PROBABILITY, "width": LOG, "height": LOG, "nbytes": LOG}
+_SCALES = {"linear": LINEAR, "log": LOG, "probability": PROBABILITY}
 
-# Columns where a lower value is better, so that a cut keeps what lies below it.
-LOWER_IS_BETTER = frozenset(["nsfw_score", "blur"])
+# A cut on one of these keeps what lies below it.
+LOWER_IS_BETTER = frozenset(column.name for column in COLUMNS.values() if column.lower_is_better)
 
 
 def scale_of(column: str) -> Scale:
     """Return the scale on which a column is shown."""
-    return _SCALES.get(column, LINEAR)
+    return _SCALES[COLUMNS[column].scale] if column in COLUMNS else LINEAR
 
 
 @dataclass(frozen=True)
@@ -184,65 +185,42 @@ class Histogram:
             np.add.at(out[fate], np.clip((used - first) // group, 0, bars - 1), self.counts[fate, used])
         return self.low + self.step * (first + group * np.arange(bars + 1)), out
 
-    def tries(self, below: bool, cuts: Iterable[float]) -> tuple[np.ndarray, np.ndarray]:
-        """Positions (m,) of other cuts, and images (2, m) that they keep, alone and with the other conditions."""
-        edges, counts = self.bars(cuts, _TRIED)
-        sums = np.stack([counts.sum(0), counts[OWN] + counts[KEPT]])
-        before = np.hstack([np.zeros((2, 1), np.int64), np.cumsum(sums, 1)])
-        return edges, before if below else before[:, -1:] - before
-
 
 # --- figures --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is counted in one colour: places in `Histogram.counts`, and words for it."""
+    """What is counted in one colour: a place in `Histogram.counts`, and words for it."""
 
     colour: str
-    fates: tuple[int, ...]
+    fate: int
     words: str
-
-
-_IMAGES = (Kind("in", (OTHER, OWN, KEPT), "images"),)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A coloured part of a bar."""
-
-    kind: Kind
-    count: int
-    y: float
-    height: float
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of a figure, and the range of values that it stands for."""
+    """A bar: the range of values that it stands for, where it is drawn, and its row of the figure's table."""
 
     span: str
-    total: int
     x: float
     width: float
-    blocks: list[Block]
+    numbers: list[int]  # images, those of each kind, and those that a cut at the range's beginning (or end) would keep
 
 
 @dataclass(frozen=True)
 class Figure:
     """What `figure.html.j2` shows of a histogram.
 
-    `kinds` are its colours, from the floor up; None where nothing was selected. With `cuts` it has a slider to try
+    `kinds` are its colours, from the floor up; none where nothing was selected. With `cuts` it has a slider to try
     other cuts on, and its table says what they keep.
     """
 
     name: str
     histogram: Histogram
     marks: Sequence[Mark] = ()
-    kinds: Sequence[Kind] | None = None
+    kinds: Sequence[Kind] = ()
     cuts: bool = True
-
-    TOP, FLOOR, WIDTH = 26, 150, 400
 
     @cached_property
     def view(self) -> tuple[np.ndarray, np.ndarray]:
@@ -253,7 +231,7 @@ class Figure:
     def axis(self) -> Axis:
         """The axis under the bars."""
         edges, _ = self.view
-        return Axis(self.histogram.scale, float(edges[0]), float(edges[-1]), self.WIDTH, 4)
+        return Axis(self.histogram.scale, float(edges[0]), float(edges[-1]), 400, 4)
 
     @property
     def peak(self) -> int:
@@ -273,30 +251,25 @@ class Figure:
             digits = max(1 + int(np.ceil(np.log10(max(abs(edges[0]), abs(edges[-1])) / step))), 3)
         return number(value, 9 if self.histogram.scale is PROBABILITY and value > 0.99 else digits)
 
-    def _spans(self) -> Iterator[tuple[int, str]]:
-        """Bars that are not empty, and their ranges."""
-        edges, counts = self.view
-        shown = [self.show(self.histogram.scale.inverse(edge)) for edge in edges]
-        for i in np.flatnonzero(counts.any(0)):
-            yield int(i), f"{shown[i]} to {shown[i + 1]}"
-
     def bars(self) -> Iterator[Bar]:
-        """Yield the bars."""
-        (edges, counts), axis, peak = self.view, self.axis, self.peak
-        for i, span in self._spans():
-            blocks, base = [], float(self.FLOOR)
-            for kind in self.kinds or _IMAGES:
-                count = int(counts[list(kind.fates), i].sum())
-                height = (self.FLOOR - self.TOP) * count / peak
-                base -= height
-                if count:
-                    blocks.append(Block(kind, count, base, height))
-            x = axis.x(edges[i])
-            yield Bar(span, int(counts[:, i].sum()), x, max(axis.x(edges[i + 1]) - x - 0.8, 0.8), blocks)
+        """Yield the bars that are not empty."""
+        (edges, counts), axis = self.view, self.axis
+        shown = [self.show(self.histogram.scale.inverse(edge)) for edge in edges]
+        columns = [counts.sum(0), *(counts[kind.fate] for kind in self.kinds)]
+        if self.cuts:
+            sums = [counts.sum(0), counts[OWN] + counts[KEPT]][: 2 if self.kinds else 1]
+            columns += [np.cumsum(n) if self.below else np.cumsum(n[::-1])[::-1] for n in sums]
+        for i in np.flatnonzero(counts.any(0)):
+            x, width = axis.x(edges[i]), max(axis.x(edges[i + 1]) - axis.x(edges[i]) - 0.8, 0.8)
+            yield Bar(f"{shown[i]} to {shown[i + 1]}", x, width, [int(column[i]) for column in columns])
 
     def tries(self) -> tuple[list[tuple[str, str, str, str]], int]:
         """What the slider says at each place, and the place where it begins."""
-        positions, kept = self.histogram.tries(self.below, [m.number for m in self.marks])
+        positions, counts = self.histogram.bars([m.number for m in self.marks], _TRIED)
+        sums = np.stack([counts.sum(0), counts[OWN] + counts[KEPT]])  # alone, and with the other conditions
+        kept = np.hstack([np.zeros((2, 1), np.int64), np.cumsum(sums, 1)])
+        if not self.below:
+            kept = kept[:, -1:] - kept
         keep = [True, *(np.diff(kept[0]) != 0)]  # cuts between which no image lies say the same
         scale, axis, total = self.histogram.scale, self.axis, self.histogram.total
         tries = [
@@ -310,21 +283,3 @@ class Figure:
         ]
         start = np.abs(positions[keep] - scale.position(self.marks[0].number)).argmin() if self.marks else 0
         return tries, int(start)
-
-    def head(self) -> list[str]:
-        """Names of the table's columns."""
-        head = ["Range", "Images", *(kind.words.capitalize() for kind in self.kinds or ())]
-        if self.cuts:
-            head += ["A cut at its end keeps" if self.below else "A cut at its start keeps"]
-            head += ["and with the other conditions"] if self.kinds else []
-        return head
-
-    def rows(self) -> Iterator[tuple[str, list[int]]]:
-        """Yield the table's rows: ranges and counts, with what a cut at a range's beginning (or end) would keep."""
-        _, counts = self.view
-        columns = [counts.sum(0), *(counts[list(kind.fates)].sum(0) for kind in self.kinds or ())]
-        if self.cuts:
-            sums = [counts.sum(0), counts[OWN] + counts[KEPT]][: 2 if self.kinds else 1]
-            columns += [np.cumsum(n) if self.below else np.cumsum(n[::-1])[::-1] for n in sums]
-        for i, span in self._spans():
-            yield span, [int(column[i]) for column in columns]

@@ -127,7 +127,7 @@ def _environment() -> Environment:
         "url": lambda url, most=300: short(without_secrets(url), most),
         "value": _value,
     }
-    environment.globals |= {"NSFW": NSFW, "credit": _credit}
+    environment.globals |= {"NSFW": NSFW, "credit": _credit, "zip": zip}
     return environment
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,79 +18,35 @@ from ..select.where import parse_where
 from ..steps.score_table import file_schema
 from ..storage import files
 from .histograms import KEPT, OTHER, OWN, Figure, Kind
-from .render import ROW, many, number, page
+from .render import ROW, number, page
 from .survey import Survey, read_batches, survey
 
 _GROUPS, _MEMBERS = 12, 5  # groups of duplicates that are shown, and rows of each
 _IDENTITY = ["shard", "key", "sample_offset"]
 _KINDS = (
-    Kind("in", (KEPT,), "kept"),
-    Kind("own", (OWN,), "dropped by a condition on it alone"),
-    Kind("out", (OTHER,), "dropped by another"),
+    Kind("in", KEPT, "kept"),
+    Kind("own", OWN, "dropped by a condition on it alone"),
+    Kind("out", OTHER, "dropped by another"),
 )
 
 
 @dataclass
 class Subject:
-    """What a report is about, besides the rows of its score files.
-
-    Attributes
-    ----------
-    title : str
-        Shown in the heading.
-    samples : int
-        Rows.
-    by_status : mapping
-        Rows by ``status``.
-    kept : int or None
-        Rows that are kept; None where nothing was selected.
-    funnel : sequence of ConditionCount
-        What each condition keeps.
-    work : str
-        What a run did, a sentence or two.
-    provenance : mapping
-        What the scores depend on.
-    notes : list of str
-        What stands first.
-    """
+    """What a report is about, besides the rows of its score files."""
 
     title: str
     samples: int
     by_status: Mapping[str, int]
-    kept: int | None
+    kept: int | None  # None where nothing was selected
     funnel: Sequence[ConditionCount]
-    work: str = ""
+    run: RunResult | None = None  # which made the table
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # stand first
 
     @property
     def ok(self) -> int:
         """Readable rows."""
         return self.by_status.get("ok", 0) if self.by_status else self.samples
-
-    @property
-    def failed(self) -> dict[str, int]:
-        """Rows that are not readable, by status."""
-        return {status: n for status, n in self.by_status.items() if status != "ok"}
-
-    def counts(self) -> dict[str, int]:
-        """Return the numbers that stand first."""
-        counts = {"samples": self.samples, "readable": self.ok}
-        if self.kept is not None:
-            counts |= {"kept": self.kept, "dropped by the conditions": self.ok - self.kept}
-        return counts | {"failed": self.samples - self.ok}
-
-    def settings(self) -> list[tuple[str, Any]]:
-        """Return all that is known of the scores' making, by dotted names."""
-        return list(_flat(self.provenance))
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    elif value is not None and value != {}:
-        yield name, value
 
 
 # --- groups of duplicates -------------------------------------------------------------------------
@@ -133,15 +89,6 @@ def _members(
     return rows
 
 
-def _why(member: Any) -> str:
-    words = [str(member.tier)]
-    if pd.notna(member.similarity):
-        words.append(f"cosine {member.similarity:.4f}")
-    if pd.notna(member.distance):
-        words.append(f"{member.distance} bits apart")
-    return ", ".join(words)
-
-
 def _groups(
     groups: pd.DataFrame,
     urls: Sequence[str],
@@ -159,7 +106,7 @@ def _groups(
     shown, lost = [], 0
     for name, members in chosen.groupby("group", sort=False):
         cards = [
-            {**rows[m.shard, m.key, m.sample_offset], "stays": m.kept, "why": _why(m)}
+            {**rows[m.shard, m.key, m.sample_offset], "member": m}
             for m in members.itertuples(index=False)
             if (m.shard, m.key, m.sample_offset) in rows
         ]
@@ -202,7 +149,7 @@ def render_report(
         found=found,
         selected=selected,
         failures=failures if len(found.settled.conditions) > 1 else {},
-        figures=[Figure(n, h, marks[n], _KINDS if selected else None) for n, h in found.histograms.items()],
+        figures=[Figure(n, h, marks[n], _KINDS if selected else ()) for n, h in found.histograms.items()],
         walls=walls,
         images=make_thumbnails(
             (row for w in walls.values() for row in w.shown), upright=upright, storage_options=source_options
@@ -210,19 +157,6 @@ def render_report(
         groups=None if groups is None else _groups(groups, urls, found, upright, storage_options, source_options),
         STATUSES=STATUSES,
     )
-
-
-def _work(result: RunResult) -> str:
-    """What a run did."""
-    words = f"Scored in this run: {many(result.shards_scored, 'shard')} with {many(result.images_scored, 'image')}"
-    if result.images_scored:
-        rate = result.images_scored / result.scoring_seconds if result.scoring_seconds else 0
-        words += f" ({rate:,.1f} images/s)"
-    words += f"; taken over from an earlier one: {many(result.shards_taken_over, 'shard')}"
-    if result.kept is not None:
-        size = sum(shard.get("nbytes", 0) for shard in result.written)
-        words += f"; written: {many(len(result.written), 'curated shard')} ({size / 1e6:,.1f} MB)"
-    return f"{words}. {result.seconds:,.0f} s in all."
 
 
 def write_run_report(
@@ -240,16 +174,8 @@ def write_run_report(
     schema = file_schema(tables[0], storage_options) if tables else pa.schema([])
     found = survey(tables, schema, settled_where(parse_where(where) if where else None), storage_options)
     title = folder.rstrip("/").rpartition("/")[2] or folder
-    subject = Subject(
-        title,
-        result.samples,
-        result.by_status,
-        result.kept,
-        result.funnel,
-        _work(result),
-        result.provenance,
-        list(result.notes),
-    )
+    numbers = (result.samples, result.by_status, result.kept, result.funnel)
+    subject = Subject(title, *numbers, result, result.provenance, list(result.notes))
     counts = found.counts
     if counts.rows != result.samples or (result.kept is not None and counts.kept != result.kept):
         subject.notes.append(

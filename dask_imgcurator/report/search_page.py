@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -22,7 +22,19 @@ _MAX_NBYTES = 64_000_000
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answers:
+    """What a search found for its queries, in their order; `own` has the rows that queries are, by their number."""
+
+    found: pd.DataFrame
+    queries: Sequence[Query]
+    title: str
+    notes: Sequence[str] = ()
+    own: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    upright: bool = False
+
+
+@dataclass(frozen=True)
+class _Answer:
     """A query, the row that it is or the thumbnail of its image, and the rows that were found, the best first."""
 
     kind: str
@@ -32,50 +44,34 @@ class Answer:
     best: Sequence[Mapping[str, Any]]
 
 
-def _query_image(query: Query, upright: bool, storage_options: Mapping[str, Any] | None) -> str | None:
-    with files.opened(query.label, storage_options) as file:
-        return thumbnail(file.read(_MAX_NBYTES), upright=upright)
-
-
-def search_page(
-    found: pd.DataFrame,
-    queries: Sequence[Query],
-    title: str,
-    notes: Sequence[str] = (),
-    *,
-    own: Mapping[int, Mapping[str, Any]] | None = None,
-    upright: bool = False,
+def write_search_page(
+    path: str | os.PathLike[str],
+    answers: Answers,
     source_options: Mapping[str, Any] | None = None,
     storage_options: Mapping[str, Any] | None = None,
-) -> str:
-    """Make the page of what `search` found for its queries; `own` has the rows that queries are, by their number.
-
-    `source_options` and `storage_options` are for the fsspec file systems of the shards, and of the queries' images.
-    """
-    rows = get_backend("pandas").to_arrow(found).to_pylist()
-    own = own or {}
-    answers = []
-    for number, query in enumerate(queries):
-        image = query.kind == "image"
-        # Of a file its name alone: a page is passed on, and a path may tell who made it.
-        label = query.label.partition("?")[0].rpartition("/")[2] if image else query.label
-        uri = _query_image(query, upright, storage_options) if image else None
+) -> None:
+    """Write the page; `source_options` are for the shards, `storage_options` for the page and images of queries."""
+    rows = get_backend("pandas").to_arrow(answers.found).to_pylist()
+    shown = []
+    for number, query in enumerate(answers.queries):
+        label, uri = query.label, None
+        if query.kind == "image":
+            with files.opened(label, storage_options) as file:
+                uri = thumbnail(file.read(_MAX_NBYTES), upright=answers.upright)
+            # Of a file its name alone: a page is passed on, and a path may tell who made it.
+            label = label.partition("?")[0].rpartition("/")[2]
         best = [row for row in rows if row["query_number"] == number]
-        answers.append(Answer(_KINDS[query.kind], label, own.get(number), uri, best))
-    return page(
+        shown.append(_Answer(_KINDS[query.kind], label, answers.own.get(number), uri, best))
+    pictured = [*rows, *answers.own.values()]
+    content = page(
         "search.html.j2",
         "Search",
-        title,
-        notes,
-        answers=answers,
-        scores=["similarity", *(str(name) for name in found.columns if str(name).endswith("_score"))],
-        scored="nsfw_score" in found.columns,
-        images=make_thumbnails([*rows, *own.values()], upright=upright, storage_options=source_options),
+        answers.title,
+        answers.notes,
+        answers=shown,
+        scores=["similarity", *(str(name) for name in answers.found.columns if str(name).endswith("_score"))],
+        scored="nsfw_score" in answers.found.columns,
+        images=make_thumbnails(pictured, upright=answers.upright, storage_options=source_options),
     )
-
-
-def write_search_page(path: str | os.PathLike[str], *args: Any, **options: Any) -> None:
-    """Write `search_page`, whole or not at all; its storage options also are those of the file."""
-    content = search_page(*args, **options)
-    with files.write_whole(os.fspath(path), options.get("storage_options")) as file:
-        file.write(content.encode())
+    with files.write_whole(os.fspath(path), storage_options) as out:
+        out.write(content.encode())

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..results import Counts
-from ..schema import kind_of
+from ..schema import MEASURES, kind_of
 from ..select.ranks import ValueOrder
 from ..select.settle import Bound, Condition, Settled, counts_of
 from ..select.where import Where
@@ -37,7 +37,6 @@ FIRST = ("aesthetic_score", "clip_score", "nsfw_score")
 
 SIZES = ("width", "height")
 
-_MEASURES = ("brightness", "contrast", "blur", "entropy", "colourfulness")
 _NAME = r"(?:`(?P<quoted>[^`]+)`|(?P<name>[^\W\d]\w*))"
 _LITERAL = r"(?P<number>-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
 _BOUNDS = (
@@ -71,23 +70,18 @@ class Rank:
     column: str
 
     @property
-    def lower(self) -> bool:
-        """Whether the lowest are the best."""
-        return self.column in LOWER_IS_BETTER
-
-    @property
     def best(self) -> str:
         """What the best have, in words."""
-        return f"{'lowest' if self.lower else 'highest'} {self.column}"
+        return f"{'lowest' if self.column in LOWER_IS_BETTER else 'highest'} {self.column}"
 
     @property
     def worst(self) -> str:
         """What the worst have, in words."""
-        return f"{'highest' if self.lower else 'lowest'} {self.column}"
+        return f"{'highest' if self.column in LOWER_IS_BETTER else 'lowest'} {self.column}"
 
     def order(self, values: np.ndarray) -> np.ndarray:
         """Values of the column, (n,) float64, so that the smallest is the best."""
-        return values if self.lower else -values
+        return values if self.column in LOWER_IS_BETTER else -values
 
 
 @dataclass
@@ -133,25 +127,7 @@ def numbers_of(schema: pa.Schema) -> list[str]:
 
 
 class Survey:
-    """Everything that a page takes from a score table, besides the pictures.
-
-    Attributes
-    ----------
-    counts : Counts
-        Rows in all, by status, readable, kept, and what each condition keeps.
-    failed : Counter
-        Readable rows by the set of conditions that they fail, as bits: bit i for condition i.
-    marks : list of Mark
-        Conditions that are bounds on a column.
-    histograms : dict of Histogram
-        By column.
-    scores : list of str
-        Columns that a picture is shown with.
-    walls : dict of Wall
-        Rows worth a picture.
-    examples : dict of list
-        The first failed rows of each status.
-    """
+    """Everything that a page takes from a score table, besides the pictures."""
 
     def __init__(self, schema: pa.Schema, settled: Settled) -> None:
         self.settled = settled
@@ -160,13 +136,13 @@ class Survey:
         self.marks = [m for m in marks if m is not None and m.column in numbers]
         bounded = [m.column for m in self.marks]
         scores = [*FIRST, *(n for n in schema.names if n.endswith("_score"))]
-        self.histograms = histograms_of([*scores, *_MEASURES, *SIZES, *bounded], numbers)
-        self.scores = [n for n in self.histograms if n in {*scores, *bounded} - set(SIZES)]
+        self.histograms = histograms_of([*scores, *MEASURES, *SIZES, *bounded], numbers)
+        self.scores = [n for n in self.histograms if n in {*scores, *bounded} - set(SIZES)]  # shown with a picture
         self.rank = Rank(self.scores[0]) if self.scores else None
         self.wanted = {*ROW, "sample_offset", *self.histograms, "status", *settled.columns}
         self.counts = Counts()
-        self.failed: Counter[int] = Counter()
-        self.examples: dict[str, list[dict[str, Any]]] = {}
+        self.failed: Counter[int] = Counter()  # readable rows by what they fail: bit i for condition i
+        self.examples: dict[str, list[dict[str, Any]]] = {}  # the first failed rows of each status
         self.walls = self._empty_walls()
         self._random = np.random.default_rng(_SEED)
 

@@ -24,8 +24,12 @@ import pyarrow as pa
 from ..engine import frames as collection
 from ..engine.backend import backend_of, get_backend, is_dask, resolve_name
 from ..engine.run import Place
+<<<<<<< HEAD
 from ..jobs.plan import model_notes
 from ..report.search_page import write_search_page
+=======
+from ..report.search_page import Answers, write_search_page
+>>>>>>> main
 from ..select import where as filters
 from ..select.ranks import IDENTITY
 from .index import SearchIndex, open_search_index
@@ -415,14 +419,11 @@ def _write_page(
     encoder = table.made.get("encoder", {})
     owners = {number: query.own for number, query in enumerate(queries) if query.own is not None}
     own = dict(zip(owners, _rows(table, list(owners.values())).to_pylist(), strict=True))
+    notes = model_notes(encoder.get("model"), encoder.get("pretrained"))
+    upright = bool(table.made.get("decode", {}).get("adjust_orientation"))
     write_search_page(
         path,
-        found,
-        queries,
-        title,
-        model_notes(encoder.get("model"), encoder.get("pretrained")),
-        own=own,
-        upright=bool(table.made.get("decode", {}).get("adjust_orientation")),
+        Answers(found, queries, title, notes, own, upright),
         source_options=table.storage_options if source_options is None else source_options,
         storage_options=table.storage_options,
     )

@@ -1,0 +1,104 @@
+"""The light tiers: rows of the same bytes, and rows whose perceptual hashes differ in few bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from .components import Forest, Pairs
+from .rows import Rows
+
+
+def exact_pairs(rows: Rows) -> Pairs:
+    """Connect the rows of the same bytes."""
+    there = np.flatnonzero(rows.table["sha256_high"].is_valid().to_numpy())
+    keys = [rows.numbers(name)[there] for name in ("sha256_low", "sha256_high")]
+    return _star(rows, there, keys, 1.0)[0]
+
+
+def perceptual_pairs(rows: Rows, distance: int) -> Pairs:
+    """Connect the rows whose hashes differ in at most so many bits; `near` is their number, negative."""
+    hashes = rows.numbers("phash")
+    there = np.flatnonzero(rows.table["phash"].is_valid().to_numpy())
+    same, first = _star(rows, there, [hashes[there]], 0.0)
+    if not distance:
+        return same
+    # One row of each hash speaks for all.
+    first = first[np.argsort(rows.ids[first])]
+    masks = hamming_masks(max(1, len(there)), distance)
+    i, j, bits = hamming_pairs(hashes[first], masks, distance, first >= rows.ours)
+    return (
+        np.concatenate([same[0], first[i]]),
+        np.concatenate([same[1], first[j]]),
+        np.concatenate([same[2], -bits.astype(np.float32)]),
+    )
+
+
+def _star(rows: Rows, there: np.ndarray, keys: list[np.ndarray], near: float) -> tuple[Pairs, np.ndarray]:
+    """Connect rows of equal keys to one of them, to one of the reference where there is any; and return these."""
+    order = np.lexsort((rows.ids[there], there < rows.ours, *keys))
+    new = np.zeros(len(order), bool)
+    new[:1] = True
+    for key in keys:
+        new[1:] |= np.diff(key[order]) != 0
+    sorted_ = there[order]
+    first = sorted_[new]
+    centre = first[np.cumsum(new) - 1]
+    edge = (sorted_ != centre) & (sorted_ < rows.ours)
+    return (sorted_[edge], centre[edge], np.full(int(edge.sum()), near, np.float32)), first
+
+
+def hamming_masks(n: int, distance: int) -> list[int]:
+    """Choose the bits by which hashes are put in buckets, so that no pair within a distance is missed.
+
+    The 64 bits are cut into b blocks. Two hashes that differ in at most k bits agree in at least b - k blocks, so each
+    choice of b - k blocks gets a table whose buckets hold the hashes that agree there (Manku, Jain and Das Sarma 2007,
+    "Detecting near-duplicates for web crawling"; b = k + 1 is the pigeonhole). There are C(b, k) tables, with about
+    n / 2^(64 (b - k) / b) hashes a bucket; b is chosen by the sum of both costs.
+    """
+    best: tuple[float, list[int]] | None = None
+    for blocks in range(distance + 1, distance + 4):
+        edges = [round(i * 64 / blocks) for i in range(blocks + 1)]
+        block = [((1 << b) - 1) ^ ((1 << a) - 1) for a, b in itertools.pairwise(edges)]
+        masks = [sum(chosen) for chosen in itertools.combinations(block, blocks - distance)]
+        bits = min(mask.bit_count() for mask in masks)
+        # To sort a row into a table costs about as much as some hundred comparisons.
+        cost = len(masks) * n * (200 + n / 2 / 2.0**bits)
+        if best is None or cost < best[0]:
+            best = cost, masks
+    assert best is not None
+    return best[1]
+
+
+def hamming_pairs(
+    hashes: np.ndarray, masks: Sequence[int], distance: int, reference: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find the pairs of hashes that differ in at most so many bits, but those of two rows of the reference.
+
+    Returns i, j and the number of bits. A pair that shares buckets of several tables is found in the first of them.
+    Where there would be n pairs or more, they are thinned out by a `Forest`.
+    """
+    bits, forest = np.array(masks, np.uint64), Forest(len(hashes))
+    for number, mask in enumerate(bits):
+        order = np.lexsort((hashes, hashes & mask))
+        value, ours = hashes[order], ~reference[order]
+        key = value & mask
+        left = np.arange(len(order))
+        # Row r and row r + step, for step 1, 2, …, as long as any two of them share a bucket.
+        for step in range(1, len(order)):
+            left = left[left + step < len(order)]
+            left = left[key[left] == key[left + step]]
+            if not len(left):
+                break
+            differing = value[left] ^ value[left + step]
+            count = np.bitwise_count(differing)
+            hit = (count <= distance) & (ours[left] | ours[left + step])
+            at, differing, count = left[hit], differing[hit], count[hit]
+            first = np.ones(len(at), bool)
+            for earlier in bits[:number]:
+                first &= (differing & earlier) != 0
+            forest.add(order[at[first]], order[at[first] + step], -count[first].astype(np.float32))
+    i, j, negative = forest.pairs()
+    return i, j, (-negative).astype(np.int64)
