@@ -22,14 +22,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-<<<<<<< HEAD
-from ..engine.backend import backend_of
-from ..steps.score_table import ScoreFiles
-=======
 from ..engine.backend import Backend, backend_of, local_backend
 from ..engine.pandas import from_arrow
 from ..select.ranks import IDENTITY
->>>>>>> main
 from ..storage import files
 from .cells import assign, default_cells, train
 from .rows import SCHEMA, DedupError, Rows, RowSpec, Source, gather, scratch

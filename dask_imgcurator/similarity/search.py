@@ -21,17 +21,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ..engine import frames as collection
 from ..engine.backend import backend_of, get_backend, is_dask, resolve_name
-from ..engine.run import Place
-<<<<<<< HEAD
 from ..jobs.plan import model_notes
-from ..report.search_page import write_search_page
-=======
+from ..engine.run import Place
 from ..report.search_page import Answers, write_search_page
->>>>>>> main
 from ..select import where as filters
 from ..select.ranks import IDENTITY
+from ..engine import frames as collection
 from .index import SearchIndex, open_search_index
 from .queries import Query, image_queries, table_encoder, table_provenance, text_queries, vector_queries
 from .scan import (
