@@ -62,7 +62,7 @@ def settle_options(args: argparse.Namespace) -> tuple[list[str], Any, Any, int]:
     """
     from dask_imgcurator.engine.backend import get_backend, resolve_name
     from dask_imgcurator.models.encoders import resolve_encoder
-    from dask_imgcurator.storage.urls import expand
+    from dask_imgcurator.storage.shards import expand
 
     backend = get_backend(resolve_name(args.backend))
     batch_size = args.batch_size or (16 if backend.device == "cpu" else 512)  # as `embed` does by default
@@ -72,10 +72,9 @@ def settle_options(args: argparse.Namespace) -> tuple[list[str], Any, Any, int]:
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
     """End the script with a line instead of a traceback, where the user can mend it."""
-    from dask_imgcurator.engine.run import JobError
-
     from dask_imgcurator.engine.backend import BackendError
-    from dask_imgcurator.models import ModelError
+    from dask_imgcurator.jobs.job import JobError
+    from dask_imgcurator.models.encoders import ModelError
 
     try:
         yield
@@ -120,8 +119,7 @@ def versions() -> dict[str, str]:
 
 def images_of(url: str) -> list[bytes]:
     """Read the image member of every sample of a shard."""
-    from dask_imgcurator.storage.tar_index import index_shard
-    from dask_imgcurator.storage.tar_read import read_extents
+    from dask_imgcurator.storage.shards import index_shard, read_extents
 
     members = [image for sample in index_shard(url).samples if (image := sample.image()) is not None]
     return list(read_extents(url, [(m.offset, m.nbytes) for m in members]))

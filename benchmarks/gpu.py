@@ -257,11 +257,10 @@ def run_encoder(settings: Settings) -> Found:
 def run_end_to_end(settings: Settings) -> Found:
     """Index, read, hash, decode, encode in this process, images a second, by decoders side by side and graphs."""
     import torch
-    from dask_imgcurator.steps.embed import EmbedSpec, embed_partition
-    from dask_imgcurator.steps.read import ReadSpec, index_partition
 
     from dask_imgcurator.engine import backend as seam
     from dask_imgcurator.models.encoders import resolve_encoder
+    from dask_imgcurator.steps.score import EmbedSpec, ReadSpec, embed_partition, index_partition
 
     kind = type(seam.get_backend(settings.backend))
     tries = [(kind.decoders, False)]
@@ -292,9 +291,8 @@ def run_end_to_end(settings: Settings) -> Found:
 
 def run_cluster(settings: Settings) -> Found:
     """Shards to score tables on the workers of `start_client`, with the memory pool that all libraries share."""
-    from dask_imgcurator.monitor import Monitor, Progress
-
     import dask_imgcurator as dic
+    from dask_imgcurator.jobs.job import Monitor, Progress
 
     class Stopwatch(Monitor):
         def scoring(self, total: int, taken_over: int) -> None:
@@ -328,11 +326,10 @@ def run_cluster(settings: Settings) -> Found:
 def run_profile(settings: Settings) -> Found:
     """Where the time on the card goes, over the whole way; the table is in profile.txt."""
     import torch
-    from dask_imgcurator.steps.embed import EmbedSpec, embed_partition
-    from dask_imgcurator.steps.read import ReadSpec, index_partition
     from torch.profiler import ProfilerActivity, profile
 
     from dask_imgcurator.models.encoders import resolve_encoder
+    from dask_imgcurator.steps.score import EmbedSpec, ReadSpec, embed_partition, index_partition
 
     spec = EmbedSpec(resolve_encoder(settings.model, settings.pretrained, settings.dtype), settings.batch_size)
     name, urls = next(iter(settings.sets.items()))
@@ -500,7 +497,7 @@ def write_down(result: dict[str, Any], out: Path) -> None:
 def make_settings(args: argparse.Namespace, folder: Path) -> Settings:
     """Settle what is measured."""
     if args.shards:
-        from dask_imgcurator.storage.urls import expand
+        from dask_imgcurator.storage.shards import expand
 
         sets = {"given": expand(args.shards)}
     else:

@@ -17,14 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 import common
-from dask_imgcurator.monitor import Monitor, Progress
-from dask_imgcurator.steps.stream import settle_decoder
 from distributed import Client
 
 import dask_imgcurator as dic
 from dask_imgcurator import config
 from dask_imgcurator.images.decoder import Decoder
+from dask_imgcurator.jobs.job import Monitor, Progress
 from dask_imgcurator.models.encoders import EncoderSpec, load_encoder
+from dask_imgcurator.steps.score import settle_decoder
 
 __all__: list[str] = []
 

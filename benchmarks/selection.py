@@ -89,10 +89,9 @@ def write_file(path: Path, part: int, rows: int, embeddings: bool) -> None:
 
 def ours(folder: str, question: str) -> Any:
     """Ask this library."""
-    from dask_imgcurator.steps.score_table import read_scores
-
     from dask_imgcurator import export
     from dask_imgcurator.select.selection import funnel, quantile, sample, top_fraction
+    from dask_imgcurator.steps.collection import read_scores
 
     df = read_scores(folder, backend="pandas")
     if question == "where":

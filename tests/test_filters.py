@@ -20,8 +20,7 @@ from dask.base import tokenize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_imgcurator.select.syntax import WhereError
-from dask_imgcurator.select.where import Where, combine, filter_frame, kinds_of, parse_where
+from dask_imgcurator.select.where import Where, WhereError, combine, filter_frame, kinds_of, parse_where
 
 KINDS = {
     "key": "string",

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 
 from ..duplicates.cells import BRUTE_FORCE_ROWS
 from ..steps import read as collection, score_table as score
-from ..storage import files, shards
+from ..storage import files
+from ..storage.urls import fingerprint
 from .queries import table_provenance
 from .scan import RowScan, SearchError, best_partition, compared, keep_best
 
@@ -111,7 +112,7 @@ class SearchIndex:
 
 
 def _versions(urls: Sequence[str], options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(url.rpartition("/")[2], shards.fingerprint(url, options)) for url in urls]
+    return [(url.rpartition("/")[2], fingerprint(url, options)) for url in urls]
 
 
 def open_search_index(
