@@ -107,3 +107,11 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+@contextlib.contextmanager
+def display(quiet: bool) -> Iterator[monitor.Monitor]:
+    """Show a run on stderr: a live line on a terminal, plain lines elsewhere, nothing with --quiet."""
+    console = Console(stderr=True, quiet=quiet)
+    with make_monitor(console) as shown:
+        yield shown

@@ -1,0 +1,102 @@
+"""Commands that check: `parity`, `verify`, `doctor`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import summary
+from .errors import FAILED, Failure
+from .live import display
+from .options import (
+    dtype_option,
+    encoder_options,
+    given_of,
+    quiet_option,
+    remote_options,
+    shards_argument,
+    threshold_options,
+)
+
+
+@click.command()
+@shards_argument
+@threshold_options
+@encoder_options
+@dtype_option("float32, as open_clip's in the comparison; another one is taken on this library's side only")
+@click.option(
+    "--limit",
+    metavar="N",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    help="Images to compare, at most; spread over the shards.",
+)
+@click.option("--json", "record", metavar="FILE", type=click.Path(), help="File for all figures, as JSON.")
+@quiet_option
+def parity(shards: tuple[str, ...], record: str | None, quiet: bool, **options: Any) -> None:
+    """Compare pixels, embeddings, scores and decisions with open_clip's own way, on your images.
+
+    \b
+    dask-imgcurator parity 'laion/*.tar' --model ViT-L-14 --pretrained openai
+    dask-imgcurator parity 'laion/*.tar' --min-aesthetic 5.5 --max-nsfw 0.3 --limit 5000
+
+    Each image goes both ways on the same weights: through this library's decoder, and through Pillow and open_clip's
+    own transform and model. Prints how far they differ, and how many images only one of them would keep at each
+    threshold (without any given: aesthetic_score >= 5 and nsfw_score < 0.5). Runs in one process, without a cluster.
+    """
+    from ..checks.parity import ParityOptions, compare
+    from ..storage.files import write_whole
+
+    if record is not None and not Path(record).parent.is_dir():
+        raise click.BadParameter(f"there is no folder {Path(record).parent}", param_hint="--json")
+    with display(quiet) as monitor:
+        result = compare(list(shards), ParityOptions(**given_of(options)), monitor=monitor)
+    if record is not None:
+        with write_whole(record) as file:
+            file.write(json.dumps(result.record(), ensure_ascii=False).encode() + b"\n")
+    if not quiet:
+        summary.print_parity(result)
+
+
+@click.command()
+@click.argument("folder", metavar="DIR")
+@remote_options
+def verify(folder: str, storage_options: dict[str, Any] | None, out_options: dict[str, Any] | None) -> None:
+    """Compare a finished folder with its inputs, byte for byte.
+
+    \b
+    dask-imgcurator verify curated
+
+    Reads every curated sample and its source. Exit code 1, with the reasons, where anything differs.
+    """
+    from ..checks.verify import verify as run
+
+    wrong = 0
+    for what, problem in run(folder, storage_options=out_options or storage_options, source_options=storage_options):
+        wrong += problem is not None
+        click.echo(f"{what}: {problem or 'ok'}")
+    if wrong:
+        raise Failure(f"{wrong} of what was looked at differ{'s' * (wrong == 1)} from the inputs", FAILED)
+
+
+@click.command()
+def doctor() -> None:
+    """Say what is installed, what is visible, what would be used, and why not."""
+    from rich.text import Text
+
+    from ..checks.doctor import examine
+
+    table = summary.make_table("", "found", "what to do")
+    signs = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM", "bold red")}
+    problems = 0
+    for finding in examine():
+        problems += finding.state == "problem"
+        sign, style = signs[finding.state]
+        table.add_row(Text(f"{finding.topic}"), Text(finding.value), Text(finding.remedy), Text(sign, style))
+    summary.stdout().print(table)
+    if problems:
+        raise Failure(f"{problems} problem{'s' * (problems > 1)}: see the table", FAILED)

@@ -1,0 +1,247 @@
+"""Groups of options that several commands share, and what commands make of them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def _group(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+def dtype_option(default: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        help=f"Of the encoder. [default: {default}]",
+    )
+
+
+encoder_options = _group(
+    click.option(
+        "--model",
+        metavar="NAME",
+        help="open_clip's name of a model (ViT-L-14, ViT-B-32 …), or 'starter': a preview that needs no download. "
+        "[default: ViT-L-14 of OpenAI; starter where its weights cannot be had]",
+    ),
+    click.option(
+        "--pretrained",
+        metavar="TAG|PATH",
+        help="open_clip's tag of the weights, or a checkpoint's path; 'random:SEED' for benchmarks.",
+    ),
+    click.option(
+        "--aesthetic-head",
+        metavar="NAME",
+        default="auto",
+        show_default=True,
+        help="Head for aesthetic_score, or 'none'; 'auto' takes the one trained on the model.",
+    ),
+    click.option(
+        "--nsfw-head", metavar="NAME", default="auto", show_default=True, help="Head for nsfw_score, or 'none'."
+    ),
+    click.option(
+        "--weights-dir",
+        metavar="DIR",
+        type=click.Path(),
+        help="Folder with the heads' published files, looked at before the cache and the network.",
+    ),
+    click.option(
+        "--column",
+        "columns",
+        metavar="FIELD",
+        multiple=True,
+        help="Field of the samples' .json to keep as a column; may be repeated.",
+    ),
+    click.option(
+        "--caption", metavar="FIELD", help="Field of the .json that holds the caption, instead of the .txt member."
+    ),
+    click.option(
+        "--image",
+        metavar="EXT",
+        multiple=True,
+        help="Extension of the image member (jpg, seg.png …), where a sample has several; may be repeated, the "
+        "preferred one first.",
+    ),
+    click.option(
+        "--batch-size",
+        metavar="N",
+        type=click.IntRange(1),
+        help="Images a forward pass. [default: 16 on a CPU, 512 on a GPU]",
+    ),
+)
+
+model_options = _group(
+    encoder_options,
+    dtype_option("the fastest that the processor has"),
+    click.option(
+        "--measures/--no-measures",
+        default=True,
+        show_default=True,
+        help="Columns of technical quality (brightness, contrast, blur, entropy, colourfulness) and a perceptual hash.",
+    ),
+)
+
+
+class Json(click.ParamType):
+    """A JSON object, or ``@FILE`` with one."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return value
+        try:
+            text = Path(value[1:]).read_text() if value.startswith("@") else value
+            parsed = json.loads(text)
+        except (OSError, ValueError) as err:
+            self.fail(f"cannot be read as JSON ({err}): write for example '{{\"anon\": true}}', or @FILE", param, ctx)
+        if not isinstance(parsed, dict):
+            self.fail(f"{value!r} is no JSON object: write for example '{{\"anon\": true}}'", param, ctx)
+        return parsed
+
+
+storage_option = click.option(
+    "--storage-options",
+    metavar="JSON",
+    type=Json(),
+    help="For URLs (s3://, gs://, https:// …): options of the fsspec file system, as JSON or @FILE.",
+)
+remote_options = _group(
+    storage_option,
+    click.option(
+        "--out-options",
+        metavar="JSON",
+        type=Json(),
+        help="The same for the folder that is written (verify: DIR). [default: as --storage-options]",
+    ),
+)
+
+
+def remote(options: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the options of the output."""
+    return {**options, "out_options": options["out_options"] or options["storage_options"]}
+
+
+_where = _group(
+    click.option(
+        "--where",
+        metavar="EXPR",
+        help="Which images to keep: any expression on the columns, such as 'aesthetic_score >= 5 and width >= 512'.",
+    ),
+    click.option("--min-aesthetic", metavar="X", type=float, help="Short for --where 'aesthetic_score >= X'."),
+    click.option("--max-nsfw", metavar="X", type=float, help="Short for --where 'nsfw_score < X'."),
+)
+
+
+def where_options(command: Any) -> Any:
+    """Options that say which images to keep; the command gets them as one expression, `where`."""
+
+    @functools.wraps(command)
+    def combined(
+        *args: Any, where: str | None, min_aesthetic: float | None, max_nsfw: float | None, **rest: Any
+    ) -> Any:
+        from ..select.where import combine
+
+        return command(*args, where=combine(where, min_aesthetic, max_nsfw), **rest)
+
+    return _where(combined)
+
+
+#: The same, each by itself.
+threshold_options = _where
+
+ranking_options = _group(
+    click.option(
+        "--top",
+        metavar="STEP",
+        multiple=True,
+        help="Of these, the best: '30% by clip_score', '10000 by aesthetic_score'; may be repeated, one after another.",
+    ),
+    click.option(
+        "--sample", metavar="STEP", help="Of what is left, a random part: '10000', '10% seed 1', '20 by cluster'."
+    ),
+)
+
+pack_options = _group(
+    click.option(
+        "--max-count",
+        metavar="N",
+        type=click.IntRange(1),
+        default=10_000,
+        show_default=True,
+        help="Samples a curated shard, at most.",
+    ),
+    click.option(
+        "--max-size",
+        metavar="SIZE",
+        default="1GB",
+        show_default=True,
+        help="Size of a curated shard, at most (500MB, 1GiB).",
+    ),
+)
+
+
+def cluster_options_with(workers: str) -> Callable[[Any], Any]:
+    """Options that say where a command runs; `workers` is what --n-workers defaults to."""
+    return _group(
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "cudf", "pandas"]),
+            help="Where to compute. [default: auto, a GPU where there is one]",
+        ),
+        click.option(
+            "--scheduler",
+            metavar="ADDRESS",
+            help="Run on a Dask cluster: the address of its scheduler, tcp://host:8786.",
+        ),
+        click.option(
+            "--n-workers",
+            metavar="N",
+            type=click.IntRange(1),
+            help=f"Worker processes on this machine. [default: {workers}]",
+        ),
+    )
+
+
+cluster_options = cluster_options_with("one a GPU; on a CPU one a core with 4 GB")
+light_options = cluster_options_with("none: threads of this process do")
+
+resume_option = click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Take over what an earlier run with the same settings finished.",
+)
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
+shards_argument = click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
+scores_argument = click.argument("scores", nargs=-1, required=True, metavar="SCORES...")
+
+
+# --- from options to arguments --------------------------------------------------------------------
+
+
+def given_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that were given, where to run as one of them; the functions have their own defaults."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    scheduler, n_workers = given.pop("scheduler", None), given.pop("n_workers", None)
+    if scheduler is not None and n_workers is not None:
+        raise click.UsageError(
+            f"--n-workers is for a new cluster; the scheduler at {scheduler} has its own workers: give one of them"
+        )
+    return given | ({"client": scheduler or n_workers} if scheduler or n_workers else {})
+
+
+def asked_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without flags that were not given."""
+    return {name: value for name, value in given_of(options).items() if value is not False}

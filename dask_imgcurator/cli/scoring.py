@@ -1,0 +1,155 @@
+"""Commands that score and write: `curate`, `score`, `write`, `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import summary
+from .live import display
+from .options import (
+    cluster_options,
+    given_of,
+    model_options,
+    pack_options,
+    quiet_option,
+    remote,
+    remote_options,
+    resume_option,
+    scores_argument,
+    shards_argument,
+    where_options,
+)
+
+
+@click.command()
+@shards_argument
+@click.option("--out", required=True, metavar="DIR", help="Folder for scores/, shards/, report.html and run.json.")
+@where_options
+@model_options
+@pack_options
+@cluster_options
+@remote_options
+@resume_option
+@quiet_option
+def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
+    """Score shards, keep the images that an expression takes, write them as curated shards.
+
+    \b
+    dask-imgcurator curate 'laion/{00000..00127}.tar' --out curated \\
+        --model ViT-L-14 --pretrained openai --where 'aesthetic_score >= 5 and nsfw_score < 0.5'
+
+    Kept samples keep all their members, byte for byte. Stop it whenever you like: the same command goes on from there.
+    """
+    from ..jobs.curate import curate as run
+
+    with display(quiet) as monitor:
+        result = run(list(shards), out, monitor=monitor, **given_of(remote(options)))
+    if not quiet:
+        summary.print_run(result)
+
+
+@click.command()
+@shards_argument
+@click.option("--out", required=True, metavar="DIR", help="Folder for the score table: one Parquet file a shard.")
+@model_options
+@cluster_options
+@remote_options
+@resume_option
+@quiet_option
+def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
+    """Score shards into a table: the expensive half, done once.
+
+    \b
+    dask-imgcurator score 'laion/*.tar' --out run/scores --model ViT-B-32 --pretrained openai
+    """
+    from ..jobs.score import score_shards as run
+
+    with display(quiet) as monitor:
+        result = run(list(shards), out, monitor=monitor, **given_of(remote(options)))
+    if not quiet:
+        summary.print_run(result)
+
+
+@click.command()
+@scores_argument
+@click.option("--out", required=True, metavar="DIR", help="Folder for the curated shards.")
+@where_options
+@pack_options
+@cluster_options
+@remote_options
+@resume_option
+@quiet_option
+def write(
+    scores: tuple[str, ...],
+    out: str,
+    quiet: bool,
+    where: str | None,
+    **options: Any,
+) -> None:
+    """Write the rows of a score table as curated shards, byte for byte from their sources.
+
+    \b
+    dask-imgcurator write run/selected --out run/shards
+    dask-imgcurator write run/scores --min-aesthetic 5 --out run/shards
+    """
+    from ..jobs.curate import write_selection as run
+
+    with display(quiet) as monitor:
+        given = given_of(options)
+        given["source_options"] = options["storage_options"]
+        given["storage_options"] = given.pop("out_options", options["storage_options"])
+        selection, written = run(list(scores), out, where, monitor=monitor, **given)
+    if not quiet:
+        summary.print_selection(selection, out)
+        summary.stdout().print(summary.written_line(written, out))
+
+
+@click.command()
+@click.option(
+    "--out",
+    default="imgcurator-demo",
+    show_default=True,
+    metavar="DIR",
+    help="Folder for the sample shards and the result.",
+)
+@click.option("--count", default=320, show_default=True, type=click.IntRange(64), help="Number of sample images.")
+@cluster_options
+@quiet_option
+def demo(out: str, count: int, quiet: bool, **options: Any) -> None:
+    """Everything on sample images, offline, in about a minute.
+
+    Makes shards of photographs, near-copies, blurred, dark and broken images, scores them with the starter model,
+    keeps the good ones and leaves the result to look at.
+    """
+    from ..checks import samples
+    from ..jobs.curate import curate as run
+
+    console = summary.stdout()
+    where = "aesthetic_score >= 5 and width >= 160 and height >= 160"
+    made = samples.make_sample_shards(Path(out) / "samples", count=count)
+    if not quiet:
+        console.print(
+            f"{len(made.manifest)} sample images in {len(made.shards)} shards: {made.folder}", highlight=False
+        )
+        console.print(
+            f"dask-imgcurator curate {made.folder}/*.tar --out {out} --model starter --column kind --where '{where}'\n",
+            style="bold",
+            highlight=False,
+            soft_wrap=True,
+        )
+    with display(quiet) as monitor:
+        result = run(
+            [str(p) for p in made.shards],
+            out,
+            where=where,
+            model="starter",
+            columns=["kind"],
+            monitor=monitor,
+            **given_of(options),
+        )
+    if not quiet:
+        summary.print_kinds(result, made.manifest)
+        summary.print_run(result)

@@ -1,0 +1,336 @@
+"""Commands on a score table: `select`, `dedup`, `add`, `export`, `search`, `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import summary
+from .live import display
+from .options import (
+    Json,
+    asked_of,
+    cluster_options_with,
+    given_of,
+    light_options,
+    quiet_option,
+    ranking_options,
+    scores_argument,
+    storage_option,
+    where_options,
+)
+
+
+@click.command()
+@scores_argument
+@click.option("--out", required=True, metavar="DIR", help="Folder for the selected rows, itself a score table.")
+@where_options
+@ranking_options
+@light_options
+@storage_option
+@quiet_option
+def select(
+    scores: tuple[str, ...],
+    out: str,
+    quiet: bool,
+    where: str | None,
+    **options: Any,
+) -> None:
+    """Keep the rows of a score table that an expression takes; no image is read.
+
+    \b
+    dask-imgcurator select run/scores --where 'aesthetic_score >= 5.5 and width >= 512' --out run/selected
+    dask-imgcurator select run/scores --min-aesthetic 5 --top '30% by clip_score' --out run/selected
+
+    The expression knows the table's columns, numbers, 'text', + - * / %, comparisons, and, or, not, in (…), is null.
+    A row for which it is unknown (a missing score) is not kept.
+    """
+    from ..jobs.tables import select_rows as run
+
+    with display(quiet) as monitor:
+        selection = run(list(scores), out, where, monitor=monitor, **given_of(options))
+    if not quiet:
+        summary.print_selection(selection, out)
+
+
+@click.command()
+@scores_argument
+@click.option("--out", metavar="DIR", help="Folder for the rows that are left; without it they are only counted.")
+@click.option(
+    "--tier",
+    "tiers",
+    multiple=True,
+    type=click.Choice(["exact", "perceptual", "semantic"]),
+    help="Which; may be repeated. [default: all whose column the table has]",
+)
+@click.option(
+    "--eps",
+    metavar="X",
+    type=float,
+    multiple=True,
+    default=[0.05],
+    show_default=True,
+    help="Semantic duplicates have a cosine of at least 1 - X; may be repeated to count.",
+)
+@click.option(
+    "--max-distance", metavar="N", type=int, default=4, show_default=True, help="Bits in which hashes may differ."
+)
+@click.option(
+    "--keep", metavar="COLUMN", help="Of each group, the row with the highest value stays. [default: the first]"
+)
+@click.option("--lowest", is_flag=True, help="The row with the lowest value stays.")
+@click.option(
+    "--rule",
+    type=click.Choice(["components", "semdedup", "nemo"]),
+    default="components",
+    show_default=True,
+    help="Who goes in the semantic tier.",
+)
+@click.option(
+    "--against", metavar="INDEX", help="Also drop what an index holds: a set that exists, or a benchmark's images."
+)
+@click.option("--index", metavar="DIR", help="Save an index of what is left, for --against.")
+@click.option("--groups", metavar="FILE", help="Write the groups to a Parquet file: who, kept by whom, how similar.")
+@light_options
+@storage_option
+@quiet_option
+def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[float, ...], **options: Any) -> None:
+    """Drop the duplicates of a score table: same bytes, same look, same content.
+
+    \b
+    dask-imgcurator dedup run/scores --eps 0.02 --eps 0.05 --eps 0.1            how many would go
+    dask-imgcurator dedup run/scores --keep aesthetic_score --out run/unique    drop them, the best stays
+    dask-imgcurator dedup run/scores --against eval.index --out run/clean       decontaminate
+    """
+    from ..jobs.tables import drop_duplicates as run
+
+    with display(quiet) as monitor:
+        given = asked_of(options)
+        found = run(list(scores), out, monitor=monitor, eps=eps[0] if len(eps) == 1 else list(eps), **given)
+    if not quiet:
+        summary.print_duplicates(found, out)
+
+
+@click.command()
+@scores_argument
+@click.option("--out", required=True, metavar="DIR", help="Folder for the larger table.")
+@click.option("--head", "heads", metavar="FILE|NAME", multiple=True, help="Head of your own; may be repeated.")
+@click.option("--clip-score", is_flag=True, help="Cosine of caption and image.")
+@click.option(
+    "--prompt",
+    "prompts",
+    metavar="NAME=TEXT",
+    multiple=True,
+    help="Probability of a text against neutral ones, as NAME_score; the same NAME may be repeated.",
+)
+@click.option("--caption-stats", is_flag=True, help="Words and characters of the caption.")
+@click.option("--language", is_flag=True, help="Language of the caption (needs the extra 'text').")
+@click.option("--aesthetic-head", metavar="NAME", help="A published head, where there is no aesthetic_score yet.")
+@click.option("--nsfw-head", metavar="NAME", help="A published head, where there is no nsfw_score yet.")
+@click.option("--weights-dir", metavar="DIR", help="Folder with the published heads.")
+@cluster_options_with("none: threads of this process do; for texts as in score")
+@storage_option
+@quiet_option
+def add(scores: tuple[str, ...], out: str, quiet: bool, prompts: tuple[str, ...], **options: Any) -> None:
+    """Add columns to a score table from its embeddings and captions; no image is decoded.
+
+    \b
+    dask-imgcurator add run/scores --clip-score --out run/more
+    dask-imgcurator add run/scores --prompt 'watermark=a photo with a watermark' --head my.safetensors --out run/more
+    """
+    from ..jobs.tables import add_columns as run
+
+    asked: dict[str, list[str]] = {}
+    for prompt in prompts:
+        name, equals, text = prompt.partition("=")
+        if not equals or not text.strip() or not name.strip():
+            raise click.UsageError(
+                f"--prompt {prompt!r}: write NAME=TEXT, such as 'watermark=a photo with a watermark'"
+            )
+        asked.setdefault(name.strip(), []).append(text.strip())
+    with display(quiet) as monitor:
+        given = asked_of(options)
+        added = run(list(scores), out, prompts=asked or None, monitor=monitor, **given)
+    if not quiet:
+        summary.stdout().print(f"added {', '.join(added)}: {out}", highlight=False, soft_wrap=True)
+
+
+class _Formats(click.Choice):
+    """The export formats, looked up when the command needs them: that imports much."""
+
+    def __init__(self) -> None:
+        self.case_sensitive = True
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        from ..exports.base import formats
+
+        return tuple(formats())
+
+
+@click.command("export")
+@scores_argument
+@click.option("--out", required=True, metavar="PATH", help="Folder; a file for datacomp-subset and list.")
+@click.option(
+    "--format",
+    "format_",
+    required=True,
+    type=_Formats(),
+    help="Whose layout.",
+)
+@click.option("--where", metavar="EXPR", help="Only the rows that the expression takes.")
+@light_options
+@storage_option
+@quiet_option
+def export_(scores: tuple[str, ...], out: str, format_: str, where: str | None, quiet: bool, **options: Any) -> None:
+    """Write a score table in the layout of another project.
+
+    \b
+    dask-imgcurator export run/scores --format clip-retrieval --out index
+    dask-imgcurator export run/selected --format list --out keys.txt
+    """
+    from ..jobs.tables import export_scores as run
+
+    with display(quiet) as monitor:
+        given = asked_of(options)
+        written = run(list(scores), out, format_, where, monitor=monitor, **given)
+    if not quiet:
+        console = summary.stdout()
+        console.print(f"{written.rows:,} rows in {len(written.files):,} files: {out}", highlight=False, soft_wrap=True)
+
+
+@click.command()
+@scores_argument
+@click.option("--text", metavar="TEXT", multiple=True, help="What the images show: 'a red car'; may be repeated.")
+@click.option("--image", metavar="FILE", multiple=True, help="Image to find similar ones of; may be repeated.")
+@click.option(
+    "--like",
+    metavar="KEY",
+    multiple=True,
+    help="Row to find others like; SHARD:KEY where several have the key; may be repeated.",
+)
+@click.option("-k", "k", metavar="N", type=click.IntRange(1), default=20, show_default=True, help="Rows for each.")
+@where_options
+@click.option("--html", metavar="FILE", help="Write a page with the pictures.")
+@click.option("--out", metavar="FILE", help="Write the rows, as its name says: .parquet, .csv or .json.")
+@click.option("--index", metavar="DIR", help="Search by an index of this table: faster for millions of rows.")
+@click.option("--build-index", metavar="DIR", help="Build such an index first, and search by it (needs FAISS).")
+@click.option("--model", metavar="NAME", help="Model of the queries. [default: the one that the table names]")
+@click.option("--pretrained", metavar="TAG|PATH", help="Its weights; a path where they are a checkpoint of your own.")
+@light_options
+@storage_option
+@quiet_option
+def search(
+    scores: tuple[str, ...],
+    out: str | None,
+    build_index: str | None,
+    quiet: bool,
+    where: str | None,
+    **options: Any,
+) -> None:
+    """Find the images of a score table that are most like a text, an image, or one of its rows.
+
+    \b
+    dask-imgcurator search run/scores --text 'a red car' --html cars.html
+    dask-imgcurator search run/scores --image photo.jpg --where 'width >= 512' -k 50 --out found.parquet
+    dask-imgcurator search run/scores --like 000123456
+    dask-imgcurator search run/scores --build-index run/index
+
+    Several queries are answered one after another. A text needs a model with a text tower: not the starter model.
+    """
+    from ..similarity.index import build_search_index
+    from ..similarity.search import search as run
+
+    asked = any(options[name] for name in ("text", "image", "like"))
+    if not asked and build_index is None:
+        raise click.UsageError("there is nothing to search for: give --text, --image or --like")
+    if out is not None and Path(out).suffix not in (".parquet", ".csv", ".json"):
+        raise click.BadParameter(f"{out!r} must end in .parquet, .csv or .json", param_hint="--out")
+    if build_index is not None:
+        if options["index"] is not None:
+            raise click.UsageError("--index and --build-index: give the one for an index that is there, or the other")
+        built = build_search_index(list(scores), build_index, storage_options=options["storage_options"])
+        options["index"] = build_index
+        if not quiet:
+            summary.print_search_index(built)
+    if not asked:
+        return
+    with display(quiet) as monitor:
+        found = run(list(scores), where=where, monitor=monitor, **given_of(options))
+    if out is not None:
+        _write_rows(found, out, options["storage_options"])
+    if not quiet:
+        summary.print_search(found, options["html"], out)
+
+
+def _write_rows(found: Any, out: str, storage_options: dict[str, Any] | None) -> None:
+    from ..storage.files import write_whole
+
+    with write_whole(out, storage_options) as file:
+        if out.endswith(".parquet"):
+            found.to_parquet(file, index=False)
+        elif out.endswith(".csv"):
+            found.to_csv(file, index=False)
+        else:
+            found.to_json(file, orient="records", force_ascii=False)
+
+
+@click.command("report")
+@click.argument("scores", nargs=-1, metavar="[SCORES...]")
+@click.option("--out", default="report.html", show_default=True, metavar="FILE", help="The page.")
+@where_options
+@ranking_options
+@click.option("--groups", metavar="FILE", help="Duplicates to show side by side: the file that dedup --groups wrote.")
+@click.option(
+    "--compare",
+    nargs=2,
+    metavar="A B",
+    help="Instead, show what only one of two selections keeps: folders that select or dedup wrote, or expressions "
+    "on SCORES.",
+)
+@light_options
+@storage_option
+@click.option(
+    "--source-options",
+    metavar="JSON",
+    type=Json(),
+    help="The same for the source shards, from which pictures are made. [default: as --storage-options]",
+)
+@quiet_option
+def report_(
+    scores: tuple[str, ...],
+    out: str,
+    compare: tuple[str, str] | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Show what a selection keeps and throws away, or two selections side by side: a page that needs nothing else.
+
+    \b
+    dask-imgcurator report run/scores --min-aesthetic 5 --top '30% by clip_score' --out look.html
+    dask-imgcurator report run/scores --groups groups.parquet
+    dask-imgcurator report --compare run/selected run/stricter
+    dask-imgcurator report run/scores --compare 'aesthetic_score >= 5' 'aesthetic_score >= 5.5'
+    """
+    from ..jobs.pages import compare_selections, write_report
+
+    where = options.pop("where")
+    groups, top, sample = (options.pop(name) for name in ("groups", "top", "sample"))
+    if compare and (where or groups or top or sample):
+        raise click.UsageError("--compare takes two selections and nothing else: write conditions into A and B")
+    if not compare and not scores:
+        raise click.UsageError("name a score table, or two selections with --compare A B")
+    with display(quiet) as monitor:
+        given = asked_of(options)
+        given.pop("backend", None)  # pages are made of a few rows, in pandas
+        if compare:
+            given.pop("client", None)  # nothing is computed that needs a cluster
+            found = compare_selections(*compare, out, list(scores) or None, **given)
+            words = f"{found.both:,} in both, {found.only_a:,} only in A, {found.only_b:,} only in B: {out}"
+        else:
+            write_report(list(scores), out, where, top=top, sample=sample, groups=groups, monitor=monitor, **given)
+            words = f"report: {out}"
+    if not quiet:
+        summary.stdout().print(words, highlight=False, soft_wrap=True)
