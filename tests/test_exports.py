@@ -16,9 +16,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
+from dask_imgcurator.cli.main import cli
 from dask_imgcurator.engine.backend import get_backend
-from dask_imgcurator.exports import lists
+from dask_imgcurator.exports import base, lists
 from dask_imgcurator.exports.base import Exported, ExportError, export, formats
 from dask_imgcurator.select.selection import apply_steps
 
@@ -455,6 +457,28 @@ def test_each_row_has_its_own_vector(tmp_path: Path, form: str, scheduler: str) 
     assert sorted(listed) == sorted(source.index)
     if form == "read_parquet":
         assert listed == keys == source.index.tolist()
+
+
+# --- a new format ---------------------------------------------------------------------------------
+
+
+def test_a_format_is_one_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_REGISTERED", dict(base._REGISTERED))
+
+    @base.export_format("scores-only", "score-*.parquet with keys and scores")
+    def scores_only(df: Any, column: str = "aesthetic_score") -> base.Layout:
+        fields = [base.Field("key", ("key",), needs="key"), base.Field("score", (column,), pa.float32(), needs=column)]
+        return base.Layout(base.filled(df, fields, "scores-only"), {"parquet": "score-{}.parquet"}, 3)
+
+    frame = table()
+    assert export(split(frame, 30), tmp_path, "scores-only", column="nsfw_score").rows == 58
+    assert names(tmp_path) == ["score-000.parquet", "score-001.parquet"]
+    found = pq.read_table(tmp_path).to_pandas()
+    assert found["score"].tolist() == ok(frame)["nsfw_score"].tolist()
+    with pytest.raises(ExportError, match="scores-only needs the column 'beauty'"):
+        export(frame, tmp_path, "scores-only", column="beauty", overwrite=True)
+    help_ = CliRunner().invoke(cli, ["export", "--help"]).output
+    assert all(name in help_ for name in ("scores-only", "clip-retrieval", "datacomp-subset", "laion", "list"))
 
 
 # --- mistakes -------------------------------------------------------------------------------------

@@ -237,6 +237,110 @@ def test_cudf_keeps_what_sqlite_keeps(sqlite, pair):
 CUDF_DTYPES = {"a": "float32", "b": "float64", "n": "int32", "s": "str", "t": "str", "f": "bool"}
 
 
+# --- DuckDB as the judge of Arrow's types ---------------------------------------------------------------------
+
+FLOATS = [0.0, -0.0, 0.25, -2.5, 7.0, 512.0, float("inf"), float("-inf"), float("nan")]
+WORDS = ["", "a", "B", "ab", "é", "漢字", "it's"]
+ARROW: dict[str, tuple[pa.DataType, list]] = {
+    **{
+        f"i{bits}": (getattr(pa, f"int{bits}")(), [0, 1, -1, 7, 2 ** (bits - 1) - 1, -(2 ** (bits - 1))])
+        for bits in (8, 16, 32, 64)
+    },
+    **{f"u{bits}": (getattr(pa, f"uint{bits}")(), [0, 1, 7, 2**bits - 2, 2**bits - 1]) for bits in (8, 16, 32, 64)},
+    "f32": (pa.float32(), FLOATS),
+    "f64": (pa.float64(), [*FLOATS, 2.0**53, 1e300]),
+    "d": (pa.decimal128(9, 2), [Decimal("0.00"), Decimal("0.25"), Decimal("-2.50"), Decimal("7.00")]),
+    "s": (pa.string(), WORDS),
+    "ls": (pa.large_string(), WORDS),
+    "sv": (pa.string_view(), WORDS),
+    "ds": (pa.dictionary(pa.int8(), pa.string()), WORDS),
+    "b": (pa.bool_(), [True, False]),
+    "nothing": (pa.null(), []),
+    "embedding": (pa.list_(pa.float32(), 2), [[0.5, 1.0], [0.0, 0.0]]),
+}
+SIGNED, UNSIGNED = ["i8", "i16", "i32", "i64"], ["u8", "u16", "u32", "u64"]
+
+
+def _arrow_table(seed: int) -> pa.Table:
+    """Random rows; in chunks of unlike lengths, which do not begin where their buffers do."""
+    rng = random.Random(seed)
+    columns = {}
+    for name, (type_, values) in ARROW.items():
+        items = [rng.choice([None, *values]) if rng.random() < 0.9 else None for _ in range(40)]
+        plain = type_.value_type if pa.types.is_dictionary(type_) else type_
+        array = pa.array(items, plain)
+        columns[name] = array.dictionary_encode().cast(type_) if plain != type_ else array
+    table = pa.table(columns)
+    cut = rng.randrange(2, 38)
+    return pa.concat_tables([table.slice(1, cut - 1), table.slice(cut), table.slice(0, 0)])
+
+
+def _double(name: str) -> str:
+    double = f"CAST({name} AS DOUBLE)"  # which DuckDB would not choose for two columns of unlike types
+    return f"CASE WHEN isnan({double}) THEN NULL ELSE {double} END" if name in ("f32", "f64") else double
+
+
+def _constant(value: float) -> Pair:
+    return Pair(repr(value), repr(value), 8 if value >= 0 else 7)
+
+
+edges = [v for bits in (8, 16, 32, 53, 63, 64) for v in (2**bits - 1, 2**bits, 2**bits + 1, -(2**bits))]
+arrow_constants = st.sampled_from([0, 1, -1, 7, 0.25, -2.5, 7.0, 512.0, *edges, 10**25]).map(_constant)
+arrow_integers = st.sampled_from([*SIGNED, *UNSIGNED]).map(lambda c: Pair(c, c, 8))
+arrow_numbers = st.sampled_from([*SIGNED, *UNSIGNED, "f32", "f64", "d"]).map(lambda c: Pair(c, f"({_double(c)})", 8))
+arrow_words = st.sampled_from(["s", "ls", "sv", "ds"]).map(lambda c: Pair(c, c, 8))
+arrow_texts = st.sampled_from(WORDS).map(_literal)
+small = st.sampled_from([1, 7, 0.25, -2.5, 512.0]).map(_constant)
+
+
+def _computed(sign: str, left: Pair, right: Pair) -> Pair:
+    divisor = f"nullif(CAST({right.sql} AS DOUBLE), 0)" if sign == "/" else f"CAST({right.sql} AS DOUBLE)"
+    value = f"(CAST({left.sql} AS DOUBLE) {sign} {divisor})"
+    rank = 5 if sign in "+-" else 6
+    known = f"(CASE WHEN isnan({value}) THEN NULL ELSE {value} END)"
+    return Pair(f"{left.at(rank)} {sign} {right.at(rank + 1)}", known, rank)
+
+
+arithmetic = st.builds(_computed, st.sampled_from("+-*/"), arrow_numbers, arrow_numbers | small)
+same_sign = st.sampled_from([SIGNED, UNSIGNED]).flatmap(
+    lambda names: st.tuples(st.sampled_from(names), st.sampled_from(names))
+)
+nothing = Pair("nothing", "CAST(NULL AS INTEGER)", 8)
+arrow_leaves = (
+    st.builds(_compare, signs, arrow_integers, arrow_constants)
+    | st.builds(_compare, signs, arrow_constants, arrow_integers)
+    | st.builds(lambda sign, pair: _compare(sign, *(Pair(c, c, 8) for c in pair)), signs, same_sign)
+    | st.builds(_compare, signs, arrow_numbers | arithmetic, small)
+    | st.builds(_compare, signs, arrow_numbers | arithmetic, arrow_numbers | arithmetic)
+    | st.builds(_compare, signs, arrow_words, arrow_words | arrow_texts)
+    | st.builds(_chain, signs, signs, small, arrow_numbers, small)
+    | st.builds(_in, arrow_integers, st.lists(arrow_constants, min_size=1, max_size=4), membership, brackets)
+    | st.builds(_in, arrow_numbers | arithmetic, st.lists(small, min_size=1, max_size=3), membership, brackets)
+    | st.builds(_in, arrow_words, st.lists(arrow_texts, min_size=1, max_size=4), membership, brackets)
+    | st.builds(_compare, signs, st.just(nothing), small)
+    | st.builds(_null, arrow_numbers | arrow_words | arithmetic | st.just(nothing), nulls)
+    | st.builds(_null, st.sampled_from(["embedding", "b"]).map(lambda c: Pair(c, c, 8)), nulls)
+    | st.just(Pair("b", "b", 8))
+)
+
+
+@pytest.fixture(scope="module")
+def duckdb():
+    with pytest.importorskip("duckdb").connect(config={"threads": 1}) as connection:
+        yield connection
+
+
+@settings(reproducible, max_examples=100)
+@given(pair=st.recursive(arrow_leaves, _joined, max_leaves=4), seed=st.integers(0, 1000))
+def test_arrow_tables_give_what_duckdb_gives(duckdb, pair, seed):
+    table = _arrow_table(seed)
+    duckdb.register("t", table)
+    expected = [row[0] for row in duckdb.execute(f"select {pair.sql} from t").fetchall()]
+    assert parse_where(pair.where).evaluate(table).to_pylist() == expected
+    frame = table.to_pandas(types_mapper=pd.ArrowDtype)
+    assert parse_where(pair.where, kinds_of(frame)).mask(frame).tolist() == [value is True for value in expected]
+
+
 # --- Rules that SQLite has no say in ------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Pixels by DALI, on a card or on the CPU; they differ from those of open_clip's own transform by rounding."""
+"""Pixels by DALI, on a GPU or on the CPU; they differ from those of open_clip's own transform by rounding."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .quality import HASH_SIDE, SIDE
 if TYPE_CHECKING:
     import torch
 
-#: Share of the JPEGs that a card's own JPEG engines decode; nvJPEG's kernels and the CPU's threads have the others.
+#: Share of the JPEGs that go to a card's JPEG engines; nvJPEG's kernels and the CPU's threads decode the others.
 HW_DECODER_LOAD = 0.9
 
-#: Images with a shorter side go to Pillow: where DALI has few pixels to resize from, it differs by more than a level.
+#: Images with a shorter side go to Pillow: with so few pixels to resize from, DALI is off by more than a level.
 SHORTEST_SIDE = 8
 
-#: How DALI names the image of a batch that it cannot decode; there is no other way to learn it.
+#: How DALI names the image of a batch that it cannot decode; it tells it in no other way.
 _FAILED = re.compile(r"Failed to decode sample #(\d+)")
 
 
@@ -36,7 +36,7 @@ def dali_problem() -> str | None:
 
 
 class Refused(Exception):
-    """DALI did not decode a batch: because of the image at `place`, for lack of memory, or it does not say why."""
+    """DALI did not decode a batch: because of the image at `place`, for lack of memory, or for an unknown reason."""
 
     def __init__(self, place: int | None = None, out_of_memory: bool = False) -> None:
         super().__init__(place, out_of_memory)
@@ -44,12 +44,12 @@ class Refused(Exception):
 
 
 class Pipeline:
-    """Decodes batches by a DALI pipeline, which is built for the first one and after each that DALI refused.
+    """Decodes batches with a DALI pipeline, which is built for the first batch and after each that DALI refused.
 
-    On a card DALI works on streams of its own, beside the encoder, and the thread that calls waits for these alone. The
+    On a card, DALI works on streams of its own, beside the encoder, and the calling thread waits for these alone. The
     copy out of DALI's memory is queued on the default stream, behind the encoder's batch, and nobody waits for it: the
-    pixels may be used at once, on that stream. DALI gets its memory back at the next batch, after waiting for that
-    copy, since it does not know of the default stream; this also keeps decoders from running far ahead of the encoder.
+    pixels may be used at once, on that stream. DALI gets its memory back with the next batch, after a wait for that
+    copy, since it does not know the default stream; this also keeps decoders from running far ahead of the encoder.
     """
 
     def __init__(
@@ -79,16 +79,16 @@ class Pipeline:
                 self._held[0].synchronize()
             outputs = self._pipe.run()  # returns when the images are there
             for target, output in zip(targets, outputs, strict=True):
-                # A view of DALI's memory. The copy is the batch's own, and brings images that Pillow decoded beside it.
+                # A copy: the tensor is a view of DALI's memory, and Pillow may have filled other rows of the batch.
                 target[rows] = torch.utils.dlpack.from_dlpack(output.as_tensor())
             if self.device != "cpu":
                 copied = torch.cuda.Event()
                 copied.record()
                 self._held = copied, outputs
         except RuntimeError as err:
-            self._pipe = self._held = None  # it cannot be used again after an error
+            self._pipe = self._held = None  # no pipeline can be used again after an error
             if is_out_of_memory(err):
-                # What its memory pools keep for later.
+                # Its memory pools keep what they have got.
                 backend: Any = importlib.import_module("nvidia.dali.backend")
                 backend.ReleaseUnusedMemory()
                 raise Refused(out_of_memory=True) from err
@@ -124,11 +124,11 @@ class Pipeline:
                 **(mixed if self.device == "mixed" else {}),
             )
             small = _views(image) if self.views else ()
-            # One side after the other, each rounded to 8 bits, as Pillow does it: where the first pass overshoots (the
-            # edges of text), what is clipped there would come back to bite in the second.
+            # One side after the other, each rounded to 8 bits, as Pillow does it: where the first pass overshoots (at
+            # the edges of text), the second must start from clipped values.
             for target in (between, size):
                 image = fn.resize(image, size=target, interp_type=filter_, antialias=True)
-            # By name: a shape given by position is an input like the image, and on a card a copy to it in each batch.
+            # By name: given by position, the shape would be a constant in the card's memory.
             image = fn.slice(
                 image,
                 start=anchor,
@@ -150,7 +150,7 @@ class Pipeline:
 
 
 def _views(image: Any) -> tuple[Any, Any]:
-    """Small views as `quality.view` makes them; bits of the hash near their threshold may fall to the other side."""
+    """Small views like those of `quality.views`; bits of the hash that are near their threshold may differ."""
     from nvidia.dali import fn, types
 
     small = fn.resize(image, size=[SIDE, SIDE], interp_type=types.INTERP_LINEAR, antialias=True)

@@ -1,8 +1,8 @@
-"""Bytes to pixels: each image of a batch by DALI or by Pillow, bad ones set aside.
+"""Bytes to pixels: DALI or Pillow decodes each image of a batch, and bad images are set aside.
 
-DALI fails a whole batch for one bad image and may take the process with it, so every image is looked at first: its
-container is read by Pillow and, for JPEG, its markers are walked to the first scan. What DALI refuses all the same goes
-to Pillow, that image alone, so that nobody's pixels depend on a neighbour.
+DALI fails a whole batch for one bad image and may take the process down with it, so every image is inspected first:
+Pillow reads its container and, for JPEG, its markers are walked up to the first scan. An image that DALI refuses all
+the same goes to Pillow, alone, so that no image's pixels depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Batch:
-    """Decoded images, in the order of their bytes."""
+    """Decoded images, in the order of the files given."""
 
-    #: float32 (n, 3, height, width) on the backend's device, normalised; zero where an image failed.
+    #: float32 (n, 3, height, width) on the decoder's device, normalised; zero where an image failed.
     pixels: torch.Tensor
     infos: list[ImageInfo | BadImage]
     #: Views of the whole images for `quality`, if the decoder was asked for them: uint8 (n, 3, SIDE, SIDE) and
@@ -37,12 +37,12 @@ class Batch:
 
     @property
     def good(self) -> list[int]:
-        """Positions of the images that were decoded."""
+        """Positions of the images that could be decoded."""
         return [i for i, info in enumerate(self.infos) if isinstance(info, ImageInfo)]
 
     @classmethod
     def of(cls, tensors: Iterable[torch.Tensor], infos: list[ImageInfo | BadImage]) -> Batch:
-        """Make a batch of its `tensors`."""
+        """Build a batch from its `tensors`."""
         pixels, *views = tensors
         return cls(pixels, infos, *views)
 
@@ -54,9 +54,9 @@ class Batch:
 
 @dataclass(eq=False)
 class Decoder:
-    """Decodes batches for one model on one device; one thread at a time may use it.
+    """Decodes batches for one model on one device; not for use by several threads at once.
 
-    `dali_device` is where DALI decodes (``"cpu"`` or ``"mixed"``); with None, Pillow decodes everything.
+    `dali_device` is where DALI decodes (``"cpu"`` or ``"mixed"``); if it is None, Pillow decodes everything.
     """
 
     preprocess: Preprocess
@@ -71,11 +71,11 @@ class Decoder:
 
     def __post_init__(self) -> None:
         self._fits = self.batch_size
-        # Pillow and torchvision let go of the interpreter while they compute.
+        # Pillow and torchvision release the interpreter lock while they compute.
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pillow")
 
     def __call__(self, blobs: Sequence[bytes | BadImage]) -> Batch:
-        """Decode a batch; a `BadImage` (something that could not even be read) keeps its place."""
+        """Decode a batch; a `BadImage` among the files (one that could not even be read) keeps its place."""
         import torch
 
         def zeros(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
@@ -110,14 +110,14 @@ class Decoder:
         return replace(info, decoder="pillow") if odd or self.dali_device is None else info
 
     def _upright(self, info: ImageInfo) -> tuple[int, int]:
-        """Width and height of the image that is resized."""
+        """Width and height of the image as it is resized: upright, if the orientation is to be applied."""
         turned = self.adjust_orientation and info.orientation in (5, 6, 7, 8)
         return (info.height, info.width) if turned else (info.width, info.height)
 
     # --- DALI -------------------------------------------------------------------------------------
 
     def _by_dali(self, blobs: Sequence[Any], rows: list[int], batch: Batch) -> None:
-        """Decode by DALI, and by Pillow what it refuses: the image that it names, or those that halving finds."""
+        """Decode with DALI, and with Pillow what DALI refuses: the image that it names, or those that halving finds."""
         waiting = [rows]
         while waiting:
             rows = waiting.pop()
@@ -173,7 +173,7 @@ class Decoder:
                 target[places] = to_device(torch.stack(values), self.device)
 
     def _places(self, rows: list[int]) -> Any:
-        """Index of some images of a batch that nobody waits for: a list would be copied to a card with a wait."""
+        """Index of these rows that needs no wait: a list would be copied to the card synchronously."""
         import torch
 
         if rows == list(range(rows[0], rows[-1] + 1)):

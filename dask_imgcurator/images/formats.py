@@ -1,6 +1,6 @@
-"""The image formats that are decoded, and what a file's own bytes tell of it before anything opens it.
+"""The image formats that are decoded, and what a file's bytes tell before anything opens it.
 
-A format is one entry of `FORMATS`; the page of formats and every check come from there.
+A format is one entry of `FORMATS`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class BadImage(Exception):
-    """An image that cannot be used; `status` is its value in that column, `width` and `height` what its header says."""
+    """An image that cannot be used: its `status` in that column, and its size where the header tells it."""
 
     def __init__(self, status: str, message: str, width: int | None = None, height: int | None = None) -> None:
         super().__init__(message)
@@ -25,7 +25,7 @@ class BadImage(Exception):
         return BadImage, (self.status, str(self), self.width, self.height)
 
 
-# --- sizes: for decoders that take memory, decode, or have limits of their own as soon as they open a file ---
+# --- sizes, for decoders that allocate, decode or refuse as soon as they open a file ------------------
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
@@ -81,7 +81,7 @@ def _jxl_size(data: bytes) -> tuple[int, int] | None:
     return (height * over // under if over else side()), height
 
 
-# --- ends: for decoders that take half a file for a whole one ---------------------------------------
+# --- ends, for decoders that take half a file for a whole one ----------------------------------------
 
 
 def _check_boxes(data: bytes, title: str) -> None:
@@ -107,8 +107,8 @@ def _check_codestream(data: bytes, title: str) -> None:
 def _jpeg_is_plain(data: bytes) -> bool:
     """Walk a JPEG's markers to its first scan: does every decoder read it alike? `BadImage` if its end is missing.
 
-    Bytes that are missing before an end marker are not found: nothing tells them for sure, libjpeg only warns, and
-    Pillow and DALI alike fill the rest with gray.
+    Bytes that are missing before an end marker go unnoticed: no sign of them is certain, libjpeg only warns, and both
+    Pillow and DALI fill the rest with gray.
     """
     position, size, plain = 2, len(data), True
     while position + 4 <= size:
@@ -119,8 +119,8 @@ def _jpeg_is_plain(data: bytes) -> bool:
             position += 1
             continue
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            # Baseline, extended and progressive Huffman, 8 bits; and no components called R, G, B, which not every
-            # decoder takes for what they are.
+            # Baseline, extended and progressive Huffman, 8 bits; and no components named R, G, B, which not every
+            # decoder understands.
             plain = marker <= 0xC2 and data[position + 4] == 8 and data[position + 10 : position + 19 : 3] != b"RGB"
         if marker == 0xDA:
             # In entropy-coded data 0xFF is followed by 0 or a restart marker, so this cannot be a chance match.
@@ -163,22 +163,22 @@ class Format:
 
 #: What is decoded and by whom, by Pillow's name of the format; the first whose beginning matches is taken.
 #:
-#: DALI gets what it repeats to a rounding error: JPEGs that are gray or YCbCr. All others go to Pillow: open_clip
-#: resizes an image in its own mode and makes it RGB afterwards (a palette by nearest neighbour, alpha premultiplied,
-#: 16 bits clipped), which only Pillow repeats exactly.
+#: DALI gets what it reproduces to a rounding error: gray and YCbCr JPEGs. All others go to Pillow: open_clip resizes an
+#: image in its own mode and converts it to RGB afterwards (a palette by nearest neighbour, alpha premultiplied, 16 bits
+#: clipped), which only Pillow reproduces exactly.
 #:
-#: Pillow knows many more formats. They are left out on purpose: some have no mark of their own and take random bytes
-#: for an image (TGA), some run another program (EPS, by Ghostscript), some decode before their size is known (ICO).
+#: Pillow knows many more formats. They are left out on purpose: some have no signature and take random bytes for an
+#: image (TGA), some run another program (EPS: Ghostscript), some decode before their size is known (ICO).
 FORMATS: Mapping[str, Format] = {
     "JPEG": Format("JPEG", rb"\xff\xd8\xff", dali=frozenset({"RGB", "L"}), plain=_jpeg_is_plain),
-    # Several JPEGs in one file, the first being the picture; Pillow finds out when it opens the JPEG.
+    # Several JPEGs in one file, of which the first is the picture; Pillow finds out when it opens the JPEG.
     "MPO": Format("MPO", rb"\xff\xd8\xff"),
     "PNG": Format("PNG", rb"\x89PNG\r\n\x1a\n"),
     "WEBP": Format("WebP", rb"RIFF.{4}WEBP", feature="webp", size=_webp_size),
     "GIF": Format("GIF", rb"GIF8[79]a"),
     "BMP": Format("BMP", rb"BM"),
     "TIFF": Format("TIFF", rb"II[*+]\0|MM\0[*+]"),
-    # Its brand may stand among the compatible ones only, behind a general one (mif1).
+    # Its brand may be only among the compatible ones, after a general one (mif1).
     "AVIF": Format("AVIF", rb".{4}ftyp(?:.{4}){0,16}?avi[fs]", feature="avif", size=_heif_size, check_end=_check_boxes),
     "HEIF": Format(
         "HEIC",
@@ -199,13 +199,13 @@ FORMATS: Mapping[str, Format] = {
     "JPEG2000": Format(
         "JPEG 2000", rb"\xffO\xffQ|\0\0\0\x0cjP  \r\n\x87\n", feature="jpg_2000", check_end=_check_codestream
     ),
-    # Not its variants in plain text: where the last digit is missing, nobody can tell.
+    # Not the variants in plain text: nobody can tell whether their last digit is missing.
     "PPM": Format("PNM", rb"P[4-6f]\s"),
 }
 
 
 def format_table() -> list[tuple[str, str, str]]:
-    """`FORMATS` for people: title, who decodes it, and what must be installed beside Pillow."""
+    """`FORMATS` for the documentation: title, who decodes it, and which package it needs beside Pillow."""
     rows = []
     for format_ in FORMATS.values():
         modes = ", ".join(sorted(format_.dali, reverse=True))
@@ -214,7 +214,7 @@ def format_table() -> list[tuple[str, str, str]]:
 
 
 def recognise(data: bytes) -> str:
-    """Find the format of a file (a key of `FORMATS`) and make Pillow ready for it."""
+    """Return a file's format (a key of `FORMATS`), ready for Pillow to open."""
     if not data:
         raise BadImage("decode_error", "the file is empty (0 bytes)")
     name = next((name for name, format_ in FORMATS.items() if re.match(format_.begin, data, re.DOTALL)), None)
@@ -228,7 +228,7 @@ def recognise(data: bytes) -> str:
 
 @functools.cache
 def _problem(name: str) -> str | None:
-    """Load what a format needs, once a process; say what is missing."""
+    """Load what a format needs, once per process; say what is missing."""
     from PIL import features
 
     format_ = FORMATS[name]

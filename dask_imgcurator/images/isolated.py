@@ -1,8 +1,8 @@
 """Decoding in a process of its own, for shards on which a worker died.
 
-A native decoder that crashes takes its process with it, and no test of the bytes finds every file that does that. So
-a shard whose worker died is done once more with its images decoded by a child process. Where the child dies, the images
-of that batch go one by one, and the one that kills it is set aside. This is slower, and no other shard pays for it.
+A native decoder that crashes takes its process down, and no check of the bytes finds every file that does that. So a
+shard whose worker died is done once more, with its images decoded in a child process. If the child dies, the images of
+that batch go one by one, and the one that kills it is set aside. This is slower, but no other shard pays for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .decoder import Batch, Decoder
 from .formats import BadImage
 from .preprocess import Preprocess
 
-#: Seconds after which a batch that is still not decoded counts as one that never will be.
+#: Seconds after which a batch that is not decoded yet is given up.
 PATIENCE = 600.0
 
 
@@ -41,7 +41,7 @@ class IsolatedDecoder:
             return self._ask(blobs)
         except _Crash as crash:
             if len(blobs) == 1:
-                # What takes no image to decode: the zeros of one that failed.
+                # A batch of zeros, for which nothing is decoded.
                 return Decoder(**self._arguments)([BadImage("decode_error", f"the decoder {crash} on this image")])
         batches = [self([blob]) for blob in blobs]
         tensors = map(torch.cat, zip(*(batch.tensors for batch in batches), strict=True))
@@ -53,7 +53,7 @@ class IsolatedDecoder:
         if self._child is None:
             command = [sys.executable, "-m", __name__]
             self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            with contextlib.suppress(OSError):  # of a child that is dead already: told below
+            with contextlib.suppress(OSError):  # from a child that is dead already, as is found below
                 _send(self._child.stdin, self._arguments)
         child = self._child
         watch = threading.Timer(PATIENCE, child.kill)
@@ -100,11 +100,11 @@ def _send(pipe: IO[bytes] | None, value: Any) -> None:
 
 
 def _serve() -> None:
-    """Be the child: decode what comes in until the pipe is closed."""
-    # Native libraries that print would write into the answers.
+    """Decode what comes in until the pipe is closed: the child's side."""
+    # What native libraries print must not get into the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    # The terminal sends Ctrl-C to the child too; its parent ends it.
+    # Ctrl-C in a terminal reaches the child too, but its parent ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, BrokenPipeError):
         decoder = Decoder(**pickle.load(sys.stdin.buffer))

@@ -1,4 +1,4 @@
-"""Headers and pixels by Pillow, the pixels to the last bit those of open_clip's own transform."""
+"""Headers and pixels by Pillow; the pixels are those of open_clip's own transform, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class _Quiet:
-    """Keeps Pillow from warning of what it reads.
+    """Silences Pillow's warnings about the files that it reads.
 
-    Warning filters are the process's: with `warnings.catch_warnings` in several threads, one of them would bring back
-    the filters under another's feet, and the last would leave its own behind.
+    Warning filters belong to the process: with `warnings.catch_warnings` in several threads, one would restore the
+    filters while another still needs them gone, and the last would leave its own behind.
     """
 
     def __init__(self) -> None:
@@ -82,9 +82,9 @@ class ImageInfo:
 
 
 def inspect(data: bytes, max_pixels: int | None = None) -> ImageInfo:
-    """Look at a file without decoding it; raise `BadImage` for no image, one too large, and one that ends early.
+    """Read a file's header; raise `BadImage` for what is no image, is too large, or ends early.
 
-    (JPEG XL's plugin knows no other way and decodes it.)
+    Nothing is decoded, except by JPEG XL's plugin, which knows no other way.
     """
     name = recognise(data)
     format_ = FORMATS[name]
@@ -96,7 +96,7 @@ def inspect(data: bytes, max_pixels: int | None = None) -> ImageInfo:
             width, height = image.size
             found, mode = image.format or name, image.mode
             transform = image.info.get("adobe_transform")
-            # The tag is in the header already; reading it costs nothing for files without EXIF.
+            # Asking every file would cost time; only those with EXIF data have the tag.
             orientation = int(image.getexif().get(0x0112, 1)) if "exif" in image.info else 1
     except Exception as err:  # a damaged header can raise nearly anything in Pillow's plugins
         raise BadImage("decode_error", _header_problem(name, err)) from None
@@ -106,7 +106,7 @@ def inspect(data: bytes, max_pixels: int | None = None) -> ImageInfo:
     except BadImage as bad:
         bad.width, bad.height = width, height
         raise
-    # An Adobe marker with transform 0 says that three components are RGB: DALI takes them for YCbCr.
+    # Transform 0 in an Adobe marker says that three components are RGB; DALI would take them for YCbCr.
     by_dali = found == name and mode in format_.dali and plain and not (mode == "RGB" and transform == 0)
     return ImageInfo(found, mode, width, height, "dali" if by_dali else "pillow", orientation)
 
@@ -133,7 +133,7 @@ def _header_problem(name: str, err: Exception) -> str:
     from PIL import UnidentifiedImageError
 
     title = FORMATS[name].title
-    if isinstance(err, UnidentifiedImageError):  # its message tells an address in memory and no reason
+    if isinstance(err, UnidentifiedImageError):  # its message gives an address in memory and no reason
         return f"{title} with a header that Pillow cannot read: damaged, or of a kind that it does not decode"
     return f"{title} with a damaged header: {_reason(err)}"
 
@@ -146,7 +146,7 @@ def decode(
 ) -> list[torch.Tensor]:
     """Decode an image to its last row, or raise `BadImage`.
 
-    Returns the normalised pixels for the model, float32 (3, height, width), and if wanted the views of `quality`.
+    Returns the model's normalised pixels, float32 (3, height, width), and `quality.views` if they are wanted.
     """
     from PIL import ImageOps
     from torchvision.transforms import functional as tv
@@ -165,10 +165,10 @@ def decode(
 
 
 def resize_and_cut(image: Image, preprocess: Preprocess) -> Image:
-    """Resize an image and cut or pad it; of one that grows too far, only the part that the cut shows is resized.
+    """Resize an image, then crop or pad it; of one that grows too far, resize only the part that the crop shows.
 
-    The pixels of that part are those of the whole to a rounding error (one of 255 in some of them): Pillow holds the
-    stretch of the source in single precision.
+    That part's pixels are those of the whole to a rounding error (one of 255 in some of them): Pillow holds the
+    bounds of the source in single precision.
     """
     from open_clip.transform import center_crop_or_pad
     from torchvision.transforms import InterpolationMode
@@ -198,12 +198,12 @@ class _Window:
 
     @classmethod
     def of(cls, side: int, new: int, offset: int, out: int) -> _Window:
-        """What of `side` pixels the window of `out` pixels at `offset` shows, when the side is resized to `new`."""
+        """The source of `out` pixels at `offset` when `side` pixels are resized to `new`."""
         scale = side / new
         first, out = max(0, offset), min(out, new)
         low, high = first * scale, min((first + out) * scale, side)
-        # The filters reach two pixels to each side, of the coarser grid. The stretch is counted from the cut's begin:
-        # the smaller its numbers, the finer single precision is.
+        # Filters reach two pixels of the coarser grid to each side. Bounds are counted from where the part begins: the
+        # smaller the numbers, the finer single precision is.
         reach = math.ceil(2 * max(scale, 1)) + 1
         begin, end = max(0, math.floor(low) - reach), min(side, math.ceil(high) + reach)
         return cls(begin, end, low - begin, high - begin, out)
@@ -217,7 +217,7 @@ def _resize_window(image: Image, x: _Window, y: _Window, interpolation: str, hei
     part = image.crop((x.begin, y.begin, x.end, y.end))
     if premultiplied := {"RGBA": "RGBa", "LA": "La"}.get(image.mode):
         part = part.convert(premultiplied)
-    # In one call Pillow might choose another order for the part than for the whole.
+    # In one call, Pillow might choose another order for the part than for the whole.
     for across in (False, True) if height_first else (True, False):
         if across:
             part = part.resize((x.out, part.height), filter_, (x.low, 0, x.high, part.height))

@@ -1,4 +1,4 @@
-"""What open_clip's own transform does to an image of any size: where it is resized to, and what is cut out of it."""
+"""The geometry of open_clip's own transform: what an image of any size is resized to, and what is cropped from it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: An image that would grow to more pixels than this is not resized whole: Pillow computes the part that the crop shows.
-#: Only slivers do (at 224, those with sides of more than 1 to 334).
+#: An image that would grow to more pixels than this is not resized whole: Pillow computes only the part that the crop
+#: shows. That concerns slivers (at size 224, those of more than 1 to 334).
 WHOLE_PIXELS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where one image goes: resized to `width` x `height`, then cut (or padded) at `top`, `left`."""
+    """What happens to one image: resized to `width` x `height`, then cropped (or padded) at `top`, `left`."""
 
     width: int
     height: int
@@ -22,7 +22,7 @@ class Geometry:
     left: int
 
     def height_first(self, width: int, height: int) -> bool:
-        """Whether Pillow resizes the height first: from version 13 on, where that shrinks the image by far more."""
+        """Whether Pillow resizes the height first: from version 13 on, where that shrinks the image far more."""
         return _pillow_chooses() and height > self.height and height - self.height > 2 * (width - self.width)
 
     def between(self, width: int, height: int) -> tuple[int, int]:
@@ -116,5 +116,5 @@ def _per_channel(values: Any) -> tuple[float, float, float]:
 
 
 def _offset(side: int, out: int) -> int:
-    """Begin of the centred window: rounded when it cuts; when it pads, the smaller half is in front."""
+    """Begin of the centred window: rounded if it crops; if it pads, the smaller half comes first."""
     return round((side - out) / 2) if side >= out else -((out - side) // 2)

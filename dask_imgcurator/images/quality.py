@@ -1,11 +1,11 @@
-"""Technical quality and perceptual hash of an image, from what its one decode gives.
+"""Technical quality and perceptual hash of an image, from the same decode as its embedding.
 
-All are taken of the whole image, not of the model's crop, brought to a small size first: `SIDE` x `SIDE` pixels (RGB,
-bilinear with antialiasing, the aspect ratio given up) for the measures, `HASH_SIDE` x `HASH_SIDE` (gray, Lanczos) for
-the hash. So they are comparable between images of all sizes, and cost little beside the encoder. Definitions are those
-of published libraries; on the small image they agree with them.
+All are taken from the whole image, not from the model's crop, at a small size: `SIDE` x `SIDE` pixels (RGB, bilinear
+with antialiasing, the aspect ratio given up) for the measures, `HASH_SIDE` x `HASH_SIDE` (gray, Lanczos) for the hash.
+So images of all sizes compare, and it costs little beside the encoder. Definitions are those of published libraries,
+with which the results on the small image agree.
 
-A measure is a column of the step ``measure`` in `dask_imgcurator.schema` and a function of its name here.
+A measure is a column with the step ``measure`` in `dask_imgcurator.schema`, and a function of its name here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HASH_SIDE = 32
 
 
 def views(image: Image) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make the small images of a decoded one, by Pillow: uint8 (3, SIDE, SIDE) and (HASH_SIDE, HASH_SIDE)."""
+    """Make the small versions of an image, with Pillow: uint8 (3, SIDE, SIDE) and (HASH_SIDE, HASH_SIDE)."""
     import torch
     from PIL.Image import Resampling
 
@@ -40,7 +40,7 @@ def views(image: Image) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Images:
-    """A batch of small images as the measures want them."""
+    """A batch of small images, in the forms that measures take."""
 
     def __init__(self, small: torch.Tensor) -> None:
         import torch
@@ -53,7 +53,7 @@ class Images:
 
     @cached_property
     def histogram(self) -> torch.Tensor:
-        """How often each image has the gray values 0 to 255: int64 (n, 256)."""
+        """Pixels of each gray value 0 to 255: int64 (n, 256)."""
         import torch
 
         values = (self.gray * 255).round().to(torch.int64).flatten(1)
@@ -67,7 +67,7 @@ def brightness(images: Images) -> torch.Tensor:
 
 
 def contrast(images: Images) -> torch.Tensor:
-    """Distance of percentiles 1 and 99 (`skimage.exposure.is_low_contrast`), linear between values, as NumPy."""
+    """Percentile 99 less percentile 1, as `skimage.exposure.is_low_contrast`; linear between values, as NumPy."""
     upto = images.histogram.cumsum(1)
     last = SIDE * SIDE - 1
 
@@ -81,7 +81,7 @@ def contrast(images: Images) -> torch.Tensor:
 
 
 def blur(images: Images) -> torch.Tensor:
-    """How little of the edges is lost when the image is blurred once more; the worse of both directions.
+    """How little of the edges is lost if the image is blurred once more, in the worse direction.
 
     `skimage.measure.blur_effect`; Crete et al. 2007, doi 10.1117/12.702790.
     """
@@ -95,23 +95,23 @@ def blur(images: Images) -> torch.Tensor:
     return worst
 
 
-#: Keeps a flat image from a division by zero; scikit-image's.
+#: Prevents a division by zero for flat images; scikit-image's value.
 _EPSILON = float(np.spacing(1))
 
 
 def _edges(image: torch.Tensor) -> torch.Tensor:
-    """Absolute Sobel derivative along the height, as scikit-image scales it, where `blur_effect` looks at it.
+    """Absolute Sobel derivative along the height, scaled as in scikit-image, where `blur_effect` takes it.
 
-    By slices: a convolution of one channel takes ten times as long on a CPU.
+    By slices: on a CPU, a convolution of one channel takes ten times as long.
     """
     across = image[:, :-2] - image[:, 2:]
     edges = ((across[:, :, :-2] + across[:, :, 2:]) / 2 + across[:, :, 1:-1]) / 4
-    # One pixel is lost at each side; blur_effect leaves out one more at the beginning.
+    # One pixel is lost on each side; blur_effect leaves out one more at the beginning.
     return edges[:, 1:, 1:].abs().clamp_min(_EPSILON)
 
 
 def _mean_of_11(image: torch.Tensor) -> torch.Tensor:
-    """Running mean along the height, mirrored at the edge with the edge's own pixel twice, as scipy.ndimage has it."""
+    """Running mean along the height, with scipy.ndimage's reflection (the pixel at the edge counts twice)."""
     import torch
 
     reach = 5
@@ -135,12 +135,12 @@ def colourfulness(images: Images) -> torch.Tensor:
     return spread + 0.3 * (rg.mean((1, 2)) ** 2 + yb.mean((1, 2)) ** 2).sqrt()
 
 
-#: Fails at import where the table has a measure that is not defined here.
+#: Fails at import if the table has a measure without a function.
 _FUNCTIONS: Mapping[str, Callable[[Images], torch.Tensor]] = {name: globals()[name] for name in MEASURES}
 
 
 def measure(small: torch.Tensor) -> torch.Tensor:
-    """Measure a batch of small images, uint8 (n, 3, SIDE, SIDE): float32 (n, measures), columns as `MEASURES`."""
+    """Measure small images, uint8 (n, 3, SIDE, SIDE): float32 (n, measures), in the order of `MEASURES`."""
     import torch
 
     images = Images(small)
@@ -150,8 +150,8 @@ def measure(small: torch.Tensor) -> torch.Tensor:
 def phash(gray: torch.Tensor) -> list[str]:
     """Hash small gray images, uint8 (n, HASH_SIDE, HASH_SIDE): 64 bits that change little with the image.
 
-    Algorithm, order of the bits and notation (16 hexadecimal digits) of ``imagehash.phash``: the signs of the 64 lowest
-    coefficients of the cosine transform, against their median. The host sees the 8 bytes of each only.
+    Algorithm, order of bits and notation (16 hexadecimal digits) are those of ``imagehash.phash``: the 64 lowest
+    coefficients of the cosine transform, compared with their median. Only the 8 bytes of each reach the host.
     """
     import torch
 
@@ -159,7 +159,7 @@ def phash(gray: torch.Tensor) -> list[str]:
         return []
     n = torch.arange(HASH_SIDE, dtype=torch.float64, device=gray.device)
     wave = torch.cos(torch.pi * n[:8, None] * (2 * n + 1) / (2 * HASH_SIDE))
-    # Rounded, since in flat images coefficients are equal but for the last bits of their sums.
+    # Rounded, since the coefficients of flat images are equal except for the last bits of their sums.
     low = (4 * wave @ gray.double() @ wave.T).reshape(-1, 64).round(decimals=6)
     median = low.sort(1).values[:, 31:33].mean(1, keepdim=True)
     places = 2 ** torch.arange(7, -1, -1, device=gray.device)
@@ -168,5 +168,5 @@ def phash(gray: torch.Tensor) -> list[str]:
 
 
 def provenance() -> dict[str, Any]:
-    """What a score table records of the measures."""
+    """What a score table records about the measures."""
     return {"side": SIDE, "hash_side": HASH_SIDE, "columns": list(MEASURES), "version": 1}

@@ -1,4 +1,4 @@
-"""Small pictures of rows, made from the original bytes that their locators point to."""
+"""Small pictures of rows, from the original bytes that their locators point to."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .pillow import inspect, opened
 #: Where an image lies: URL of its shard, and offset.
 Place = tuple[str, int]
 
-#: Pixels of the longer side. Of pure noise such a picture is about 20 kB of a page, of a photograph about 5.
+#: Pixels of the longer side. In a page, a thumbnail of a photograph takes about 5 kB, of pure noise about 20.
 SIDE = 160
 
-_MAX_NBYTES, _MAX_PIXELS = 64_000_000, 50_000_000  # of a picture that is worth decoding for a thumbnail
+_MAX_NBYTES, _MAX_PIXELS = 64_000_000, 50_000_000  # larger images are not worth decoding for a thumbnail
 
 
 def make_thumbnails(
@@ -26,10 +26,9 @@ def make_thumbnails(
     upright: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> dict[Place, str]:
-    """Make ``data:`` URIs of rows (with ``shard``, ``offset`` and ``nbytes``), shard by shard.
+    """Make ``data:`` URIs for rows (with ``shard``, ``offset`` and ``nbytes``), shard by shard.
 
-    Rows whose picture cannot be made are left out: their shard is gone, or their bytes are damaged, of an unknown kind
-    or of too many pixels.
+    Rows are left out if their shard is gone, or their bytes are damaged, of an unknown format or of too many pixels.
     """
     by_shard: dict[str, dict[int, int]] = {}
     for row in rows:
@@ -43,7 +42,9 @@ def make_thumbnails(
                 uri = thumbnail(data, side, upright)
                 if uri is not None:
                     made[url, offset] = uri
-        except Exception:  # a shard that is gone, or any error of a remote file system: the page counts what is missing
+        except (
+            Exception
+        ):  # the shard is gone, or a remote file system fails in any way: the page counts what is missing
             continue
     return made
 
@@ -51,7 +52,7 @@ def make_thumbnails(
 def thumbnail(data: bytes, side: int = SIDE, upright: bool = False) -> str | None:
     """Make the ``data:`` URI of an image file, its longer side at most `side`; None if it cannot be made.
 
-    `upright` applies the orientation that its EXIF data name.
+    `upright` applies the orientation in its EXIF data.
     """
     from PIL import Image, ImageOps
 
@@ -62,11 +63,11 @@ def thumbnail(data: bytes, side: int = SIDE, upright: bool = False) -> str | Non
             small = ImageOps.exif_transpose(image) if upright else image
             small.thumbnail((side, side))
             rgba = small.convert("RGBA")
-        # Nothing of the file but its pixels goes on: no EXIF, no profile.
+        # Only the pixels are kept: no EXIF data, no profile.
         flat = Image.new("RGB", rgba.size, "white")
         flat.paste(rgba, mask=rgba.getchannel("A"))
         out = io.BytesIO()
         flat.save(out, "WEBP", quality=75)
-    except Exception:  # bytes of strangers can raise nearly anything in Pillow's plugins
+    except Exception:  # a damaged file can raise nearly anything in Pillow's plugins
         return None
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()

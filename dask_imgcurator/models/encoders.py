@@ -1,4 +1,4 @@
-"""Image encoders: any open_clip model, the starter model, or one that a package brings; in memory once a process."""
+"""Image encoders: any open_clip model, the starter, or one that a package registered; each in memory once a process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """Everything that changes what an encoder gives.
+    """Everything that determines an encoder's output.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class EncoderSpec:
     weights_sha256 : str
         Of a local checkpoint; empty otherwise.
     dtype : str
-        ``auto`` or one of `DTYPES`; ``auto`` is settled by the processor that loads the model.
+        ``auto`` or one of `DTYPES`; what ``auto`` means is up to the processor that loads the model.
     graphs : bool
         Whether a card replays the forward pass as a CUDA graph, where it can.
     """
@@ -57,9 +57,9 @@ class EncoderSpec:
 
 
 def resolve_encoder(model: str, pretrained: str | None = None, dtype: str | None = None) -> EncoderSpec:
-    """Check the names of a model and its weights and fix them as values, on the client.
+    """Check the names of a model and its weights on the client, and fix them as values.
 
-    A name that a package registered goes before open_clip's; `dtype` None means `imgcurator.dtype`.
+    Names that packages registered take precedence over open_clip's; without `dtype`, `imgcurator.dtype` applies.
     """
     dtype = config.get("dtype", dtype)
     if dtype not in ("auto", *DTYPES):
@@ -93,11 +93,10 @@ def _sha256(path: Path, _mtime_ns: int) -> str:
 
 
 def best_dtype(device: str = "cpu") -> str:
-    """Return the fastest dtype that a device has in hardware.
+    """Return the fastest dtype that a device supports in hardware.
 
-    On a GPU that is bfloat16 from compute capability 8.0, else float16. On a CPU it is bfloat16 with AMX, and with
-    AVX512-BF16 where a matrix product shows that it pays (on some processors that have it, it takes twice as long as
-    float32); else float32.
+    On a GPU: bfloat16 from compute capability 8.0 on, else float16. On a CPU: bfloat16 with AMX, and with AVX512-BF16
+    if a matrix product shows that it pays (on some processors it takes twice as long as float32); else float32.
     """
     import torch
 
@@ -111,7 +110,7 @@ def best_dtype(device: str = "cpu") -> str:
 
 @once
 def _bfloat16_gain() -> float:
-    """Time of a matrix product in float32 over its time in bfloat16; the best of five each, about 50 ms in all."""
+    """Time of a matrix product in float32 over that in bfloat16: the best of five each, about 50 ms in all."""
     import torch
 
     best: dict[torch.dtype, float] = {}
@@ -130,8 +129,8 @@ def _bfloat16_gain() -> float:
 class Encoder:
     """A loaded model.
 
-    Its `spec` has the dtype settled, `width` is that of its embeddings, `provenance` is what a score table records of
-    it, and `model` is open_clip's, whose text half `text_tower` uses; None where there is none.
+    The dtype in `spec` is settled, `width` is that of the embeddings, `provenance` is what a score table records, and
+    `model` is open_clip's, whose text half `text_tower` uses; None for other models.
     """
 
     _unit = "image"
@@ -151,11 +150,11 @@ class Encoder:
         graphed = spec.graphs and graphs_problem(device) is None
         self._forward = Graphed(forward) if graphed else forward
         self._fits: int | None = None
-        # Two partitions in one process take turns: each forward pass has all the threads, and memory stays that of one.
+        # Partitions in one process take turns: each forward pass has all threads, and memory stays that of one.
         self._turn = threading.Lock()
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Encode a batch of pixels, as `Decoder` gives them: float32 (n, `width`), L2-normalised, on the device."""
+        """Encode a batch of pixels, as `Decoder` returns them: float32 (n, `width`), L2-normalised, on the device."""
         import torch
 
         exact = self.device != "cpu" and self.spec.dtype == "float32"
@@ -169,12 +168,12 @@ class Encoder:
         return inputs.to(self.device, getattr(torch, self.spec.dtype))
 
     def encode(self, inputs: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """Encode any number of images in whole batches, smaller ones where memory runs out.
+        """Encode any number of images in whole batches, in smaller ones if memory runs out.
 
-        A batch is always filled up with zeros: its size is the one thing that changes the last bits of an embedding,
-        so neither bad neighbours nor the length of a shard may. Where memory runs out, the size is halved, for the
-        rest of this process, and the images that did not fit are encoded again. Embeddings from before and after
-        that differ by rounding, as those of two machines do: by less than the tolerances between CPU and GPU.
+        Batches are always padded with zeros: a batch's size changes the last bits of an embedding, so neither bad
+        neighbours nor the length of a shard may change it. If memory runs out, the size is halved for the rest of this
+        process, and the images that did not fit are encoded again. Embeddings from before and after differ by
+        rounding, as those of two machines do: by less than the tolerances between CPU and GPU.
         """
         import torch
 
@@ -185,7 +184,7 @@ class Encoder:
         while done < len(inputs):
             size = min(batch_size, self._fits or batch_size)
             encoded = self._encode_whole(inputs[done : done + size], size)
-            # Here the error is gone, and with it what its traceback held.
+            # The error is gone by now, and with it the memory that its traceback held.
             if encoded is None:
                 self._shrink(size)
             else:
@@ -194,7 +193,7 @@ class Encoder:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _encode_whole(self, inputs: torch.Tensor, size: int) -> torch.Tensor | None:
-        """Encode a batch filled up to a size; None where memory ran out."""
+        """Encode a batch padded to a size; None if memory ran out."""
         from torch.nn import functional
 
         n = len(inputs)
@@ -219,18 +218,18 @@ class Encoder:
 
 # --- loading ----------------------------------------------------------------------------------------
 
-#: Two threads that measure at once would disturb each other, and might settle on two dtypes.
+#: Threads that measure at the same time would disturb each other, and might settle on different dtypes.
 _settling = threading.Lock()
 
 
 def load_encoder(spec: EncoderSpec, device: str = "cpu") -> Encoder:
-    """Load a model, or return it where this process has it.
+    """Load a model, or return the one that this process has.
 
     Raises `ModelError` if its weights cannot be had, or are not those that the client saw.
     """
     if spec.dtype == "auto":
-        # Settled before the lookup: "auto" and the dtype that it comes to are one model, loaded once.
-        # The starter is small and convolutional: its gain from bfloat16 is not worth the lost digits.
+        # Settled before the lookup, so that "auto" and the dtype that it stands for are one model, loaded once.
+        # The starter is small and convolutional: what it gains from bfloat16 is not worth the lost digits.
         with _settling:
             spec = replace(spec, dtype="float32" if spec.is_starter else best_dtype(device))
     return cache.get("encoder", (spec, device), lambda: _load(spec, device))
@@ -260,12 +259,12 @@ def _load_starter(spec: EncoderSpec, device: str) -> Encoder:
 
 
 def _load_own(spec: EncoderSpec, device: str, package: str, weights: dict[str, Any]) -> Encoder:
-    """Load what a package registered; see `plugins.OwnEncoder`."""
+    """Load an encoder that a package registered; see `plugins.OwnEncoder`."""
     load = plugins.load(plugins.ENCODERS, spec.model)
     try:
         own: plugins.OwnEncoder = load(spec, device)
         preprocess, width, forward = own.preprocess, int(own.width), own.forward
-    # Whatever happens in a foreign package: it is told, with its name.
+    # Whatever happens in another package is reported with its name.
     except Exception as err:
         raise ModelError(f"cannot load {spec.model!r} of {package}: {type(err).__name__}: {err}") from err
     if not isinstance(preprocess, Preprocess):
@@ -275,7 +274,7 @@ def _load_own(spec: EncoderSpec, device: str, package: str, weights: dict[str, A
 
 
 def _check_weights(spec: EncoderSpec) -> dict[str, Any]:
-    """Provenance of weights; a checkpoint must be here the one that the client saw."""
+    """Return the provenance of the weights; a checkpoint must be the one that the client saw."""
     if not spec.weights_sha256:
         return {"pretrained": spec.pretrained}
     path = Path(spec.pretrained)

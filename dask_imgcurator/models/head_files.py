@@ -27,16 +27,16 @@ from .heads import HeadError, Layers, read_pth
 Activation = Literal["none", "relu", "gelu", "silu", "tanh", "sigmoid"]
 Output = Literal["identity", "sigmoid"]
 
-#: Entry of a head's file in its metadata.
+#: Entry in the metadata of a head's file.
 _KEY = "imgcurator_head"
 
-#: Columns that a head may fill although the table has them: its own scores.
+#: Columns of the table that a head may fill.
 _SCORES = {name for name in COLUMNS if name.endswith("_score")}
 
 
 @dataclass(frozen=True)
 class HeadFile:
-    """A head in a file: everything that changes what it gives.
+    """A head in a file: everything that determines its scores.
 
     Attributes
     ----------
@@ -188,7 +188,7 @@ def _layer(number: int, weight: ArrayLike, bias: ArrayLike) -> tuple[NDArray[np.
 
 
 def _width(layers: Layers, where: str) -> int:
-    """Width of what a head takes; its layers must fit."""
+    """Width of the embeddings that a head takes; its layers must fit each other."""
     if not layers:
         raise HeadError(f"{where}: a head has at least one layer")
     width = out = layers[0][0].shape[1]
@@ -240,7 +240,7 @@ def read_head(path: str | os.PathLike[str]) -> HeadFile:
 
 
 def read_bytes(url: str) -> bytes:
-    """Read a head's file; the error for none names the heads that packages registered."""
+    """Read a head's file; if there is none, the error names the heads that packages registered."""
     try:
         with files.opened(url) as file:
             return file.read()
@@ -253,7 +253,7 @@ def read_bytes(url: str) -> bytes:
 
 
 def parse(data: bytes, where: str) -> tuple[dict[str, Any], Layers]:
-    """Take a head's file apart: the fields of its spec, and its layers."""
+    """Split a head's file into the fields of its spec and its layers."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -279,5 +279,5 @@ def parse(data: bytes, where: str) -> tuple[dict[str, Any], Layers]:
 
 
 def provenance(head: HeadFile) -> dict[str, Any]:
-    """Return what identifies a head's output: its spec and the sha256 of its file, without its place."""
+    """Return what identifies a head's output: its spec and the sha256 of its file, but not where it lies."""
     return {key: value for key, value in asdict(head).items() if key != "path"}

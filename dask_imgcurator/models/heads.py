@@ -1,15 +1,15 @@
-"""Published aesthetic and NSFW heads: which model each was fitted to, its file, and what it computes.
+"""Published aesthetic and NSFW heads: which model each was fitted to, its file, and how it scores.
 
 A head maps a CLIP image embedding to one number. LAION published those named here:
 
 - **aesthetic v1** (``sa_0_4_*_linear``), a linear layer, for ViT-B/32, B/16 and L/14;
 - **aesthetic v2** (``sac+logos+ava1-l14-linearMSE``), for L/14: five linear layers without activations
   between, so one affine map. v1 and v2 are two scales: their scores do not compare.
-- **NSFW**, an AutoKeras classifier each for L/14 and B/32. Some columns were taken for categories and are
-  looked up by the text of their value, see `savedmodel.ranks`.
+- **NSFW**, an AutoKeras classifier each for L/14 and B/32. It took some columns for categories and looks
+  them up by the text of their value, see `savedmodel.ranks`.
 
 The two ``starter`` heads belong to the starter model, whose embeddings live in ViT-B/32's space. They are
-previews: good enough to see a pipeline work, **not** for safety decisions.
+previews, good enough to see a pipeline work, **not** for safety decisions.
 
 A new head is one entry of `HEADS`.
 """
@@ -45,8 +45,8 @@ Layers = list[tuple[NDArray[np.float64], NDArray[np.float64]]]
 #: Rows scored at a time, so that double precision costs little memory whatever the partition's size.
 _BLOCK = 65_536
 
-#: Norms that are taken for "L2-normalised, then rounded or averaged". What CLIP puts out before normalisation
-#: has a norm of 8 to 20, and would score 20 and more; LAION's reference inputs for NSFW go up to 1.29.
+#: Norms that pass for "L2-normalised, then rounded or averaged". CLIP's output before normalisation has a norm of 8 to
+#: 20 and would score 20 and more; LAION's reference inputs for NSFW go up to 1.29.
 _NORMS = (0.5, 2.0)
 
 
@@ -63,11 +63,11 @@ class HeadSpec:
 
     name: str
     kind: Kind
-    #: Model whose embeddings it was fitted to, as open_clip names it; those of another one of its width give nonsense.
+    #: Model whose embeddings it was fitted to, in open_clip's spelling; those of another model give nonsense.
     family: str
     width: int
     source: str
-    #: None where the weights ship in this package.
+    #: None if the weights ship with this package.
     weights: WeightsFile | None = None
 
     @property
@@ -82,18 +82,18 @@ class HeadSpec:
 
     @property
     def preview(self) -> bool:
-        """Whether it is not for decisions."""
+        """Whether it is a preview, not for decisions."""
         return self.family == "starter"
 
     @property
     def round_to(self) -> Literal["float16"] | None:
-        """What embeddings are best rounded to first; see `load_head`."""
+        """What embeddings should be rounded to first; see `load_head`."""
         return "float16" if self.kind == "nsfw" else None
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where heads of one kind were published; pinned to a commit: the repositories have moved these files about."""
+    """Where heads of one kind were published, pinned to a commit: these repositories have moved files before."""
 
     kind: Kind
     repository: str
@@ -166,9 +166,9 @@ HEADS: Mapping[str, HeadSpec] = {
 
 
 def for_model(kind: Kind, model: str) -> HeadSpec | None:
-    """Return the head that was fitted to a model, by open_clip's name; None where there is none.
+    """Return the head that was fitted to a model of open_clip or the starter; None if there is none.
 
-    The width alone would give B/16 the heads of B/32, and any other model of that width heads that mean nothing for it.
+    By width alone, B/16 would get the heads of B/32, and other models of a width heads that mean nothing for them.
     """
     for spec in HEADS.values():
         if spec.kind == kind and (model == spec.family or model.startswith(f"{spec.family}-quickgelu")):
@@ -177,7 +177,7 @@ def for_model(kind: Kind, model: str) -> HeadSpec | None:
 
 
 def named(kind: Kind, head: str) -> HeadSpec:
-    """Return a head by its name; raise `HeadError` if there is none, or it is of the other kind."""
+    """Return the head of a name; raise `HeadError` if there is none, or it is of another kind."""
     if head not in HEADS:
         close = difflib.get_close_matches(head, HEADS, n=3)
         hint = f" (did you mean {' or '.join(close)}?)" if close else ""
@@ -231,8 +231,8 @@ class Head:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Score L2-normalised embeddings, floating (n, width) on the head's device: float32 (n,).
 
-        Nothing is normalised here. A row whose norm is not finite gets NaN. `HeadError` tells of another shape, dtype
-        or device, and of a norm outside 0.5 to 2: such embeddings were not normalised, and scores would be nonsense.
+        Rows whose norm is not finite get NaN. Another shape, dtype or device is a `HeadError`, and so is a norm outside
+        0.5 to 2: such embeddings were not normalised, and their scores would be nonsense.
         """
         import torch
 
@@ -262,7 +262,7 @@ class Head:
                     f"head {self.spec.name} takes L2-normalised embeddings, but row {first + row} has norm "
                     f"{float(norms[row]):.6g} ({int(wrong.sum()) - 1} more are off); divide each by its norm"
                 )
-            # They go through as zeros: what a NaN turns into as an integer depends on the device.
+            # Replaced by zeros: which integer a NaN becomes depends on the device.
             x = torch.where(good[:, None], x, 0.0)
         if self.round_to == "float16":
             x = x.half().float()
@@ -271,10 +271,10 @@ class Head:
 
 
 def load_head(spec: HeadSpec, weights_dir: str | None = None, device: str = "cpu", round_to: str | None = None) -> Head:
-    """Load a head, or return it where this process has it.
+    """Load a head, or return the one that this process has.
 
-    `weights_dir` is looked at first, see `weights.find`. `round_to` is ``"float16"`` or None: LAION's NSFW heads were
-    fitted to float16 embeddings, and their lookup of categorical columns hits only values that float16 can hold.
+    `weights_dir` is searched first, see `weights.find`. `round_to` is ``"float16"`` or None: LAION's NSFW heads were
+    fitted to float16 embeddings, and their lookup of categorical columns finds only values that float16 can represent.
     """
     import torch
 
@@ -287,7 +287,7 @@ def load_head(spec: HeadSpec, weights_dir: str | None = None, device: str = "cpu
     def make() -> Head:
         return Head(spec, str(where), round_to, _load(spec, weights_dir, str(where)))
 
-    # The folder is part of the key: one that does not exist must raise in every process alike.
+    # The folder is part of the key: if it does not exist, every process must raise.
     return cache.get("head", (spec, weights_dir, str(where), round_to), make)
 
 
@@ -309,9 +309,9 @@ def _load(spec: HeadSpec, weights_dir: str | None, device: str) -> Score:
 
 
 def read_pth(data: bytes, where: str) -> Layers:
-    """Read the linear layers in a ``.pth`` file, which is a pickle, by torch's reader that executes nothing from it.
+    """Read the linear layers in a ``.pth`` file, a pickle, with torch's reader that executes nothing in it.
 
-    `WeightsError` tells of anything but plain tensors, `HeadError` of anything but linear layers.
+    Anything but plain tensors is a `WeightsError`, anything but linear layers a `HeadError`.
     """
     import torch
 
@@ -319,14 +319,14 @@ def read_pth(data: bytes, where: str) -> Layers:
         # The v2 file holds CUDA tensors.
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         arrays = {str(name): tensor.detach().double().numpy() for name, tensor in state.items()}
-    # A damaged pickle can fail in any way. Torch's own text is left out: it advises weights_only=False.
+    # A damaged pickle can fail in any way. Torch's own message is left out: it advises weights_only=False.
     except Exception as error:
         raise WeightsError(f"{where} is not a file of plain tensors ({type(error).__name__})") from error
     return linear_layers(arrays, where)
 
 
 def linear_layers(state: Mapping[str, NDArray[np.float64]], where: str) -> Layers:
-    """Take the layers of a state dict in order: its keys are ``weight``, ``layers.10.bias`` and so on, with gaps."""
+    """Return the layers of a state dict in order; its keys are ``weight``, ``layers.10.bias`` and so on, with gaps."""
     parts = {key: re.fullmatch(r"(?:(.*)\.)?(weight|bias)", key) for key in state}
     strange = [key for key, part in parts.items() if not part or state[key].ndim != {"weight": 2, "bias": 1}[part[2]]]
     if strange or not state:
@@ -348,7 +348,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _collapse(layers: Layers) -> tuple[NDArray[np.float64], float]:
-    """Fold linear layers without activations between into one affine map, in double precision."""
+    """Fold linear layers without activations in between into one affine map, in double precision."""
     (weight, bias), *others = layers
     for kernel, offset in others:
         weight, bias = kernel @ weight, kernel @ bias + offset
@@ -361,7 +361,7 @@ def _affine(weight: NDArray[np.float64], bias: float, device: str, sigmoid: bool
     w = torch.from_numpy(weight).to(device)
 
     def score(x: torch.Tensor) -> torch.Tensor:
-        # In double precision: a row's score then depends neither on the batch it came in nor on TF32.
+        # In double precision, so that a row's score depends neither on its batch nor on TF32.
         y = x.double() @ w + bias
         return (y.sigmoid() if sigmoid else y).float()
 

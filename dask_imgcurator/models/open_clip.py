@@ -1,4 +1,4 @@
-"""What is particular to open_clip: names and tags, random weights, activations, tokenizers, and how much it says."""
+"""What is particular to open_clip: names and tags, random weights, activations, tokenizers, and its logging."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def resolve(model: str, pretrained: str | None) -> tuple[str, str | Path]:
 def needs_quick_gelu(model: str, pretrained: str) -> bool:
     """Whether published weights were trained with QuickGELU, whatever the model's name says.
 
-    OpenAI's were, and so were those that LAION's heads came from. open_clip 3 builds ``ViT-L-14`` with GELU for all
-    weights, and says of a mismatch only in a warning; embeddings are then not those of the published model.
+    OpenAI's were, and so were those that LAION's heads were fitted to. open_clip 3 builds ``ViT-L-14`` with GELU for
+    all weights and only warns of a mismatch; the embeddings are then not those of the published model.
     """
     import open_clip
 
@@ -76,10 +76,7 @@ def needs_quick_gelu(model: str, pretrained: str) -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep open_clip and its downloads from logging and warning: of random weights, of each of a dozen tries.
-
-    What fails is told by the error.
-    """
+    """Silence open_clip and its downloads, which log random weights and each of a dozen attempts; errors say enough."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -92,7 +89,7 @@ def quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model of open_clip, and what an encoder has to know of it."""
+    """One of open_clip's models, and what an encoder must know about it."""
 
     model: Any
     preprocess: Preprocess
@@ -101,7 +98,7 @@ class Loaded:
 
 
 def load(spec: EncoderSpec, device: str) -> Loaded:
-    """Load a model; raise `ModelError` where its weights cannot be had."""
+    """Load a model; raise `ModelError` if its weights cannot be had."""
     import open_clip
     import torch
 
@@ -145,7 +142,7 @@ def load(spec: EncoderSpec, device: str) -> Loaded:
 
 
 def _state_sha256(model: torch.nn.Module) -> str:
-    """Hash of a published model's parameters: open_clip does not tell which file it took them from."""
+    """Hash a published model's parameters: open_clip does not tell which file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -154,7 +151,7 @@ def _state_sha256(model: torch.nn.Module) -> str:
 
 
 def tokenizer(model: str) -> Any:
-    """Load the tokenizer of a model; raise `ModelError` where it cannot be had."""
+    """Load the tokenizer of a model; raise `ModelError` if it cannot be had."""
     import open_clip
 
     try:

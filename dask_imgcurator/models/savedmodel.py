@@ -8,8 +8,8 @@ Reading executes nothing: three byte formats are parsed into arrays and texts.
   tree to a ``BundleEntryProto`` (type, shape, and where its bytes lie).
 - ``variables/variables.data-00000-of-00001`` holds those bytes.
 
-The checksums inside the formats (CRC-32C) are not looked at: `dask_imgcurator.models.weights` has verified the
-sha256 of the whole file before.
+The checksums inside the formats (CRC-32C) are ignored: `dask_imgcurator.models.weights` has verified the sha256 of the
+whole file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-#: A member that unpacks to more is refused before it is unpacked; the published ones have less than 4 MiB.
+#: Larger members are refused before they are unpacked; the published ones have less than 4 MiB.
 MAX_MEMBER = 64 << 20
 
 _VARIABLE = re.compile(r"layer_with_weights-([0-9]{1,4})/([a-z_]+)/\.ATTRIBUTES/VARIABLE_VALUE")
@@ -41,7 +41,7 @@ _FLOAT, _STRING, _INT64 = 1, 7, 9  # tensorflow.DataType
 
 
 class SavedModelError(ValueError):
-    """The bytes are not a SavedModel of the kind that this module reads."""
+    """The bytes are not a SavedModel of the kind read here."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ def _vocabularies(model: memoryview) -> tuple[Vocabulary, ...]:
 
 
 def scorer(head: AutoKerasHead, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Make the function that a head computes, from float32 (n, width) to (n,)."""
+    """Return a head as a function from float32 (n, width) to scores (n,)."""
     import torch
 
     mean = torch.from_numpy(head.mean).to(device)
@@ -358,10 +358,10 @@ _MINUS_ZERO, _FAR = -(1 << 62), 1 << 61
 def ranks(
     texts: Sequence[str], values: NDArray[np.int64], device: str = "cpu"
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Make a lookup of float32 numbers in a vocabulary by their printed text; 0 for those that are not in it.
+    """Return a lookup of float32 numbers in a vocabulary by their printed text; 0 for those that are not in it.
 
-    AutoKeras looks ``"%f" % x`` up in a table of texts. Here each text becomes an integer, in millionths, and
-    so does each number, on the device: a float32 has 24 significant bits and a million 14 beside a power of two, so
+    AutoKeras looks ``"%f" % x`` up in a table of texts. Here each text becomes an integer, in millionths, and so does
+    each number, on the device: a float32 has 24 significant bits, and a million has 14 apart from a power of two, so
     their product is exact in double precision, and rounding it half to even is what ``"%f"`` does. "-0.000000" and
     "0.000000" differ.
     """

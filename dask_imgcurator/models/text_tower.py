@@ -1,4 +1,4 @@
-"""Text towers: the tokenizer and the text half of a loaded open_clip model, beside its image half."""
+"""Text towers: the tokenizer and the text half of an open_clip model, which shares memory with the image half."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .encoders import Encoder, EncoderSpec, load_encoder
 if TYPE_CHECKING:
     import torch
 
-#: Characters of a text that are read. A context holds some 80 tokens (about 300 characters), but tokenizers go through
-#: all of a text before they cut it, in quadratic time where it has no spaces; and a caption can be a whole book.
+#: Characters of a text that are read. A context holds some 80 tokens (about 300 characters), but tokenizers process
+#: the whole text before they cut it, in quadratic time if it has no spaces; and a caption can be a whole book.
 MAX_CHARS = 3_000
 
-#: Words that open_clip's tokenizer may remember. It forgets none by itself, and shards have new ones without end.
+#: Words that open_clip's tokenizer may remember: by itself it forgets none, and there is no end of new ones.
 _MAX_WORDS = 1 << 18
 
 
 class TextEncoder(Encoder):
-    """The text half of a loaded model; takes tokens where an image encoder takes pixels.
+    """The text half of a loaded model, an encoder of tokens instead of pixels.
 
-    `logit_scale` is what the model was trained to multiply cosines with, before the softmax.
+    `logit_scale` is what the model learnt to multiply cosines by, before the softmax.
     """
 
     _unit = "text"
@@ -35,7 +35,7 @@ class TextEncoder(Encoder):
 
         model = encoder.model
         super().__init__(
-            # Text towers look for the end of a text on the host: that cannot be recorded as a CUDA graph.
+            # Text towers look for the end of a text on the host, which a CUDA graph cannot record.
             replace(encoder.spec, graphs=False),
             model.encode_text,
             encoder.preprocess,
@@ -59,8 +59,8 @@ class TextEncoder(Encoder):
         }
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
-        """Cut texts into tokens, with the model's own cleaning: int64 (n, context length), on the host."""
-        with self._tokenizer_turn:  # tokenizers of transformers do not serve two threads at a time
+        """Split texts into tokens after the model's own cleaning: int64 (n, context length), on the host."""
+        with self._tokenizer_turn:  # transformers' tokenizers are not safe for several threads
             if len(getattr(self._tokenizer, "cache", ())) > _MAX_WORDS:
                 self._tokenizer.cache = dict(self._words)  # type: ignore[attr-defined]
             return self._tokenizer([text[:MAX_CHARS] for text in texts])
@@ -69,7 +69,7 @@ class TextEncoder(Encoder):
         return inputs.to(self.device)
 
     def encode_texts(self, texts: Sequence[str], batch_size: int | None = None) -> torch.Tensor:
-        """Encode texts in whole batches (by default 16 on a CPU, 512 on a GPU); equal texts once."""
+        """Encode texts in whole batches (by default of 16 on a CPU, 512 on a GPU), each distinct text once."""
         import torch
 
         if not texts:
@@ -83,7 +83,7 @@ class TextEncoder(Encoder):
 
 
 def require_text_tower(spec: EncoderSpec, step: str) -> None:
-    """Raise `ModelError` for the starter model: on the client, without loading it."""
+    """Raise `ModelError` for the starter model, on the client and without loading it."""
     if spec.is_starter:
         raise ModelError(
             f"{step} needs a text tower, and the starter model has none: it is an image encoder only. Use one of "
@@ -92,7 +92,7 @@ def require_text_tower(spec: EncoderSpec, step: str) -> None:
 
 
 def load_text_encoder(spec: EncoderSpec, device: str = "cpu") -> TextEncoder:
-    """Load the text tower of a model, in memory one with its image half.
+    """Load the text tower of a model; both halves are one model in memory.
 
     Raises `ModelError` if the model has no text tower, or its weights or its tokenizer cannot be had.
     """

@@ -1,7 +1,7 @@
 """Find, download and verify the published files of the heads.
 
-A file is trusted for its sha256, never for the place where it lies: the hash is taken from the very bytes
-that are handed on, at every load. The files are small (under 4 MB), so that costs milliseconds.
+A file is trusted for its sha256, never for its location: the hash is taken from the very bytes that are returned, at
+every load. The files are small (under 4 MB), so that takes milliseconds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """One published file; `folder` is where in a folder of weights it may lie, `license` an SPDX identifier."""
+    """One published file; `folder` is its subfolder in a folder of weights, `license` an SPDX identifier."""
 
     folder: str
     filename: str
@@ -49,10 +49,10 @@ class WeightsFile:
 def resolve_dir(weights_dir: str | os.PathLike[str] | None) -> str | None:
     """Turn an argument or the configuration into an absolute path that can travel to the workers.
 
-    Workers do not see the client's ``dask.config``, so this is called once, on the client. The folder must exist where
-    the weights are read, not here.
+    Workers do not see the client's ``dask.config``, so this is called once, on the client. The folder need not exist
+    here, only where the weights are read.
     """
-    # An empty string (an environment variable set to nothing) means "not set", not the current folder.
+    # An empty string (from an empty environment variable) means "not set", not the current folder.
     chosen = weights_dir or config.get("weights-dir")
     return str(Path(chosen).expanduser().absolute()) if chosen else None
 
@@ -60,15 +60,15 @@ def resolve_dir(weights_dir: str | os.PathLike[str] | None) -> str | None:
 def find(file: WeightsFile, weights_dir: str | os.PathLike[str] | None = None, download: bool = True) -> Path:
     """Return the path of a verified copy of a published file.
 
-    Looked at, in this order: `weights_dir` (as ``<folder>/<filename>``, then as ``<filename>``), the folder that Dask's
-    ``imgcurator.weights-dir`` names, the cache, and the address where the file was published. A file with another
-    sha256 is an error: the search does not go on past it.
+    Searched in this order: `weights_dir` (for ``<folder>/<filename>``, then ``<filename>``), the folder in Dask's
+    ``imgcurator.weights-dir``, the cache, and the address where the file was published. A file with another sha256 is
+    an error and ends the search.
     """
     return _locate(file, weights_dir, download)[0]
 
 
 def read(file: WeightsFile, weights_dir: str | os.PathLike[str] | None = None) -> bytes:
-    """Return the bytes of a published file of which the sha256 was taken: nothing can change between check and use."""
+    """Return the verified bytes of a published file, so that nothing can change between check and use."""
     return _locate(file, weights_dir, download=True)[1]
 
 
@@ -109,7 +109,7 @@ def _cache_folder() -> Path:
     chosen = config.get("cache-dir")
     if chosen:
         return Path(chosen).expanduser().absolute()
-    # The XDG specification: a relative path there is to be ignored.
+    # The XDG specification says that relative paths are to be ignored.
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "dask_imgcurator"
 

@@ -67,8 +67,9 @@ def _walls(rank: Rank | None) -> dict[str, Wall]:
     walls = {}
     for side in "AB":
         if rank is not None:
-            walls[f"best {side}"] = Wall(f"Only in {side}: best", f"The {rank.best}.")
-            walls[f"worst {side}"] = Wall(f"Only in {side}: worst", f"The {rank.worst}.")
+            best, worst = rank.ends()
+            walls[f"best {side}"] = Wall(f"Only in {side}: best", f"The {best}.")
+            walls[f"worst {side}"] = Wall(f"Only in {side}: worst", f"The {worst}.")
         walls[f"random {side}"] = Wall(f"Only in {side}: random", f"Drawn at random (seed {_SEED}).")
     walls["both"] = Wall("In both: random", f"Drawn at random (seed {_SEED}).")
     return walls

@@ -149,8 +149,7 @@ def explore(
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        With the column, ``shard``, ``offset`` and ``nbytes``. Best a score table (`read_scores`): it is read once, now,
-        and a lazy `embed` would decode all images for it.
+        With the column, ``shard``, ``offset`` and ``nbytes``. Best a score table (`read_scores`): it is read once.
     column : str
         A column of numbers.
     threshold : float, optional
@@ -173,17 +172,14 @@ def explore(
     ------
     ModuleNotFoundError
         If ipywidgets is not installed.
-    ValueError
-        If `df` lacks its locators, `column` has no finite value, or `keep` or `n` is wrong.
-    SelectionError
-        If there is no such column, or it is not of numbers.
+    ValueError, SelectionError
+        For a missing or unfit column, or a wrong `keep` or `n`.
 
     Notes
     -----
-    Counts are exact up to 4,194,304 different values. Beyond that, values are rounded towards 0 in their last bits
-    until there are so few: a count is then wrong by the rows whose values agree with the threshold in all its first
-    bits, at most, and marked "about". Pictures are those of the rows next to the cut among all rows, or, of more than
-    8,192, among as many spread evenly over the ranks of each partition.
+    Counts are exact up to 4,194,304 different values. Beyond that, values are rounded in their last bits until there
+    are so few; a count may then be wrong by the rows that agree with the threshold in its first bits, and is marked
+    "about". Pictures are taken from up to 8,192 rows, spread evenly over the ranks.
     """
     widgets_of("explore")
     require_locators(df, "explore")
@@ -204,10 +200,8 @@ class Explorer:
 
     Attributes
     ----------
-    column : str
-        The column.
-    keep : {">=", "<"}
-        Which side of the cut is kept.
+    column, keep : str
+        The column, and which side of the cut is kept (``>=`` or ``<``).
     spread : Spread
         What counts come from.
     widget : ipywidgets.VBox

@@ -53,16 +53,15 @@ def show(
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        With ``shard``, ``offset`` and ``nbytes``. Best a score table (`read_scores`), or a frame that is persisted: of
-        a lazy `embed`, a sorted page decodes all images, and another page may do so again.
+        With ``shard``, ``offset`` and ``nbytes``. Best a score table (`read_scores`), or a persisted frame: a sorted
+        page of a lazy `embed` decodes all images.
     n : int
         Pictures on a page.
     sort_by : str, optional
-        A column of numbers. Rows without a value come last, equal ones in the order of the table. By default rows are
-        in the order of the table, of which then only the first partitions are read.
+        A column of numbers; rows without a value come last. By default rows are in the order of the table, of which
+        only the first partitions are read.
     ascending : bool, optional
-        Whether the smallest come first; by default the best do: the largest, but of ``nsfw_score`` and ``blur`` the
-        smallest.
+        Whether the smallest come first; by default only for ``nsfw_score`` and ``blur``.
     page : int
         From 0.
     columns : sequence of str, optional
@@ -81,18 +80,13 @@ def show(
 
     Raises
     ------
-    ValueError
-        If `df` lacks a column, one holds vectors, `n` is not positive, or there is no such page.
-    SelectionError
-        If `sort_by` is not a column of numbers.
-    WhereError
-        Where the expression has a mistake.
+    ValueError, SelectionError, WhereError
+        For a missing or unfit column, a page that there is not, or a mistake in the expression.
 
     Notes
     -----
-    To sort a Dask DataFrame, each partition gives its first rows, a few pages of them, and these are merged on the
-    workers: one pass over the columns that are shown, and none for the next pages. Pictures are read by a seek each.
-    Those with an ``nsfw_score`` from 0.5 up, or without one where there is the column, are blurred until clicked.
+    Sorting takes one pass over the columns that are shown, which a few pages share. Pictures with an ``nsfw_score``
+    from 0.5 up, or without one where there is the column, are blurred until clicked.
 
     Examples
     --------

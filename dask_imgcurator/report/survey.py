@@ -69,15 +69,10 @@ class Rank:
 
     column: str
 
-    @property
-    def best(self) -> str:
-        """What the best have, in words."""
-        return f"{'lowest' if self.column in LOWER_IS_BETTER else 'highest'} {self.column}"
-
-    @property
-    def worst(self) -> str:
-        """What the worst have, in words."""
-        return f"{'highest' if self.column in LOWER_IS_BETTER else 'lowest'} {self.column}"
+    def ends(self) -> tuple[str, str]:
+        """What the best and the worst have, in words."""
+        words = f"lowest {self.column}", f"highest {self.column}"
+        return words if self.column in LOWER_IS_BETTER else words[::-1]
 
     def order(self, values: np.ndarray) -> np.ndarray:
         """Values of the column, (n,) float64, so that the smallest is the best."""
@@ -148,15 +143,16 @@ class Survey:
 
     def _empty_walls(self) -> dict[str, Wall]:
         walls = {}
+        best, worst = self.rank.ends() if self.rank is not None else ("", "")
         if self.rank is not None:
-            walls["best"] = Wall("Best kept", f"The {self.rank.best} among the kept.", "Best")
+            walls["best"] = Wall("Best kept", f"The {best} among the kept.", "Best")
         for mark in self.marks[:_EDGES]:
             inside = f"Closest to the cut {mark.text}, among the kept."
             outside = f"Closest to the cut {mark.text}; they meet every other condition."
             walls[f"inside {mark.part}"] = Wall(f"Just kept by {mark.text}", inside, limit=_EDGE)
             walls[f"outside {mark.part}"] = Wall(f"Just dropped by {mark.text}", outside, limit=_EDGE)
         if self.rank is not None:
-            walls["worst"] = Wall("Worst", f"The {self.rank.worst} of all readable images.", "Worst")
+            walls["worst"] = Wall("Worst", f"The {worst} of all readable images.", "Worst")
         walls["kept"] = Wall("Random kept", f"Drawn at random among the kept (seed {_SEED}).", "Random")
         walls["dropped"] = Wall("Random dropped", f"Drawn at random among the readable images not kept (seed {_SEED}).")
         return walls

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import operator
+from collections.abc import Callable
 from functools import cache, partial, reduce
 from itertools import pairwise
 from typing import Any
@@ -30,18 +32,19 @@ KINDS = {
 }
 
 
-def _remainder(left: Any, right: Any) -> Any:
-    """By the sign of the divisor, and exact, which Arrow has not."""
-    left, right = (v if isinstance(v, float) else v.to_numpy(zero_copy_only=False) for v in (left, right))
+def _numpy(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
+    """Compute what Arrow has not (a remainder that is exact and has the sign of the divisor), or less exactly."""
+    left, right = (np.float64(v) if isinstance(v, float) else v.to_numpy(zero_copy_only=False) for v in (left, right))
     with np.errstate(all="ignore"):
-        result = np.mod(left, right)
-    return pa.array(result, from_pandas=True) if result.ndim else pa.scalar(result)
+        result = operation(left, right)
+    missing = np.isnan(left) | np.isnan(right) | np.isnan(result)  # nan ** 0 is 1
+    return pa.array(result, mask=missing) if result.ndim else pa.scalar(result)
 
 
 _FUNCTIONS = (
     {"==": pc.equal, "!=": pc.not_equal, "<": pc.less, "<=": pc.less_equal, ">": pc.greater, ">=": pc.greater_equal}
-    | {"+": pc.add, "-": pc.subtract, "*": pc.multiply, "/": pc.divide, "**": pc.power}
-    | {"%": _remainder}
+    | {"+": pc.add, "-": pc.subtract, "*": pc.multiply, "/": pc.divide}
+    | {"%": partial(_numpy, operator.mod), "**": partial(_numpy, operator.pow)}
 )
 
 
