@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -380,8 +383,9 @@ def test_an_earlier_export_is_replaced_only_if_asked(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / ".partial-0123abcd" / "ffff"
-    left.parent.mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / f".partial-{os.uname().nodename}-{dead.pid}-0123abcd-export-ffff"
     left.write_bytes(b"half")
     to_clip_retrieval(table(), tmp_path)
     assert names(tmp_path) == ["img_emb/img_emb_0.npy", "metadata/metadata_0.parquet"]

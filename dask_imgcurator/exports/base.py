@@ -7,18 +7,18 @@ A format is a function under `export_format`, in a module of this folder: nothin
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib
 import os
 import pkgutil
 import re
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,6 @@ from ..schema import COLUMNS
 from ..storage import files
 
 T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ExportError(ValueError):
@@ -68,11 +67,11 @@ class Format:
 _REGISTERED: dict[str, Format] = {}
 
 
-def export_format(name: str, about: str, folder: bool = True) -> Callable[[F], F]:
+def export_format(name: str, about: str, folder: bool = True) -> Callable[[T], T]:
     """Register the function of a format."""
 
-    def register(function: F) -> F:
-        _REGISTERED[name] = Format(about, function, folder)
+    def register(function: T) -> T:
+        _REGISTERED[name] = Format(about, cast(Any, function), folder)
         return function
 
     return register
@@ -253,19 +252,19 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes the files of a partition into a folder, under names that say nothing.
+    """Writes the files of a partition under names that begin alike and say nothing.
 
     Only when all are written is it known which partitions have rows, and so what their numbers are. To count before
     would not do: Dask cuts a table of Parquet files into other partitions where it reads other columns.
     """
 
     layout: Layout
-    folder: str
+    prefix: str
     storage: Mapping[str, Any]
 
     def __call__(self, frame: Any) -> list[_Part | Exception]:
         # An exception that is raised would end the export while other tasks are still writing.
-        failed = files.join(self.folder, "failed")
+        failed = f"{self.prefix}failed"
         if files.exists(failed, self.storage):
             return []
         try:
@@ -279,7 +278,7 @@ class _Writer:
         host = backend_of(frame).to_host(frame, self.layout.sources)
         table = pa.table({item.name: item.read(host) for item in self.layout.fields})
         arrays = {name: _half(frame, column) for name, column in self.layout.vectors.items()}
-        urls = {what: files.join(self.folder, uuid.uuid4().hex) for what in self.layout.names}
+        urls = {what: f"{self.prefix}{uuid.uuid4().hex}" for what in self.layout.names}
         for what, url in urls.items():
             with files.write_whole(url, self.storage) as file:
                 if what == "parquet":
@@ -313,15 +312,18 @@ def _write_folder(df: Any, folder: str, layout: Layout, storage: Mapping[str, An
             f"{folder} holds such files already ({there[0]}{f' and {len(there) - 1} more' if there[1:] else ''}): "
             "choose another folder, or overwrite"
         )
-    writer = _Writer(layout, files.join(folder, f".partial-{uuid.uuid4().hex[:8]}"), storage)
-    _clear(writer.folder, storage)
-    files.make_folder(writer.folder)
+    files.make_folder(folder)
+    files.remove_partial(folder)
+    prefix = files.join(folder, f".partial-{uuid.uuid4().hex[:8]}/")
+    if files.is_local(folder):
+        prefix = files.temporary_name(files.join(folder, "export-"))
+    writer = _Writer(layout, prefix, storage)
     try:
         found = reduce(with_status(df, [*layout.sources, *layout.vectors.values()]), writer, concatenated)
         parts = _checked(found, layout, folder)
         urls = _name(parts, layout, folder, storage)
     finally:
-        _clear(writer.folder, storage)
+        _clear(prefix, storage)
     new = {url.rpartition("/")[2] for url in urls}  # whole URLs may be spelled in several ways
     for url in there:
         if url.rpartition("/")[2] not in new:
@@ -371,14 +373,15 @@ def _name(parts: Sequence[_Part], layout: Layout, folder: str, storage: Mapping[
     return new
 
 
-def _clear(folder: str, storage: Mapping[str, Any]) -> None:
-    """Remove a folder of unnamed files; of local ones also those that killed exports have left."""
-    if files.is_local(folder):
-        for left in files.local_path(folder).parent.glob(".partial-*"):
-            shutil.rmtree(left, ignore_errors=True)
+def _clear(prefix: str, storage: Mapping[str, Any]) -> None:
+    """Remove the files that have got no name."""
+    if files.is_local(prefix):
+        start = files.local_path(prefix)
+        for left in start.parent.glob(f"{glob.escape(start.name)}*"):
+            left.unlink(missing_ok=True)
         return
-    for url in files.list_files(folder, "", storage):
+    for url in files.list_files(prefix.rstrip("/"), "", storage):
         files.remove(url, storage)
-    fs, path = files.file_system(folder, storage)
+    fs, path = files.file_system(prefix.rstrip("/"), storage)
     with contextlib.suppress(Exception):  # in an object store there is no folder
         fs.rmdir(path)
