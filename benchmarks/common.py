@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import platform
+import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,19 +17,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "gflop_per_image",
-    "images_of",
-    "machine",
-    "make_parser",
-    "matmul_rates",
-    "plain_errors",
-    "rate",
-    "settle_options",
-    "show",
-    "versions",
-]
-
 _PACKAGES = [
     *("dask-imgcurator", "dask", "pandas", "pyarrow", "torch", "open_clip_torch", "pillow"),
     *("nvidia-dali-cuda130", "nvidia-dali-cuda120", "cudf-cu13", "cudf-cu12"),
@@ -35,13 +24,7 @@ _PACKAGES = [
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Make a parser with the options that every benchmark has.
-
-    Parameters
-    ----------
-    doc : str or None
-        The script's docstring, for ``--help``.
-    """
+    """Make a parser with the options of the benchmarks on shards; `doc` is the script's docstring."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", metavar="SHARDS", nargs="+", help="webdataset tars: paths, globs, folders, braces")
     parser.add_argument("--model", default="starter", help="open_clip's name, or starter (default: %(default)s)")
@@ -53,16 +36,10 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def settle_options(args: argparse.Namespace) -> tuple[list[str], Any, Any, int]:
-    """Turn options into shard URLs, encoder spec, backend and batch size.
-
-    Returns
-    -------
-    list of str, dask_imgcurator.models.encoders.EncoderSpec, dask_imgcurator.engine.backend.Backend, int
-        Names are checked here, so that a typing mistake ends the benchmark before it begins.
-    """
+    """Turn options into shard URLs, encoder spec, backend and batch size; a typing mistake ends the benchmark here."""
     from dask_imgcurator.engine.backend import get_backend, resolve_name
     from dask_imgcurator.models.encoders import resolve_encoder
-    from dask_imgcurator.storage.shards import expand
+    from dask_imgcurator.storage.urls import expand
 
     backend = get_backend(resolve_name(args.backend))
     batch_size = args.batch_size or (16 if backend.device == "cpu" else 512)  # as `embed` does by default
@@ -73,8 +50,8 @@ def settle_options(args: argparse.Namespace) -> tuple[list[str], Any, Any, int]:
 def plain_errors() -> Iterator[None]:
     """End the script with a line instead of a traceback, where the user can mend it."""
     from dask_imgcurator.engine.backend import BackendError
-    from dask_imgcurator.jobs.job import JobError
-    from dask_imgcurator.models.encoders import ModelError
+    from dask_imgcurator.engine.run import JobError
+    from dask_imgcurator.models import ModelError
 
     try:
         yield
@@ -119,28 +96,17 @@ def versions() -> dict[str, str]:
 
 def images_of(url: str) -> list[bytes]:
     """Read the image member of every sample of a shard."""
-    from dask_imgcurator.storage.shards import index_shard, read_extents
+    from dask_imgcurator.storage.tar_index import index_shard
+    from dask_imgcurator.storage.tar_read import read_extents
 
     members = [image for sample in index_shard(url).samples if (image := sample.image()) is not None]
     return list(read_extents(url, [(m.offset, m.nbytes) for m in members]))
 
 
 def rate(work: Callable[[], float], seconds: float, device: str = "cpu") -> float:
-    """Time a piece of work.
+    """Amount a second of a piece of work, whole rounds of which are done for so long; one round before is not timed.
 
-    Parameters
-    ----------
-    work : callable
-        Does one round and returns how much that was.
-    seconds : float
-        Whole rounds are done until this time is over; one round before them is not timed.
-    device : str
-        torch device; what was queued on a card is waited for.
-
-    Returns
-    -------
-    float
-        Amount a second.
+    What was queued on a card is waited for.
     """
     import torch
 
@@ -174,13 +140,7 @@ def gflop_per_image(encoder: Any) -> float:
 
 
 def matmul_rates(device: str, seconds: float) -> dict[str, float]:
-    """Measure the rate of a large matrix product, as a yardstick for an encoder on the same machine.
-
-    Returns
-    -------
-    dict of str to float
-        GFLOP/s by dtype, with the threads that torch has in this process.
-    """
+    """GFLOP/s of a large matrix product by dtype, with the threads that torch has in this process: a yardstick."""
     import torch
 
     n = 1024 if device == "cpu" else 8192
@@ -194,6 +154,22 @@ def matmul_rates(device: str, seconds: float) -> dict[str, float]:
 
         found[str(dtype).removeprefix("torch.")] = rate(work, seconds, device)
     return found
+
+
+def peak_mb() -> float:
+    """Peak memory of this process so far, MB (not that of its parent, which `getrusage` may tell)."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    return round(int(line.split()[1]) / 1024, 1)
+
+
+def in_child(*arguments: str, env: dict[str, str] | None = None) -> Any:
+    """Run the calling script with other arguments in a process of its own, and return the JSON that it prints."""
+    command = [sys.executable, sys.argv[0], *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
+    return json.loads(done.stdout)
 
 
 def show(result: dict[str, Any], rows: Iterable[tuple[str, str]]) -> None:

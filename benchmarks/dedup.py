@@ -1,6 +1,6 @@
 """How many duplicates `dedup` finds, and how fast, against brute force and against scikit-learn.
 
-    python benchmarks/dedup.py 1e4 1e5 --pairs ../shared/starter/pairs.npz
+    python benchmarks/dedup.py 1e4 1e5 --pairs pairs.npz
 
 Synthetic embeddings of n rows, a tenth of which are near copies of rows of other partitions, made partition by
 partition from seeds; each n on a fresh cluster of this machine. Reported are the wall time of the search (data in
@@ -8,7 +8,7 @@ Parquet), the recall of the planted pairs, the recall of all pairs that a sample
 every row), the workers' peak memory and, up to --naive-limit rows, the way one would write it with scikit-learn's
 NearestNeighbors.
 With --pairs, real embeddings too, in forced cells. With --scores and --manifest, how many of the duplicates that
-make_shards.py --defects planted are found, by tier.
+`make_sample_shards` planted are found, by tier.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ import numpy as np
 import pandas as pd
 
 import dask_imgcurator as dic
-from dask_imgcurator.duplicates.deduplication import find_duplicates
-
-__all__: list[str] = []
 
 WIDTH = 512
 EPS = [0.02, 0.05, 0.1]
@@ -156,7 +153,7 @@ def naive(folder: Path) -> dict[str, Any]:
 def search(folder: Path, **options: Any) -> tuple[float, pd.DataFrame, dict[float, pd.DataFrame]]:
     """Search a folder: seconds, counts, and the groups by eps."""
     begin = time.perf_counter()
-    found = find_duplicates(dic.read_scores(str(folder)), ["semantic"], eps=EPS, **options)
+    found = dic.find_duplicates(dic.read_scores(str(folder)), ["semantic"], eps=EPS, **options)
     counts = found.counts()
     seconds = time.perf_counter() - begin
     return seconds, counts, {eps: found.groups(eps) for eps in EPS}
@@ -213,7 +210,7 @@ def real(path: Path) -> dict[str, Any]:
     truth = pd.DataFrame({"a": frame["key"].to_numpy()[i], "b": frame["key"].to_numpy()[j], "cosine": cosine[i, j]})
     result: dict[str, Any] = {"rows": len(values)}
     for cells, probe in ((1, 1), (35, 1), (35, 2), (35, 3)):
-        found = find_duplicates(frame, ["semantic"], eps=EPS, n_cells=cells, probe=probe)
+        found = dic.find_duplicates(frame, ["semantic"], eps=EPS, n_cells=cells, probe=probe)
         lines = {}
         for eps in EPS:
             pairs = truth[truth["cosine"] >= 1 - eps]
@@ -227,7 +224,7 @@ def planted_in_shards(scores: str, manifest: Path) -> dict[str, Any]:
     """Which of the duplicates that make_shards.py --defects planted go, by tier and eps."""
     kinds = {key: about for key, about in json.loads(manifest.read_text()).items() if about["of"]}
     df = dic.read_scores(scores)
-    found = find_duplicates(df, eps=EPS)
+    found = dic.find_duplicates(df, eps=EPS)
     result: dict[str, Any] = {"tiers": json.loads(found.counts().to_json(orient="records"))}
     for eps in EPS if "semantic" in set(found.counts()["tier"]) else [None]:
         groups = found.groups(eps)
@@ -249,8 +246,10 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=2000, metavar="N", help="rows compared with all others")
     parser.add_argument("--brute-limit", type=float, default=1e5, metavar="N", help="largest size for n_cells=1")
     parser.add_argument("--naive-limit", type=float, default=1e5, metavar="N", help="largest size for scikit-learn")
-    parser.add_argument("--pairs", type=Path, metavar="FILE", help="shared/starter/pairs.npz")
-    parser.add_argument("--scores", metavar="DIR", help="score table of shards that make_shards.py --defects made")
+    parser.add_argument(
+        "--pairs", type=Path, metavar="FILE", help="real embeddings: the file that tools/fit_starter.py reads"
+    )
+    parser.add_argument("--scores", metavar="DIR", help="score table of sample shards")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="their manifest.json")
     args = parser.parse_args()
     if bool(args.scores) != bool(args.manifest):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,13 +23,10 @@ import common
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import selection
-from selection import peak
+from made_scores import ROWS, write_file
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import make_sample_shards
-
-__all__: list[str] = []
 
 IMAGES = 640
 WHERE = "aesthetic_score >= 5 and width >= 512"
@@ -39,9 +35,9 @@ WHERE = "aesthetic_score >= 5 and width >= 512"
 def write_table(folder: Path, rows: int, pictures: pa.Table) -> None:
     """Write score files whose rows lie where the sample pictures do, again and again."""
     folder.mkdir()
-    for part, first in enumerate(range(0, rows, selection.ROWS)):
-        n = min(selection.ROWS, rows - first)
-        selection.write_file(folder, part, n, embeddings=False)
+    for part, first in enumerate(range(0, rows, ROWS)):
+        n = min(ROWS, rows - first)
+        write_file(folder, part, n)
         path = folder / f"{part:05d}.parquet"
         table = pq.read_table(path)
         chosen = pictures.take(np.random.default_rng([8, part]).integers(0, len(pictures), n))
@@ -53,17 +49,14 @@ def write_table(folder: Path, rows: int, pictures: pa.Table) -> None:
 
 def ask(page: str, scores: str, out: str) -> dict[str, Any]:
     """Write one page; in a process of its own."""
-    import dask_imgcurator.report.comparison
-    import dask_imgcurator.report.report  # noqa: F401
-
-    idle, begin = peak(), time.perf_counter()
+    idle, begin = common.peak_mb(), time.perf_counter()
     if page == "report":
         dic.write_report(scores, out, WHERE, top="30% by clip_score")
     else:
         dic.compare_selections("aesthetic_score >= 5", "clip_score >= 0.3", out, scores)
     seconds = round(time.perf_counter() - begin, 2)
     html = Path(out).read_text()
-    return {"seconds": seconds, "peak_mb": peak(), "idle_mb": idle, "bytes": len(html.encode())} | {
+    return {"seconds": seconds, "peak_mb": common.peak_mb(), "idle_mb": idle, "bytes": len(html.encode())} | {
         "pictures": html.count("<img ")
     }
 
@@ -83,7 +76,7 @@ def main() -> None:
         frame = dic.read_webdataset([str(p) for p in made.shards], backend="pandas").compute(scheduler="sync")
         pictures = pa.Table.from_pandas(frame[frame["status"] == "ok"], preserve_index=False)
         print(
-            f"{'rows':>12} {'page':>12} {'seconds':>9} {'peak MB':>9} {'idle MB':>9} {'page kB':>9} {'pictures':>9}",
+            f"{'rows':>12} {'page':>12} {'seconds':>9} {'peak MB':>9} {'idle MB':>9} {'bytes':>9} {'pictures':>9}",
             file=sys.stderr,
         )
         for rows in map(int, args.rows):
@@ -91,16 +84,9 @@ def main() -> None:
             write_table(scores, rows, pictures)
             size: dict[str, Any] = {"rows": rows}
             for page in ("report", "comparison"):
-                command = [sys.executable, __file__, "--child", page, str(scores), f"{scratch}/{page}.html"]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                size[page] = found = json.loads(done.stdout)
-                cells = [
-                    found["seconds"],
-                    found["peak_mb"],
-                    found["idle_mb"],
-                    found["bytes"] // 1000,
-                    found["pictures"],
-                ]
+                found = common.in_child("--child", page, str(scores), f"{scratch}/{page}.html")
+                size[page] = found
+                cells = [found[name] for name in ("seconds", "peak_mb", "idle_mb", "bytes", "pictures")]
                 print(f"{rows:>12,} {page:>12} " + " ".join(f"{cell:>9,}" for cell in cells), file=sys.stderr)
             result["sizes"].append(size)
     print(json.dumps(result))

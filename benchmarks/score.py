@@ -18,16 +18,13 @@ from typing import Any
 
 import common
 from distributed import Client
+from stopwatch import Stopwatch
 
 import dask_imgcurator as dic
 from dask_imgcurator import config
 from dask_imgcurator.images.decoder import Decoder
-from dask_imgcurator.jobs.job import Monitor, Progress
 from dask_imgcurator.models.encoders import EncoderSpec, load_encoder
-from dask_imgcurator.steps.score import settle_decoder
-
-__all__: list[str] = []
-
+from dask_imgcurator.steps.stream import settle_decoder
 
 # --- on the workers -------------------------------------------------------------------------------
 
@@ -35,24 +32,14 @@ __all__: list[str] = []
 def load(spec: EncoderSpec, device: str) -> dict[str, Any]:
     """Load the model; say how long it took, what it costs an image, and what it runs with."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     begin = time.perf_counter()
     encoder = load_encoder(spec, device)
-    seconds = time.perf_counter() - begin
-    # The counter does not see into the fused attention of nn.MultiheadAttention.
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with FlopCounterMode(display=False) as counter:
-            encoder(torch.zeros((1, 3, *encoder.preprocess.size), device=device))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
     return {
-        "seconds": seconds,
+        "seconds": time.perf_counter() - begin,
         "dtype": encoder.spec.dtype,
         "threads": torch.get_num_threads(),
-        "gflop_per_image": counter.get_total_flops() / 1e9,
+        "gflop_per_image": common.gflop_per_image(encoder),
     }
 
 
@@ -106,18 +93,6 @@ def peak_memory() -> dict[str, int]:
 # --- here -----------------------------------------------------------------------------------------
 
 
-class Stopwatch(Monitor):
-    """Notes when the first shard was handed out and when the last one was finished."""
-
-    def scoring(self, total: int, taken_over: int) -> None:
-        """See `Monitor.scoring`."""
-        self.begin = self.end = time.perf_counter()
-
-    def progress(self, state: Progress) -> None:
-        """See `Monitor.progress`."""
-        self.end = time.perf_counter()
-
-
 def on_all(client: Client, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Run a function on all workers at once; an argument that is a list of that length is dealt out."""
     workers = list(client.nthreads())
@@ -164,7 +139,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         after = sums(on_all(client, common.matmul_rates, backend.device, args.seconds / 5))
 
     dtype, gflop = loaded[0]["dtype"], loaded[0]["gflop_per_image"]
-    seconds = watch.end - watch.begin
+    seconds = watch.seconds
     images_per_s = result.images_scored / seconds
     shares = {
         "of_decode_only": images_per_s / decode,

@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,14 +27,9 @@ from typing import Any
 
 import common
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-from selection import peak
+from made_scores import ROWS, WIDTH, write_file
 
-__all__: list[str] = []
-
-ROWS = 10_000  # a file
-WIDTH = 512
 WAYS = ("exact", "numpy", "index")
 
 
@@ -50,36 +43,6 @@ def about(rows: int, count: int, seed: list[int]) -> np.ndarray:
     rng, middles = np.random.default_rng(seed), centres(rows)
     x = middles[rng.integers(0, len(middles), count)] + rng.standard_normal((count, WIDTH), np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def write_file(folder: Path, part: int, rows: int, total: int) -> None:
-    """Write the score file of one shard."""
-    from dask_imgcurator.schema import arrow_schema
-
-    rng = np.random.default_rng([7, part])
-    failed = rng.random(rows) < 0.02
-    lengths = np.where(failed, 0, WIDTH)
-    flat = about(total, rows, [8, part])[~failed].reshape(-1)
-    columns = {
-        "key": [f"{part:05d}{i:05d}" for i in range(rows)],
-        "shard": [f"s3://bucket/set/{part:05d}.tar"] * rows,
-        "offset": np.arange(rows) * 65536 + 512,
-        "nbytes": rng.integers(10_000, 60_000, rows),
-        "sample_offset": np.arange(rows) * 65536,
-        "caption": [f"picture {i} of shard {part} shows something that takes sixty characters" for i in range(rows)],
-        "status": np.where(failed, "decode_error", "ok"),
-        "embedding": pa.ListArray.from_arrays(
-            pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32()), pa.array(flat), mask=pa.array(failed)
-        ),
-        "aesthetic_score": pa.array(rng.normal(5, 0.8, rows), mask=failed),
-        "nsfw_score": pa.array(rng.beta(0.3, 4, rows), mask=failed),
-    }
-    schema = arrow_schema(columns)
-    arrays = [
-        (v if isinstance(v, pa.Array) else pa.array(v)).cast(f.type)
-        for v, f in zip(columns.values(), schema, strict=True)
-    ]
-    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), folder / f"{part:05d}.parquet", compression="zstd")
 
 
 # --- ways -----------------------------------------------------------------------------------------
@@ -118,7 +81,7 @@ def ask(way: str, folder: str, rows: int, queries: int, k: int, threads: int) ->
     torch.set_num_threads(threads)
     asked = about(rows, queries, [9])
     table, index = f"{folder}/scores", f"{folder}/index"
-    idle, found, more = peak(), None, {}
+    idle, found, more = common.peak_mb(), None, {}
     begin = time.perf_counter()
     with dask.config.set(num_workers=threads):
         if way == "build":
@@ -131,7 +94,7 @@ def ask(way: str, folder: str, rows: int, queries: int, k: int, threads: int) ->
             rows_ = dic.search(table, embedding=asked, k=k, backend="pandas", **use)
             found = [rows_[rows_["query_number"] == q]["key"].tolist() for q in range(queries)]
     seconds = time.perf_counter() - begin
-    return {"seconds": round(seconds, 2), "peak_mb": peak(), "idle_mb": idle, "found": found, **more}
+    return {"seconds": round(seconds, 2), "peak_mb": common.peak_mb(), "idle_mb": idle, "found": found, **more}
 
 
 def measure(rows: int, queries: int, k: int, threads: int, scratch: str | None) -> dict[str, Any]:
@@ -140,14 +103,13 @@ def measure(rows: int, queries: int, k: int, threads: int, scratch: str | None) 
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         (Path(folder) / "scores").mkdir()
         for part in range(-(-rows // ROWS)):
-            write_file(Path(folder) / "scores", part, min(ROWS, rows - part * ROWS), rows)
+            n = min(ROWS, rows - part * ROWS)
+            write_file(Path(folder) / "scores", part, n, about(rows, n, [8, part]))
         result["bytes"] = sum(file.stat().st_size for file in (Path(folder) / "scores").iterdir())
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+        env = {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
         for way in ("exact", "numpy", "build", "index"):
-            command = [sys.executable, __file__, str(rows), "--queries", str(queries), "-k", str(k)]
-            command += ["--threads", str(threads), "--ask", way, folder]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
-            result[way] = json.loads(done.stdout)
+            how = ("--queries", str(queries), "-k", str(k), "--threads", str(threads))
+            result[way] = common.in_child(str(rows), *how, "--ask", way, folder, env=env)
         result["index_bytes"] = sum(file.stat().st_size for file in (Path(folder) / "index").iterdir())
     exact, brute, by_index = (result[way].pop("found") for way in WAYS)
     result["same_as_numpy"] = exact == brute

@@ -15,9 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,61 +24,9 @@ from typing import Any
 import common
 import dask
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from made_scores import ROWS, WIDTH, write_file
 
-__all__: list[str] = []
-
-ROWS = 10_000  # a file
-WIDTH = 512
 WHERE = "aesthetic_score >= 5 and nsfw_score < 0.5 and width >= 512"
-
-
-# --- data -----------------------------------------------------------------------------------------
-
-
-def write_file(path: Path, part: int, rows: int, embeddings: bool) -> None:
-    """Write the score file of one shard."""
-    from dask_imgcurator.schema import COLUMNS, arrow_schema
-
-    rng = np.random.default_rng([7, part])
-    failed = rng.random(rows) < 0.02
-    offsets = np.arange(rows) * 65536
-
-    def number(values: Any, type_: pa.DataType) -> pa.Array:
-        return pa.array(values, mask=failed).cast(type_)
-
-    names = [name for name in COLUMNS if embeddings or name != "embedding"]
-    digits = rng.bytes(32 * rows).hex()
-    columns = {
-        "key": [f"{part:05d}{i:05d}" for i in range(rows)],
-        "shard": [f"s3://bucket/set/{part:05d}.tar"] * rows,
-        "offset": offsets + 512,
-        "nbytes": rng.integers(10_000, 60_000, rows),
-        "sample_offset": offsets,
-        "sample_nbytes": np.full(rows, 65536),
-        "ext": ["jpg"] * rows,
-        "caption": [f"picture {i} of shard {part} shows something that takes sixty characters" for i in range(rows)],
-        "status": np.where(failed, "decode_error", "ok"),
-        "error_message": pa.array(np.where(failed, "the data end early", ""), mask=~failed),
-        "width": number(rng.choice([256, 384, 512, 640, 1024], rows), pa.int32()),
-        "height": number(rng.choice([256, 384, 512, 640, 1024], rows), pa.int32()),
-        "sha256": [digits[i : i + 64] for i in range(0, 64 * rows, 64)],
-        "aesthetic_score": number(rng.normal(5, 0.8, rows), pa.float32()),
-        "nsfw_score": number(rng.beta(0.3, 4, rows), pa.float32()),
-        "clip_score": number(rng.normal(0.28, 0.05, rows), pa.float32()),
-    }
-    if embeddings:
-        flat = pa.array(rng.standard_normal(rows * WIDTH, np.float32))
-        columns["embedding"] = pa.ListArray.from_arrays(pa.array(np.arange(rows + 1) * WIDTH, pa.int32()), flat)
-    names = [name for name in names if name in columns]
-    arrays = [
-        pa.array(columns[name], COLUMNS[name].type) if not isinstance(columns[name], pa.Array) else columns[name]
-        for name in names
-    ]
-    pq.write_table(
-        pa.Table.from_arrays(arrays, schema=arrow_schema(names)), path / f"{part:05d}.parquet", compression="zstd"
-    )
 
 
 # --- questions ------------------------------------------------------------------------------------
@@ -89,9 +34,7 @@ def write_file(path: Path, part: int, rows: int, embeddings: bool) -> None:
 
 def ours(folder: str, question: str) -> Any:
     """Ask this library."""
-    from dask_imgcurator import export
-    from dask_imgcurator.select.selection import funnel, quantile, sample, top_fraction
-    from dask_imgcurator.steps.collection import read_scores
+    from dask_imgcurator import export, funnel, quantile, read_scores, sample, top_fraction
 
     df = read_scores(folder, backend="pandas")
     if question == "where":
@@ -141,30 +84,25 @@ QUESTIONS = {
 }
 
 
-def peak() -> float:
-    """Peak memory of this process so far, MB (not that of its parent, which `getrusage` may tell)."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
-    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-    return round(int(line.split()[1]) / 1024, 1)
-
-
 def ask(who: str, question: str, folder: str, threads: int) -> dict[str, Any]:
     """Ask one question in this process."""
     import duckdb  # noqa: F401
 
-    import dask_imgcurator.exports.base
-    import dask_imgcurator.select.selection  # noqa: F401
+    import dask_imgcurator  # noqa: F401
 
-    idle = peak()
+    idle = common.peak_mb()
     asked: Callable[[], Any] = (
         (lambda: ours(folder, question)) if who == "ours" else (lambda: theirs(folder, question, threads))
     )
     with dask.config.set(scheduler="threads", num_workers=threads):
         begin = time.perf_counter()
         answer = asked()
-    return {"seconds": round(time.perf_counter() - begin, 3), "peak_mb": peak(), "idle_mb": idle, "answer": answer}
+    return {
+        "seconds": round(time.perf_counter() - begin, 3),
+        "peak_mb": common.peak_mb(),
+        "idle_mb": idle,
+        "answer": answer,
+    }
 
 
 def measure(rows: int, embeddings: bool, threads: int, scratch: str | None) -> dict[str, Any]:
@@ -172,13 +110,14 @@ def measure(rows: int, embeddings: bool, threads: int, scratch: str | None) -> d
     found: dict[str, Any] = {"rows": rows, "embeddings": embeddings}
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         for part in range(-(-rows // ROWS)):
-            write_file(Path(folder), part, min(ROWS, rows - part * ROWS), embeddings)
+            n = min(ROWS, rows - part * ROWS)
+            vectors = np.random.default_rng([8, part]).standard_normal((n, WIDTH), np.float32) if embeddings else None
+            write_file(Path(folder), part, n, vectors)
         found["bytes"] = sum(file.stat().st_size for file in Path(folder).iterdir())
         for question in QUESTIONS:
             for who in ("ours", "duckdb"):
-                command = [sys.executable, __file__, "--ask", who, question, folder, "--threads", str(threads)]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                found.setdefault(question, {})[who] = json.loads(done.stdout)
+                answer = common.in_child("--ask", who, question, folder, "--threads", str(threads))
+                found.setdefault(question, {})[who] = answer
             answers = [found[question][who]["answer"] for who in ("ours", "duckdb")]
             found[question]["same"] = answers[0] == answers[1]
     return found
