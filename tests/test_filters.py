@@ -290,6 +290,7 @@ arrow_integers = st.sampled_from([*SIGNED, *UNSIGNED]).map(lambda c: Pair(c, c, 
 arrow_numbers = st.sampled_from([*SIGNED, *UNSIGNED, "f32", "f64", "d"]).map(lambda c: Pair(c, f"({_double(c)})", 8))
 arrow_words = st.sampled_from(["s", "ls", "sv", "ds"]).map(lambda c: Pair(c, c, 8))
 arrow_texts = st.sampled_from(WORDS).map(_literal)
+zero = st.just(_constant(0.0))
 small = st.sampled_from([1, 7, 0.25, -2.5, 512.0]).map(_constant)
 
 
@@ -315,7 +316,7 @@ arrow_leaves = (
     | st.builds(_compare, signs, arrow_words, arrow_words | arrow_texts)
     | st.builds(_chain, signs, signs, small, arrow_numbers, small)
     | st.builds(_in, arrow_integers, st.lists(arrow_constants, min_size=1, max_size=4), membership, brackets)
-    | st.builds(_in, arrow_numbers | arithmetic, st.lists(small, min_size=1, max_size=3), membership, brackets)
+    | st.builds(_in, arrow_numbers | arithmetic, st.lists(small | zero, min_size=1, max_size=3), membership, brackets)
     | st.builds(_in, arrow_words, st.lists(arrow_texts, min_size=1, max_size=4), membership, brackets)
     | st.builds(_compare, signs, st.just(nothing), small)
     | st.builds(_null, arrow_numbers | arrow_words | arithmetic | st.just(nothing), nulls)
@@ -433,6 +434,31 @@ def test_nan_within_an_arrow_column_is_null():
     frame = pd.DataFrame({"x": values})
     assert parse_where("x is null").mask(frame).tolist() == [False, True, True]
     assert parse_where("x != 5").mask(frame).tolist() == [True, False, False]
+
+
+def test_nan_at_the_end_of_a_slice_is_null():
+    column = pa.chunked_array([pa.array([1.0, 2.0, 3.0]).slice(1), pa.array([1.0, 2.0, 3.0, float("nan")]).slice(2)])
+    assert parse_where("x != 5").evaluate(pa.table({"x": column})).to_pylist() == [True, True, True, None]
+
+
+def test_negative_zero_is_zero():
+    table = pa.table({"x": pa.array([0.0, -0.0, None, 1.0])})
+    for text in ("x == 0", "x == -0.0", "x in (0, 7)", "x in (-0.0, 7)", "x <= 0", "x >= -0.0 and x < 1"):
+        assert parse_where(text).evaluate(table).to_pylist() == [True, True, None, False], text
+
+
+def test_columns_of_known_names_keep_their_own_type():
+    # The table that is published has float32 and int32 there.
+    frame = pd.DataFrame({"aesthetic_score": [5.1, float(np.float32(5.1))], "width": [3e9, 512.5]})
+    assert parse_where("aesthetic_score >= 5.1").mask(frame).tolist() == [True, False]
+    assert parse_where("width > 512").mask(frame).tolist() == [True, True]
+
+
+def test_python_integers_of_any_size():
+    frame = pd.DataFrame({"x": pd.Series([2**70, None, -1], dtype=object)})
+    assert kinds_of(frame) == {"x": "number"}
+    assert parse_where("x > 1e20").mask(frame).tolist() == [True, False, False]
+    assert parse_where("x is null").mask(frame).tolist() == [False, True, False]
 
 
 def test_other_column_types():
@@ -622,6 +648,8 @@ MISTAKES = [
     ("lambda: width", "^^^^^^", "`lambda` is not allowed"),
     ("5 if flag else 6", "  ^^", "`if` is not allowed"),
     ("f'{width}' == 'x'", "^^^^^^^^^^", "prefix 'f' is not allowed"),
+    ("caption == 'x'and flag", "              ^^^", "expected a space before `and`"),
+    ("width << 2 > 1", "      ^^", "`<<` is not allowed"),
     ("{width} == 1", "^", "`{` is not allowed"),
     ("width > 5; import os", "         ^", "`;` is not allowed"),
     ("width > 5 # wide", "          ^", "`#` is not allowed"),
