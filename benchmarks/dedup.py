@@ -221,7 +221,7 @@ def real(path: Path) -> dict[str, Any]:
 
 
 def planted_in_shards(scores: str, manifest: Path) -> dict[str, Any]:
-    """Which of the duplicates that make_shards.py --defects planted go, by tier and eps."""
+    """Which of the duplicates among sample shards go, by tier and eps."""
     kinds = {key: about for key, about in json.loads(manifest.read_text()).items() if about["of"]}
     df = dic.read_scores(scores)
     found = dic.find_duplicates(df, eps=EPS)
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--brute-limit", type=float, default=1e5, metavar="N", help="largest size for n_cells=1")
     parser.add_argument("--naive-limit", type=float, default=1e5, metavar="N", help="largest size for scikit-learn")
     parser.add_argument(
-        "--pairs", type=Path, metavar="FILE", help="real embeddings: the file that tools/fit_starter.py reads"
+        "--pairs", type=Path, metavar="FILE", help="real embeddings, as tools/fit_starter.py reads them"
     )
     parser.add_argument("--scores", metavar="DIR", help="score table of sample shards")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="their manifest.json")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from dask_imgcurator.checks.doctor import Finding, examine, gpu_findings
-from dask_imgcurator.checks.gpu import Card, GpuFacts, gpu_facts
+from dask_imgcurator.checks.gpu import Card, GpuFacts, broken_modules, gpu_facts
 
 GIB = 2**30
 H100 = Card("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 79 * GIB, True)
@@ -101,6 +102,22 @@ def test_the_pool_must_fit_the_fullest_card() -> None:
     assert judge(two, 0.3)["memory pool"].state == "ok"
     assert judge(two, 0)["memory pool"].state == "ok"
     assert judge(two, "20GB")["memory pool"].value == "20GB"
+
+
+def test_a_library_that_does_not_import() -> None:
+    found = judge(replace(WHOLE, broken={"cudf": "AttributeError: module 'numpy' has no attribute 'row_stack'"}))
+    assert found["import cudf"].state == "problem"
+    assert "row_stack" in found["import cudf"].value
+
+
+def test_modules_are_imported_to_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "breaks_here.py").write_text("import math\nmath.no_such_thing\n")
+    (tmp_path / "lacks_another.py").write_text("import no_such_module\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = broken_modules(["json", "breaks_here", "lacks_another", "not_installed.at_all"])
+    assert list(found) == ["breaks_here", "lacks_another"]
+    assert "no_such_thing" in found["breaks_here"]
+    assert "no_such_module" in found["lacks_another"]
 
 
 def test_older_cards() -> None:

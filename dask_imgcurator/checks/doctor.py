@@ -110,10 +110,11 @@ def _heads() -> Iterator[Finding]:
             continue
         try:
             path = weights.find(spec.weights, folder, download=False)
-        except weights.WeightsError as err:
-            missing = "sha256" not in str(err)
-            remedy = "downloaded when first used, or put it into --weights-dir" if missing else str(err)
-            yield Finding(spec.name, "not on this machine" if missing else "wrong file", "note", remedy)
+        except weights.WrongWeights as err:
+            yield Finding(spec.name, "wrong file", "note", str(err))
+        except weights.WeightsError:
+            remedy = "downloaded when first used, or put it into --weights-dir"
+            yield Finding(spec.name, "not on this machine", "note", remedy)
         else:
             yield Finding(spec.name, str(path))
 
@@ -190,7 +191,7 @@ def _library(library: str, wheels: Mapping[int, str], facts: GpuFacts) -> Findin
 
 
 def _mismatches(facts: GpuFacts) -> Iterator[Finding]:
-    """Libraries for two CUDAs, or of two releases of RAPIDS."""
+    """Libraries for two CUDAs, of two releases of RAPIDS, or that do not import beside their neighbours."""
     majors = _majors(facts)
     if len(set(majors.values())) > 1:
         value = ", ".join(f"{library} for CUDA {major}" for library, major in majors.items())
@@ -199,6 +200,8 @@ def _mismatches(facts: GpuFacts) -> Iterator[Finding]:
     if len(releases) > 1:
         remedy = f"install all of one release: {_install(facts)}"
         yield Finding("RAPIDS", f"releases {' and '.join(sorted(releases))}", "problem", remedy)
+    for module, error in facts.broken.items():
+        yield Finding(f"import {module}", error, "problem", f"bring its dependencies to one release: {_install(facts)}")
 
 
 def _majors(facts: GpuFacts) -> dict[str, int]:

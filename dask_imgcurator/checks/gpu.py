@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -18,6 +18,9 @@ GPU_PACKAGES: Mapping[str, Mapping[int, str]] = {
     "DALI": {12: "nvidia-dali-cuda120", 13: "nvidia-dali-cuda130"},
     "dask-cuda": {0: "dask-cuda"},
 }
+
+#: What the GPU path imports.
+MODULES = ("cudf", "dask_cudf", "dask_cuda", "nvidia.dali")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class GpuFacts:
     torch_sees: int = 0  # cards that torch can use here
     packages: Mapping[str, str] = field(default_factory=dict)  # versions of the installed ones of `GPU_PACKAGES`
     visible: str | None = None  # the environment's CUDA_VISIBLE_DEVICES
+    broken: Mapping[str, str] = field(default_factory=dict)  # errors of modules that are installed but do not import
 
 
 def gpu_facts() -> GpuFacts:
@@ -57,7 +61,22 @@ def gpu_facts() -> GpuFacts:
         torch_sees=sees,
         packages={name: found for name in names if (found := version_of(name))},
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        broken=broken_modules(MODULES) if sees else {},
     )
+
+
+def broken_modules(names: Iterable[str]) -> dict[str, str]:
+    """Import modules, and tell of those that are there but fail: one release of NumPy too new is enough for that."""
+    failed = {}
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as err:
+            if not (err.name and name.startswith(err.name)):
+                failed[name] = f"{type(err).__name__}: {err}"
+        except Exception as err:
+            failed[name] = f"{type(err).__name__}: {err}"
+    return failed
 
 
 def _ask_nvml() -> dict[str, Any] | None:

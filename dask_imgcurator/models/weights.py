@@ -35,6 +35,10 @@ class WeightsError(RuntimeError):
     """A weights file is missing, is not the published one, or is not what it should hold."""
 
 
+class WrongWeights(WeightsError):
+    """A file is there under the name of a published one, with another content."""
+
+
 @dataclass(frozen=True)
 class WeightsFile:
     """One published file; `folder` is its subfolder in a folder of weights, `license` an SPDX identifier."""
@@ -121,7 +125,7 @@ def _read_checked(path: Path, file: WeightsFile) -> bytes:
         raise WeightsError(f"{path} cannot be read ({error}); make it readable or remove it") from error
     found = hashlib.sha256(data).hexdigest()
     if found != file.sha256:
-        raise WeightsError(
+        raise WrongWeights(
             f"{path} is not the published {file.filename}: sha256 is {found}, expected {file.sha256}; "
             f"remove it, or replace it by the file from {file.url}"
         )
