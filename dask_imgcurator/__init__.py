@@ -13,6 +13,7 @@ from .exports.base import export
 from .jobs.curate import curate, write_selection
 from .jobs.pages import compare_selections, write_report
 from .jobs.score import score_shards
+from .jobs.search import search
 from .jobs.tables import add_columns, drop_duplicates, export_scores, select_rows
 from .models.head_files import save_head
 from .report.explorer import explore
@@ -20,7 +21,6 @@ from .report.gallery import show
 from .select.selection import apply_steps, funnel, quantile, sample, top_count, top_fraction
 from .select.where import filter_frame
 from .similarity.index import build_search_index
-from .similarity.search import search
 from .steps.captions import caption_stats, embed_text, score_clip
 from .steps.embed import embed
 from .steps.heads import score_aesthetic, score_head, score_nsfw

@@ -14,13 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ..checks.parity_record import ALL, Parity
+from ..duplicates.index import Index
 from ..engine.backend import get_backend
 from ..jobs.tables import Deduplicated
 from ..report.render import plain
 from ..results import Counts, RunResult
 from ..schema import STATUSES
 from ..select.where import parse_where
-from ..similarity.index import SearchIndex
 from ..steps.score_table import read_scores
 
 __all__ = [
@@ -267,11 +267,11 @@ def print_search(found: pd.DataFrame, page: str | None, out: str | None) -> None
         console.print(f"written: {path}", highlight=False, soft_wrap=True, markup=False)
 
 
-def print_search_index(index: SearchIndex) -> None:
+def print_search_index(index: Index) -> None:
     """Show how good an index is."""
     about = index.about
     words = (
-        f"index of {about['rows']:,} rows: {index.path}\n"
+        f"index of {about['vectors']:,} rows: {index.path}\n"
         f"it finds {about['recall']:.1%} of the 20 rows most similar to a row, looking into {about['nprobe']:,} of "
         f"{about['cells']:,} cells"
     )

@@ -241,7 +241,7 @@ def search(
     Several queries are answered one after another. A text needs a model with a text tower: not the starter model.
     """
     from ..similarity.index import build_search_index
-    from ..similarity.search import search as run
+    from ..jobs.search import search as run
 
     asked = any(options[name] for name in ("text", "image", "like"))
     if not asked and build_index is None:

@@ -51,9 +51,9 @@ class Index:
     path : str
         The folder.
     about : dict
-        What ``index.json`` says: ``width``, ``rows``, ``dtype``, ``cells``, ``seed``, ``columns``, ``provenance``; of one
-        for searches also ``column``, ``files``, ``probe`` (cells that a search looks into) and ``recall`` (of the 20
-        rows most similar to a row of the table).
+        What ``index.json`` says: ``width``, ``rows``, ``vectors``, ``dtype``, ``cells``, ``seed``, ``columns``, ``provenance``; of
+        one for searches also ``column``, ``files``, ``nprobe`` (cells that a search looks into) and ``recall`` (of the
+        20 rows most similar to a row of the table).
     centroids : numpy.ndarray
         (k, d) float32.
     """
@@ -277,7 +277,18 @@ def write_part(
     for target, array in ((f"{name}.starts.npy", starts), (files.join(folder, "centroids.npy"), centroids)):
         with files.write_whole(target, options) as file:
             np.save(file, array)
-    about = {**about, "rows": about.get("rows", 0) + len(table), "cells": len(centroids), "parts": number + 1}
+    about = {
+        **about,
+        "rows": about.get("rows", 0) + len(table),
+        "vectors": about.get("vectors", 0) + len(order),
+        "cells": len(centroids),
+        "parts": number + 1,
+    }
+    save_about(folder, about, options)
+    return open_index(folder, options)
+
+
+def save_about(folder: str, about: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Write ``index.json``."""
     with files.write_whole(files.join(folder, "index.json"), options) as file:
         file.write(json.dumps(about, indent=1).encode())
-    return open_index(folder, options)

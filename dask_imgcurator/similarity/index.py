@@ -1,206 +1,81 @@
-"""An index over the embeddings of a score table, for tables that are too large to be read for every search.
+"""Search by an index: only the cells nearest to a query are looked into, and only the rows that are found are read.
 
-It is FAISS's inverted file: vectors in k-means cells, as float16, of which a search looks into the nearest few cells.
-It only proposes rows. They are compared with the query again, by their embeddings in the table, so similarities and
-order are exact. What an index can do is miss rows, and how many it misses is measured when it is built.
-
-An index is a folder: ``vectors.faiss`` and ``index.json``, which is written last. Its ids are numbers of rows, counted
-through the table's files in their order. Names, versions and lengths of the files are kept with it, and a table that is
-not the same any more is refused.
+An index (`duplicates.index`) holds the vectors as the table has them, so similarities and order are exact; it can only
+miss rows, and how many it misses is measured when it is built. The table's files are known by name and version: one
+that is not the same any more is refused.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
-import pyarrow.parquet as pq
+import pandas as pd
+import pyarrow as pa
 
-from ..duplicates.cells import BRUTE_FORCE_ROWS
-from ..steps import read as collection, score_table as score
+from ..duplicates.index import FORMAT, Index, centroids_of, open_index, save_about, source_of, write_part
+from ..duplicates.rows import DedupError, gather, is_in, row_ids
+from ..engine.backend import get_backend
+from ..select.ranks import IDENTITY
+from ..steps.read import URLPath
+from ..steps.score_table import ScoreFiles, file_schema, read_score_files, score_urls, scores_from_files
 from ..storage import files
 from ..storage.urls import fingerprint
 from .queries import table_provenance
-from .scan import RowScan, SearchError, best_partition, compared, keep_best
+from .scan import RowScan, SearchError, eligible, fetch, near, similarity
 
-__all__ = ["SearchIndex", "build_search_index", "open_search_index"]
-
-_FORMAT = 1
-_PER_CELL = 40  # vectors that k-means sees for each cell; FAISS warns below 39
-_FILES = 64  # of which these are taken, at most
-_QUERIES, _K, _RECALL = 64, 20, 0.98  # recall is measured with so many rows as queries, and brought to this
-
-
-def _faiss() -> Any:
-    try:
-        return importlib.import_module("faiss")  # which has no types
-    except ImportError as err:
-        raise ModuleNotFoundError(
-            f'an index for searches needs FAISS ({err}): pip install "dask-imgcurator[search]"'
-        ) from err
-
-
-class SearchIndex:
-    """An index, opened.
-
-    Attributes
-    ----------
-    path : str
-        The folder.
-    about : dict
-        What ``index.json`` says: ``column``, ``width``, ``rows``, ``cells``, ``nprobe`` (cells that a search looks
-        into), ``recall`` (of the 20 most similar rows to rows of the table), ``encoder`` and ``files``.
-    """
-
-    def __init__(self, path: str, about: dict[str, Any], vectors: Any) -> None:
-        self.path, self.about, self._vectors = path, about, vectors
-        #: By how much a cosine from here can differ from the exact one: float16 has 11 bits, a float32 product of d
-        #: numbers is off by some d / 2^24.
-        self.error = 2.0**-11 + (about["width"] + 64) * 2.0**-22
-
-    def propose(
-        self, query: np.ndarray, k: int, allowed: np.ndarray | None = None, nprobe: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Propose rows for one query: of the cells it looks into, all that may be among the k best.
-
-        Parameters
-        ----------
-        query : numpy.ndarray
-            (d,) of unit length.
-        k : int
-            Rows that are wanted.
-        allowed : numpy.ndarray, optional
-            (rows of the table,) bool: only these. More cells are looked into then, as many as leave as much to find.
-        nprobe : int, optional
-            Cells; by default as many as the index was measured with.
-
-        Returns
-        -------
-        ids, cosines : numpy.ndarray
-            Numbers of rows, int64, and their cosines within `error`, the highest first; fewer than k only if there are
-            no more rows.
-        """
-        faiss, cells = _faiss(), self.about["cells"]
-        nprobe, there, selector = nprobe or self.about["nprobe"], self.about["rows"], None
-        if allowed is not None:
-            share = max(int(allowed.sum()), 1) / len(allowed)
-            there, nprobe = int(allowed.sum()), min(cells, round(nprobe / share) + 1)
-            selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        wanted = k + 16
-        while True:
-            setting = faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
-            cosines, ids = self._vectors.search(query[None].astype(np.float32), wanted, params=setting)
-            found = int((ids[0] >= 0).sum())
-            ids, cosines = ids[0, :found], cosines[0, :found]
-            if found < min(k, there) and nprobe < cells:
-                nprobe = cells
-                continue
-            least = cosines[k - 1] - 2 * self.error if found >= k else -np.inf
-            if found == wanted and found < there and cosines[-1] >= least:
-                wanted *= 2
-                continue
-            return ids[cosines >= least], cosines[cosines >= least]
+#: Recall is measured with so many rows as queries, of so many rows most similar to each, and brought to this.
+_QUERIES, _K, _RECALL = 64, 20, 0.98
 
 
 # --- opening --------------------------------------------------------------------------------------
 
 
-def _versions(urls: Sequence[str], options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(url.rpartition("/")[2], fingerprint(url, options)) for url in urls]
+def _versions(urls: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [{"name": url.rpartition("/")[2], "version": fingerprint(url, options)} for url in urls]
 
 
 def open_search_index(
-    folder: str | os.PathLike[str],
-    urls: Sequence[str],
-    column: str = "embedding",
-    storage_options: Mapping[str, Any] | None = None,
-) -> SearchIndex:
-    """Open an index of `build_search_index` for the table that it was built of; its vectors stay on the disk.
-
-    Parameters
-    ----------
-    folder : str or path
-        The index.
-    urls : sequence of str
-        Files of the table, in order.
-    column : str
-        Its embeddings.
-    storage_options : mapping, optional
-        For the fsspec file system of the table.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no index.
-    SearchError
-        If it was built of another table or column, or the table was changed since.
-    """
-    path = files.local_path(os.fspath(folder))
-    text = files.read_text(str(path / "index.json"))
-    if text is None:
-        raise FileNotFoundError(f"no index for searches at {path}: make one with build_search_index (--build-index)")
-    about = json.loads(text)
-    anew = f"the index {path} cannot be used: %s. Build it anew (build_search_index, --build-index)"
-    if about.get("format") != _FORMAT or "nprobe" not in about:
-        raise SearchError(anew % f"its format is {about.get('format')}, or it is no index for searches")
+    folder: str | os.PathLike[str], urls: Sequence[str], column: str, storage_options: Mapping[str, Any]
+) -> Index:
+    """Open an index for the table, of these files in order, that it was built of."""
+    anew = f"the index {os.fspath(folder)} cannot be used: %s. Build it anew (build_search_index, --build-index)"
+    try:
+        index = open_index(folder)
+    except FileNotFoundError as err:
+        raise FileNotFoundError(
+            f"no index for searches at {os.fspath(folder)}: make one with build_search_index (--build-index)"
+        ) from err
+    except DedupError as err:
+        raise SearchError(anew % err) from err
+    about = index.about
+    if "nprobe" not in about or about["parts"] != 1:
+        raise SearchError(anew % "it is one of rows for dedup, and no index for searches in a score table")
     if about["column"] != column:
         raise SearchError(anew % f"it was built of column {about['column']!r}, not of {column!r}")
-    kept = [(one["name"], one["version"]) for one in about["files"]]
-    now = _versions(urls, storage_options or {})
-    if len(kept) != len(now):
-        raise SearchError(anew % f"it was built of {len(kept)} files, the table has {len(now)}")
-    changed = next((url for url, a, b in zip(urls, kept, now, strict=True) if a != b), None)
+    now = _versions(urls, storage_options)
+    if len(about["files"]) != len(now):
+        raise SearchError(anew % f"it was built of {len(about['files'])} files, the table has {len(now)}")
+    changed = next((url for url, a, b in zip(urls, about["files"], now, strict=True) if a != b), None)
     if changed is not None:
         raise SearchError(anew % f"{changed} was written or changed after it was built")
-    faiss = _faiss()
-    return SearchIndex(str(path), about, faiss.read_index(str(path / "vectors.faiss"), faiss.IO_FLAG_MMAP))
+    return index
 
 
 # --- building -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Files whose vectors are numbered through."""
-
-    urls: Sequence[str]
-    counts: np.ndarray
-    scan: RowScan
-    options: Mapping[str, Any]
-
-    @property
-    def starts(self) -> np.ndarray:
-        """Number of each file's first row."""
-        return np.cumsum(self.counts) - self.counts
-
-    def frame(self, number: int) -> Any:
-        """Read the columns that are needed of a file."""
-        spec = score.ScoreFiles("pandas", tuple(self.scan.columns), self.options)
-        return score.read_score_file(self.urls[number], spec)
-
-    def vectors(self, frame: Any, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of a file's vectors and, float32 and of unit length, the vectors themselves."""
-        values, rows = compared(frame, self.scan)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            x = values.numpy() / np.linalg.norm(values.numpy(), axis=1, keepdims=True)
-        good = np.isfinite(x).all(1)
-        return self.starts[number] + rows[good], np.ascontiguousarray(x[good])
-
-
 def build_search_index(
-    scores: collection.URLPath,
+    scores: URLPath,
     folder: str | os.PathLike[str],
     *,
     column: str = "embedding",
     overwrite: bool = False,
     storage_options: Mapping[str, Any] | None = None,
-) -> SearchIndex:
+) -> Index:
     """Build an index over a score table's embeddings, for `search` with ``index=``.
 
     Parameters
@@ -218,150 +93,180 @@ def build_search_index(
 
     Returns
     -------
-    SearchIndex
-        The index; ``about["recall"]`` says how many of the 20 rows most similar to a row of the table it finds.
+    Index
+        The index; ``about["recall"]`` says how many of the 20 rows most similar to a row of the table it finds. It also
+        serves `dedup` with ``against=``.
 
     Raises
     ------
     FileExistsError
         If there is an index and `overwrite` is False.
     SearchError
-        If the table has no vectors, vectors of several lengths, or vectors of several models.
+        If the table has no vectors, vectors of several lengths or of several models, or rows that cannot be told apart.
     ModuleNotFoundError
-        If FAISS is not installed.
+        If k-means is needed, for more than 20,000 rows, and FAISS is not installed.
 
     Notes
     -----
-    It takes 2 bytes a number in memory while it is built, and on the disk: 1 GB for a million rows of 512. The files
-    are read one after another, twice at most. Rows that are not ``ok`` are left out. There is one cell for up to 20,000
-    rows, 2 √n from there on; a search looks into as many of them as it takes to find 98 % of the 20 rows that are most
-    similar to 64 rows of the table. Texts lie farther from images than images do, so of a text's rows more are missed.
+    It takes as much of the disk as the embeddings do, 2 GB for a million rows of 512, and while it is built as much
+    again in Dask's ``temporary-directory``. The files are read once. Rows that are not ``ok`` are left out. There is
+    one cell for up to 20,000 rows, 2 √n from there on; a search looks into as many of them as it takes to find 98 % of
+    the 20 rows that are most similar to 64 rows of the table. Texts lie farther from images than images do, so of a
+    text's rows more are missed.
     """
-    faiss, path = _faiss(), files.local_path(os.fspath(folder))
-    if (path / "index.json").exists() and not overwrite:
+    path, options = str(files.local_path(os.fspath(folder))), dict(storage_options or {})
+    there = files.join(path, "index.json")
+    if files.exists(there) and not overwrite:
         raise FileExistsError(f"{path} holds an index already: choose another folder, or overwrite it")
-    options = dict(storage_options or {})
-    urls = collection.score_urls(scores, options)
-    made = table_provenance(urls, options)
-    before = _versions(urls, options)
-    table = _open(urls, column, options)
-    sample, vectors = _sample(table)
-    width = vectors.shape[1]
-    cells = min(_cells(int(table.counts.sum())), max(1, len(vectors) // _PER_CELL))
-    index = faiss.IndexIVFScalarQuantizer(
-        faiss.IndexFlatIP(width), width, cells, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
-    )
-    index.cp.spherical = True  # as FAISS's own factory does for inner products
-    index.train(vectors)
-    chosen = np.linspace(0, len(sample) - 1, min(_QUERIES, len(sample))).astype(np.int64)
-    queries = sample[chosen], vectors[chosen].astype(np.float64)
-    del vectors
-    exact = _fill(index, table, queries)
-    about = {
-        "format": _FORMAT,
-        "column": column,
-        "width": width,
-        "rows": index.ntotal,
-        "cells": cells,
-        "nprobe": 1,
-        "encoder": made.get("encoder", {}),
-        "files": [
-            {"name": name, "version": version, "rows": int(rows)}
-            for (name, version), rows in zip(before, table.counts, strict=True)
-        ],
-    }
-    opened = SearchIndex(str(path), about, index)
-    about["nprobe"], about["recall"] = _settle(opened, queries, exact)
-    _save(opened, path)
-    return opened
-
-
-def _open(urls: Sequence[str], column: str, options: Mapping[str, Any]) -> _Table:
-    names = score.file_schema(urls[0], options).names
+    urls = score_urls(scores, options)
+    made, before = table_provenance(urls, options), _versions(urls, options)
+    names = file_schema(urls[0], options).names
     if column not in names:
         raise SearchError(f"{urls[0]} has no column {column!r} of embeddings (there are: {', '.join(names)})")
-    counts = []
-    for url in urls:
-        with files.opened(url, options) as file:
-            counts.append(pq.read_metadata(file).num_rows)
-    return _Table(urls, np.array(counts), RowScan("pandas", column, (), "status" in names, _K + 1), options)
-
-
-def _cells(rows: int) -> int:
-    return 1 if rows <= BRUTE_FORCE_ROWS else round(2 * rows**0.5)
-
-
-def _sample(table: _Table) -> tuple[np.ndarray, np.ndarray]:
-    """Take vectors for k-means at random, from up to `_FILES` files: their ids, and they themselves."""
-    rng = np.random.default_rng(0)
-    wanted = min(int(table.counts.sum()), max(_PER_CELL * _cells(int(table.counts.sum())), _PER_CELL * _QUERIES))
-    ids: list[np.ndarray] = []
-    taken: list[np.ndarray] = []
-    left = rng.permutation(len(table.urls)).tolist()
-    each = -(-wanted // min(len(left), _FILES))
-    while left and sum(len(some) for some in ids) < wanted:
-        number = left.pop()
-        found, vectors = table.vectors(table.frame(number), number)
-        if not len(found):
-            continue
-        _check(vectors, (taken or [vectors])[0].shape[1], table, number)
-        some = rng.permutation(len(found))[:each]
-        ids.append(found[some])
-        taken.append(vectors[some])
-    if not ids:
-        raise SearchError(f"no row of the table has a vector in column {table.scan.column!r}: there is nothing to find")
-    return np.concatenate(ids), np.concatenate(taken)
-
-
-def _check(vectors: np.ndarray, width: int, table: _Table, number: int) -> None:
-    if vectors.shape[1] != width:
-        raise SearchError(
-            f"{table.urls[number]} holds vectors of {vectors.shape[1]} numbers in column {table.scan.column!r}, other "
-            f"files of {width}: index what one model has embedded"
-        )
-
-
-def _fill(index: Any, table: _Table, queries: tuple[np.ndarray, np.ndarray]) -> list[set[int]]:
-    """Add all vectors; returns for each query the ids that are most similar to it, itself left out."""
-    own, asked = queries
-    best = []
-    for number in range(len(table.urls)):
-        frame = table.frame(number)
-        if len(frame) != table.counts[number]:
-            raise SearchError(f"{table.urls[number]} changed while it was read: build the index again")
-        ids, vectors = table.vectors(frame, number)
-        if not len(ids):
-            continue
-        _check(vectors, index.d, table, number)
-        index.add_with_ids(vectors, ids)
-        best.append(best_partition(frame, number, table.scan, asked))
-    found = keep_best(best, table.scan)
-    ids = table.starts[found["part"]] + found["row"].to_numpy()
-    queried = found["query"].to_numpy()
-    return [set([int(i) for i in ids[queried == q] if i != own[q]][:_K]) for q in range(len(own))]
-
-
-def _settle(index: SearchIndex, queries: tuple[np.ndarray, np.ndarray], exact: Sequence[set[int]]) -> tuple[int, float]:
-    """Find how many cells it takes, and what recall they give."""
-    nprobe = 1
-    while True:
-        found = 0
-        for query, wanted in zip(queries[1], exact, strict=True):
-            found += len(wanted & set(index.propose(query, _K + 1, nprobe=nprobe)[0].tolist()))
-        recall = found / max(1, sum(map(len, exact)))
-        if recall >= _RECALL or nprobe == index.about["cells"]:
-            return nprobe, recall
-        nprobe = min(2 * nprobe, index.about["cells"])
-
-
-def _save(index: SearchIndex, path: Path) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    files.remove(str(path / "index.json"))
-    temporary = files.temporary_name(str(path / "vectors.faiss"))
+    columns = {"embedding": column, **{name: name for name in ("sha256", "phash") if name in names}}
     try:
-        _faiss().write_index(index._vectors, temporary)
-        Path(temporary).replace(path / "vectors.faiss")
-    finally:
-        files.remove(temporary)
-    with files.write_whole(str(path / "index.json")) as file:
-        file.write(json.dumps(index.about, indent=1).encode())
+        rows = gather([source_of(scores_from_files(urls, options, "pandas"), columns, by_file=True)])
+    except DedupError as err:
+        raise SearchError(f"{err} (index what one model has embedded)") from err
+    if not rows.vectors.width:
+        raise SearchError(f"no row of the table has a vector in column {column!r}: there is nothing to find")
+    about = {
+        "format": FORMAT,
+        "width": rows.vectors.width,
+        "dtype": "float32",
+        "seed": 0,
+        "columns": sorted(columns),
+        "provenance": made.get("encoder", {}),
+        "column": column,
+        "files": before,
+    }
+    files.remove(there)
+    backend = get_backend("pandas")
+    index = write_part(rows, path, about, centroids_of(rows, None, 0, backend), backend.device, {})
+    index.about["nprobe"], index.about["recall"] = _measure(index)
+    save_about(path, index.about, {})
+    return index
+
+
+def _measure(index: Index) -> tuple[int, float]:
+    """Find how many cells a search must look into, and what recall that gives."""
+    (part,) = index.parts
+    n = len(part.vectors)
+    asked = np.argsort(part.rows["id"].to_numpy()[:n])[:_QUERIES]  # ids are random
+    queries = _unit(part.vectors[asked])
+    best, at = np.full((len(asked), 1), -np.inf, np.float32), np.zeros((len(asked), 1), np.int64)
+    for start in range(0, n, 65_536):
+        cosine = queries @ _unit(part.vectors[start : start + 65_536]).T
+        own = asked - start
+        inside = np.flatnonzero((own >= 0) & (own < cosine.shape[1]))
+        cosine[inside, own[inside]] = -np.inf
+        best = np.concatenate([best, cosine], axis=1)
+        at = np.concatenate([at, np.broadcast_to(np.arange(start, start + cosine.shape[1]), cosine.shape)], axis=1)
+        first = np.argpartition(-best, min(_K, best.shape[1] - 1), axis=1)[:, :_K]
+        best, at = np.take_along_axis(best, first, 1), np.take_along_axis(at, first, 1)
+    # Where a query finds the cell of each of these rows, in the order in which it looks into cells.
+    query, found = np.nonzero(np.isfinite(best))
+    cells = np.searchsorted(part.starts, at[query, found], "right") - 1
+    place = np.argsort(np.stack([cell_order(index, q) for q in queries]), axis=1)[query, cells]
+    if not len(place):
+        return 1, 1.0
+    nprobe = int(np.quantile(place, _RECALL, method="inverted_cdf")) + 1
+    return nprobe, float((place < nprobe).mean())
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+# --- searching ------------------------------------------------------------------------------------
+
+
+def cell_order(index: Index, query: np.ndarray) -> np.ndarray:
+    """Cells, the nearest to a query first."""
+    return np.argsort((index.centroids**2).sum(1) - index.centroids @ (2 * query.astype(np.float32)), kind="stable")
+
+
+def takes(frame: Any, scan: RowScan) -> np.ndarray:
+    """Ids of the rows of a partition that may be found."""
+    rows = eligible(frame, scan)
+    return row_ids(fetch(frame, rows, scan.identity))
+
+
+def best_of_index(index: Index, scan: RowScan, queries: np.ndarray, allowed: np.ndarray | None) -> pa.Table:
+    """Find for each query the best rows of the cells that are looked into, and some more.
+
+    Returns ``query_number``, ``similarity``, ``id`` and ``file``. Of rows with sorted `allowed` ids alone, more cells
+    are looked into: as many as leave as much to find.
+    """
+    (part,) = index.parts
+    n, ids = len(part.vectors), part.rows["id"].to_numpy()
+    mask = np.ones(n, bool) if allowed is None else is_in(ids[:n], allowed)
+    counts = np.diff(np.r_[0, np.cumsum(mask)][part.starts])
+    total = int(counts.sum())
+    probed = min(len(counts), round(index.about["nprobe"] * n / total) + (allowed is not None)) if total else 0
+    found = []
+    for number, query in enumerate(queries):
+        order = cell_order(index, query)
+        enough = int(np.searchsorted(np.cumsum(counts[order]), min(scan.k, total))) + 1
+        cells = np.sort(order[: max(probed, enough) if total else 0])
+        rows = np.concatenate([np.empty(0, np.int64), *(np.arange(*part.starts[c : c + 2]) for c in cells)])
+        rows = rows[mask[rows]]
+        if len(rows):
+            found.append(_candidates(part.vectors, rows, query, number, scan.k))
+    numbers, rows, values = (np.concatenate(side) for side in zip(_NONE, *found, strict=True))
+    columns = {"query_number": pa.array(numbers, pa.int32()), "similarity": values, "id": ids[rows]}
+    return pa.table({**columns, "file": part.rows["file"].take(rows)})
+
+
+_NONE = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+
+
+def _candidates(
+    vectors: np.ndarray, rows: np.ndarray, query: np.ndarray, number: int, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    import torch
+
+    values = torch.from_numpy(vectors[rows].astype(np.float32, copy=False))
+    _, at = near(values, query[None], k)
+    exact = similarity(values, at, np.broadcast_to(query, (len(at), len(query))))
+    return np.full(len(at), number), rows[at], exact
+
+
+class _WithIds:
+    """Takes the rows that have one of sorted ids."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self._ids, self.columns = ids, list(IDENTITY)
+
+    def mask(self, frame: pd.DataFrame) -> pd.Series:
+        there = [name for name in IDENTITY if name in frame.columns]
+        return pd.Series(is_in(row_ids(get_backend("pandas").to_host(frame, there)), self._ids), frame.index)
+
+
+def read_rows(
+    index: Index, urls: Sequence[str], scan: RowScan, wanted: pa.Table, storage_options: Mapping[str, Any]
+) -> pa.Table:
+    """Read the rows of the table that have the wanted ids, in their order, from the files that hold them."""
+    ids, numbers = wanted["id"].to_numpy(), wanted["file"].to_numpy()
+    parts = [
+        dask.delayed(_read_file)(urls[number], np.unique(ids[numbers == number]), scan, dict(storage_options))
+        for number in np.unique(numbers).tolist()
+    ]
+    # With no file at all, the first one's columns.
+    read = list(dask.compute(*parts)) or [_read_file(urls[0], ids, scan, dict(storage_options))]
+    table = pa.concat_tables([rows for rows, _ in read], promote_options="permissive")
+    there = np.concatenate([own for _, own in read])
+    order = np.argsort(there)
+    if not is_in(ids, there[order]).all():
+        raise SearchError(
+            f"the index {index.path} tells of other rows than the table's: build it anew (build_search_index, "
+            "--build-index)"
+        )
+    return table.take(order[np.searchsorted(there[order], ids)] if len(ids) else order[:0])
+
+
+def _read_file(url: str, ids: np.ndarray, scan: RowScan, options: Mapping[str, Any]) -> tuple[pa.Table, np.ndarray]:
+    spec = ScoreFiles("pandas", tuple(dict.fromkeys([*scan.identity, *scan.returned])), options, _WithIds(ids))
+    frame = read_score_files([url], spec)
+    rows = np.arange(len(frame))
+    return fetch(frame, rows, scan.returned), row_ids(fetch(frame, rows, scan.identity))

@@ -11,23 +11,15 @@ import numpy as np
 import pyarrow as pa
 
 from .. import config
-from ..engine.backend import get_backend
+from ..engine.backend import Backend
 from ..images.dali import dali_problem
 from ..models import ModelError
 from ..models.encoders import Encoder, EncoderSpec, load_encoder, resolve_encoder
 from ..models.text_tower import load_text_encoder, require_text_tower
-from ..steps import score_table as score
+from ..steps.embed import EmbedSpec, embed_partition
+from ..steps.score_table import file_provenance
 from ..storage import files
 from .scan import SearchError, unit
-
-__all__ = [
-    "Query",
-    "image_queries",
-    "table_encoder",
-    "table_provenance",
-    "text_queries",
-    "vector_queries",
-]
 
 _UNKNOWN = (
     "nothing tells which model made the embeddings (a score table of `score` or `curate` does, read from its files): "
@@ -41,53 +33,27 @@ _NAMES = ("model", "pretrained", *_WEIGHTS)
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """One thing to search for.
+    """One thing to search for: its unit vector, (d,) float64, and what it is called.
 
-    Attributes
-    ----------
-    kind : {"text", "image", "like", "embedding"}
-        What it is.
-    label : str
-        The text, the image's URL, the row's shard and key, or a number.
-    vector : numpy.ndarray
-        (d,) float64, of unit length.
-    own : (int, int), optional
-        Partition and row that it was taken from, which is not among its results.
+    `label` is the text, the image's URL, the row's shard and key, or a number. `own` is the row that it was taken from,
+    which is not among its results.
     """
 
     kind: Literal["text", "image", "like", "embedding"]
     label: str
     vector: np.ndarray
-    own: tuple[int, int] | None = None
+    own: Mapping[str, Any] | None = None
 
 
 # --- the model ------------------------------------------------------------------------------------
 
 
 def table_provenance(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return what the files of a table say of their making, of which all must name one model.
-
-    Parameters
-    ----------
-    urls : sequence of str
-        Score files.
-    storage_options : mapping, optional
-        For the fsspec file system.
-
-    Returns
-    -------
-    dict
-        Provenance of the first file; empty for a table of other origin.
-
-    Raises
-    ------
-    SearchError
-        If the embeddings are of several models.
-    """
-    first = score.file_provenance(urls[0], storage_options) or {}
+    """Return what the first file of a table says of its making, if anything; all files must name one model."""
+    first = file_provenance(urls[0], storage_options) or {}
     known = {name: first.get("encoder", {}).get(name) for name in _NAMES}
     for url in urls[1:]:
-        made = (score.file_provenance(url, storage_options) or {}).get("encoder", {})
+        made = (file_provenance(url, storage_options) or {}).get("encoder", {})
         other = next((name for name in _NAMES if made.get(name) != known[name]), None)
         if other is not None:
             raise SearchError(
@@ -100,20 +66,7 @@ def table_provenance(urls: Sequence[str], storage_options: Mapping[str, Any] | N
 def table_encoder(made: Mapping[str, Any], model: str | None = None, pretrained: str | None = None) -> EncoderSpec:
     """Settle which model embeds the queries: the one that a table names, unless another is given.
 
-    Parameters
-    ----------
-    made : mapping
-        Provenance of the table; empty where it has none.
-    model, pretrained : str, optional
-        As for `embed`. A table that was made with a checkpoint of your own does not tell where it lies: `pretrained`
-        does.
-
-    Raises
-    ------
-    SearchError
-        If neither names one.
-    ModelError
-        If there is no such model or checkpoint.
+    A table that was made with a checkpoint of your own does not tell where it lies: `pretrained` does.
     """
     recorded = made.get("encoder", {})
     name = model or recorded.get("model")
@@ -150,15 +103,7 @@ def _loaded(spec: EncoderSpec, made: Mapping[str, Any], device: str) -> Encoder:
 
 
 def text_queries(texts: Sequence[str], spec: EncoderSpec, made: Mapping[str, Any], device: str) -> list[Query]:
-    """Embed texts.
-
-    Raises
-    ------
-    SearchError
-        For an empty text.
-    ModelError
-        If the model has no text tower, or is not the table's.
-    """
+    """Embed texts."""
     empty = [text for text in texts if not (isinstance(text, str) and text.strip())]
     if empty:
         raise SearchError(f"text={empty[0]!r}: say what to look for, such as 'a red car'")
@@ -172,23 +117,12 @@ def image_queries(
     urls: Sequence[str | os.PathLike[str]],
     spec: EncoderSpec,
     made: Mapping[str, Any],
-    backend: str,
+    backend: Backend,
     storage_options: Mapping[str, Any],
 ) -> list[Query]:
-    """Embed image files, on the very way that the table's rows went: an image file is a shard of one image.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    SearchError
-        If it cannot be decoded.
-    ModelError
-        If the model is not the table's.
-    """
+    """Embed image files, on the very way that the table's rows went: an image file is a shard of one image."""
     names = [str(files.local_path(u)) if files.is_local(u) else u for u in [os.fspath(url) for url in urls]]
-    frame = get_backend(backend)
-    _loaded(spec, made, frame.device)
+    _loaded(spec, made, backend.device)
     rows = pa.table(
         {
             "shard": pa.array(names, pa.string()),
@@ -198,11 +132,11 @@ def image_queries(
             "error_message": pa.nulls(len(names), pa.string()),
         }
     )
-    done = score.embed_partition(frame.from_arrow(rows), _embed_spec(spec, made.get("decode", {}), storage_options))
-    for row in frame.to_host(done, ["shard", "status", "error_message"]).to_pylist():
+    done = embed_partition(backend.from_arrow(rows), _embed_spec(spec, made.get("decode", {}), storage_options))
+    for row in backend.to_host(done, ["shard", "status", "error_message"]).to_pylist():
         if row["status"] != "ok":
             raise SearchError(f"image {row['shard']}: {row['error_message']} ({row['status']})")
-    vectors, _ = frame.matrix(done["embedding"])
+    vectors, _ = backend.matrix(done["embedding"])
     return [Query("image", name, vector) for name, vector in zip(names, unit(vectors.cpu().numpy()), strict=True)]
 
 
@@ -211,9 +145,9 @@ def _size(url: str, storage_options: Mapping[str, Any]) -> int:
         return file.seek(0, os.SEEK_END)
 
 
-def _embed_spec(spec: EncoderSpec, decode: Mapping[str, Any], storage_options: Mapping[str, Any]) -> score.EmbedSpec:
+def _embed_spec(spec: EncoderSpec, decode: Mapping[str, Any], storage_options: Mapping[str, Any]) -> EmbedSpec:
     decoder = decode.get("decoder", config.get("decoder"))
-    return score.EmbedSpec(
+    return EmbedSpec(
         spec,
         config.get("batch-size"),
         decoder="auto" if decoder == "dali" and dali_problem() else decoder,
@@ -224,18 +158,7 @@ def _embed_spec(spec: EncoderSpec, decode: Mapping[str, Any], storage_options: M
 
 
 def vector_queries(embedding: Any) -> list[Query]:
-    """Take vectors as they are.
-
-    Parameters
-    ----------
-    embedding : array_like
-        (d,) or (m, d), of any length but 0.
-
-    Raises
-    ------
-    SearchError
-        For anything else.
-    """
+    """Take vectors as they are: (d,) or (m, d), of any length but 0."""
     try:
         vectors = np.atleast_2d(np.asarray(embedding, np.float64))
     except (TypeError, ValueError) as err:

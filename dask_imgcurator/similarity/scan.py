@@ -13,31 +13,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..engine.backend import get_backend
+from ..engine.backend import backend_of
 from ..engine.device import full_float32
 from ..select.where import Where
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "RowScan",
-    "SearchError",
-    "best_partition",
-    "check_width",
-    "compared",
-    "eligible",
-    "fetch_partition",
-    "keep_best",
-    "locate_partition",
-    "rescore_partition",
-    "unit",
-    "vectors_partition",
-]
+#: Columns of a result, before the table's own.
+OURS = ("query", "query_number", "rank", "similarity")
 
 _BLOCK = 8192  # rows at a time: 16 MB of 512 float32
 
@@ -48,26 +35,14 @@ class SearchError(ValueError):
 
 @dataclass(frozen=True)
 class RowScan:
-    """Which rows are compared, and what is returned of them.
+    """Which rows are compared, by which column, and what is returned of the `k` best of them for each query.
 
-    Attributes
-    ----------
-    backend : str
-        Of the partitions.
-    column : str
-        Of the embeddings.
-    identity : tuple of str
-        Which of `ranks.IDENTITY` there are; ties are settled by them.
-    has_status : bool
-        Whether rows have a ``status``; only those that are ``ok`` are compared.
-    k : int
-        Rows for each query.
-    where : Where, optional
-        Only rows that it takes.
+    `identity` says which of `ranks.IDENTITY` there are: ties are settled by them. With `has_status`, only rows that are
+    ``ok`` are compared.
     """
 
-    backend: str
     column: str
+    returned: tuple[str, ...]
     identity: tuple[str, ...]
     has_status: bool
     k: int
@@ -75,21 +50,21 @@ class RowScan:
 
     @property
     def light(self) -> list[str]:
-        """Columns that tell whether a row is compared."""
-        names = [*(["status"] if self.has_status else []), *(self.where.columns if self.where else ())]
+        """Columns that tell which rows are compared, and who they are."""
+        names = [*self.identity, *(["status"] if self.has_status else []), *(self.where.columns if self.where else ())]
         return list(dict.fromkeys(names))
 
     @property
     def columns(self) -> list[str]:
-        """Columns that `best_partition` needs."""
-        return list(dict.fromkeys([self.column, *self.identity, *self.light]))
+        """All columns that are needed."""
+        return list(dict.fromkeys([self.column, *self.light, *self.returned]))
 
 
 # --- choosing -------------------------------------------------------------------------------------
 
 
 def eligible(frame: Any, scan: RowScan) -> np.ndarray:
-    """Row numbers of the rows that are compared: (n,) int64."""
+    """Numbers of the rows that are compared: (n,) int64."""
     mask = None
     if scan.has_status:
         mask = frame["status"] == "ok"
@@ -98,49 +73,33 @@ def eligible(frame: Any, scan: RowScan) -> np.ndarray:
         mask = taken if mask is None else mask & taken
     if mask is None:
         return np.arange(len(frame))
-    host = get_backend(scan.backend).to_host(mask.to_frame("chosen"), ["chosen"])["chosen"]
+    host = backend_of(frame).to_host(mask.to_frame("chosen"), ["chosen"])["chosen"]
     return np.flatnonzero(host.fill_null(False).to_numpy())
 
 
-def compared(frame: Any, scan: RowScan) -> tuple[torch.Tensor, np.ndarray]:
-    """Vectors of the rows that are compared, (n, d) float32 on the backend's device; and their row numbers."""
-    matrix, rows = get_backend(scan.backend).matrix, eligible(frame, scan)
+def best_rows(frame: Any, scan: RowScan, queries: np.ndarray) -> pa.Table:
+    """Find the rows of a partition that are most similar to each of (m, d) queries, float64 and of unit length.
+
+    Returns ``query_number``, ``similarity`` and all columns that are wanted, the best first. Rows without a vector, or
+    with one of no direction, are not in it.
+    """
+    rows = eligible(frame, scan)
+    matrix = backend_of(frame).matrix
     if 2 * len(rows) < len(frame):
         values, there = matrix(frame[scan.column].iloc[rows])
-        return values, rows[there]
-    # Rows that failed have no vector: as a rule nothing is left out here, and nothing need be copied.
-    values, there = matrix(frame[scan.column])
-    kept = np.isin(there, rows)
-    return (values, there) if kept.all() else (values[np.flatnonzero(kept)], there[kept])
-
-
-def best_partition(frame: Any, part: int, scan: RowScan, queries: np.ndarray) -> pd.DataFrame:
-    """Find the rows of a partition that are most similar to each query.
-
-    Parameters
-    ----------
-    frame : pandas or cuDF DataFrame
-        With the columns of `scan`.
-    part : int
-        Number of the partition.
-    scan : RowScan
-        What to do.
-    queries : numpy.ndarray
-        (m, d) float64, of unit length.
-
-    Returns
-    -------
-    pandas.DataFrame
-        At most k rows a query, the best first: ``query`` (from 0), ``similarity`` (float32), the identity, ``part`` and
-        ``row``, the place in the partition. Rows without a vector, or with one of no direction, are not in it.
-    """
-    values, rows = compared(frame, scan)
+        rows = rows[there]
+    else:
+        # Rows that failed have no vector: as a rule nothing is left out here, and nothing need be copied.
+        values, there = matrix(frame[scan.column])
+        kept = np.isin(there, rows)
+        values, rows = (values, there) if kept.all() else (values[np.flatnonzero(kept)], there[kept])
     if not len(values):
-        none = np.empty(0, np.int64)
-        return _ranked(frame, part, scan, none, none, np.empty(0, np.float32))
+        return keep_best([with_similarity(fetch(frame, rows, scan.returned), rows, np.empty(0, np.float32))], scan)
     check_width(values.shape[1], queries, scan.column)
-    query, at = _near(values, queries, scan.k)
-    return _ranked(frame, part, scan, query, rows[at], _similarity(values, at, queries[query]))
+    query, at = near(values, queries, scan.k)
+    fetched, place = np.unique(rows[at], return_inverse=True)
+    table = fetch(frame, fetched, scan.returned).take(place)
+    return keep_best([with_similarity(table, query, similarity(values, at, queries[query]))], scan)
 
 
 def check_width(width: int, queries: np.ndarray, column: str) -> None:
@@ -152,7 +111,7 @@ def check_width(width: int, queries: np.ndarray, column: str) -> None:
         )
 
 
-def _near(values: torch.Tensor, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def near(values: torch.Tensor, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of query and row of which every query's k best are some."""
     import torch
 
@@ -168,7 +127,7 @@ def _near(values: torch.Tensor, queries: np.ndarray, k: int) -> tuple[np.ndarray
     return query.cpu().numpy(), at.cpu().numpy()
 
 
-def _similarity(values: torch.Tensor, at: np.ndarray, queries: np.ndarray) -> np.ndarray:
+def similarity(values: torch.Tensor, at: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Cosine of rows `at` with a query each: (n,) float32, the same wherever the rows lie."""
     import torch
 
@@ -187,98 +146,68 @@ def unit(vectors: Any) -> np.ndarray:
         return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-# --- order ----------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
-def _ranked(
-    frame: Any, part: int, scan: RowScan, query: np.ndarray, rows: np.ndarray, similarity: np.ndarray
-) -> pd.DataFrame:
-    columns: dict[str, Any] = {"query": query, "similarity": similarity}
-    if scan.identity:
-        wanted, place = np.unique(rows, return_inverse=True)
-        host = get_backend(scan.backend).to_host(frame[list(scan.identity)].iloc[wanted], list(scan.identity))
-        columns |= {name: _sortable(host[name])[place] for name in scan.identity}
-    columns |= {"part": np.full(len(rows), part), "row": rows}
-    return keep_best([pd.DataFrame(columns)], scan)
-
-
-def _sortable(column: pa.ChunkedArray) -> np.ndarray:
-    if pa.types.is_integer(column.type):
-        return np.asarray(column.fill_null(-1).to_numpy())
-    return np.array([value or "" for value in column.cast(pa.string()).to_pylist()], object)
-
-
-def keep_best(found: Sequence[pd.DataFrame], scan: RowScan) -> pd.DataFrame:
-    """Merge the best rows of several partitions into the k best of each query, in order."""
-    rows = pd.concat([f for f in found if len(f)] or found[:1], ignore_index=True)
-    by = ["query", "similarity", *scan.identity, "part", "row"]
-    rows = rows.sort_values(by, ascending=[name != "similarity" for name in by], kind="stable")
-    return rows.groupby("query", sort=False).head(scan.k).reset_index(drop=True)
-
-
-# --- rows that are known --------------------------------------------------------------------------
-
-
-def rescore_partition(
-    frame: Any, part: int, scan: RowScan, queries: np.ndarray, query: np.ndarray, rows: np.ndarray
-) -> pd.DataFrame:
-    """Return what `best_partition` says of given pairs of query and row; rows without a vector are left out."""
-    wanted, place = np.unique(rows, return_inverse=True)
-    values, there = get_backend(scan.backend).matrix(frame[scan.column].iloc[wanted])
-    where = np.full(len(wanted), -1)
-    where[there] = np.arange(len(there))
-    at = where[place]
-    query, rows, at = query[at >= 0], rows[at >= 0], at[at >= 0]
-    if len(at):
-        check_width(values.shape[1], queries, scan.column)
-    return _ranked(frame, part, scan, query, rows, _similarity(values, at, queries[query]))
-
-
-def fetch_partition(frame: Any, rows: np.ndarray, columns: Sequence[str], backend: str) -> pa.Table:
+def fetch(frame: Any, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
     """Copy columns of some rows into host memory; categories as what they stand for."""
-    host = get_backend(backend).to_host(frame[list(columns)].iloc[rows], list(columns))
+    host = backend_of(frame).to_host(frame[list(columns)].iloc[rows], list(columns))
     for i, field in enumerate(host.schema):
         if pa.types.is_dictionary(field.type):
             host = host.set_column(i, field.name, host[i].cast(field.type.value_type))
     return host
 
 
-def locate_partition(frame: Any, part: int, names: Sequence[str], backend: str) -> list[tuple[int, int, int, str]]:
-    """Find the rows that names of images stand for.
+def with_similarity(table: pa.Table, query: np.ndarray, values: np.ndarray) -> pa.Table:
+    """Put what was found before the table's own columns, some of which may be called as a result's are."""
+    table = table.rename_columns([f"table_{name}" if name in OURS else name for name in table.column_names])
+    table = table.add_column(0, "similarity", pa.array(values))
+    return table.add_column(0, "query_number", pa.array(query, pa.int32()))
 
-    Parameters
-    ----------
-    frame : pandas or cuDF DataFrame
-        With ``key`` and, if there is one, ``shard``.
-    part : int
-        Number of the partition.
-    names : sequence of str
-        Keys, or ``SHARD:KEY`` with the end of a shard's URL, from a slash on.
-    backend : str
-        Of the frame.
 
-    Returns
-    -------
-    list of (int, int, int, str)
-        Number of the name, `part`, row, and ``SHARD:KEY`` in full.
+def keep_best(found: Sequence[pa.Table], scan: RowScan) -> pa.Table:
+    """Merge the best rows of several partitions into the k best of each query, in order."""
+    table = pa.concat_tables(found, promote_options="permissive")
+    by = [("query_number", "ascending"), ("similarity", "descending"), *((n, "ascending") for n in scan.identity)]
+    table = table.take(pc.sort_indices(table, sort_keys=by))
+    numbers = table["query_number"].to_numpy()
+    return table.filter(pa.array(np.arange(len(table)) - np.searchsorted(numbers, numbers) < scan.k))
+
+
+@dataclass(frozen=True)
+class Named:
+    """A row that a name stands for: the number of the name, ``SHARD:KEY`` in full, its vector if any, its columns."""
+
+    number: int
+    full: str
+    vector: np.ndarray | None
+    row: dict[str, Any]
+
+
+def named_rows(frame: Any, scan: RowScan, names: Sequence[str]) -> list[Named]:
+    """Find the rows of a partition that names stand for."""
+    table = backend_of(frame).to_host(frame, [name for name in ("shard", "key") if name in frame.columns])
+    hits = find_names(table, names)
+    rows = np.array([row for _, row, _ in hits], np.int64)
+    values, there = backend_of(frame).matrix(frame[scan.column].iloc[rows])
+    vectors = dict(zip(there.tolist(), values.cpu().numpy(), strict=True))
+    own = fetch(frame, rows, scan.returned).to_pylist()
+    return [Named(number, full, vectors.get(i), own[i]) for i, (number, _, full) in enumerate(hits)]
+
+
+def find_names(table: pa.Table, names: Sequence[str]) -> list[tuple[int, int, str]]:
+    """Number of the name, row and ``SHARD:KEY`` of all rows that names stand for.
+
+    A name is a key, or ``SHARD:KEY`` with the end of a shard's URL, from a slash on.
     """
-    columns = [name for name in ("shard", "key") if name in frame.columns]
-    host = get_backend(backend).to_host(frame, columns)
-    keys, *shards = (host[name].cast(pa.string()).combine_chunks() for name in reversed(columns))
-    full = pc.binary_join_element_wise(*shards, keys, ":")
+    keys = table["key"].cast(pa.string())
+    full = keys
+    if "shard" in table.column_names:
+        full = pc.binary_join_element_wise(table["shard"].cast(pa.string()), keys, ":")
     found = []
     for number, name in enumerate(names):
         whole = pc.or_kleene(pc.equal(full, name), pc.ends_with(full, f"/{name}"))
         hit = pc.or_kleene(pc.equal(keys, name), whole).fill_null(False)
-        rows = np.flatnonzero(hit.to_numpy(False)).tolist()
-        found += [(number, part, row, full[row].as_py() or keys[row].as_py()) for row in rows]
+        rows = np.flatnonzero(hit.to_numpy()).tolist()
+        found += [(number, row, full[row].as_py() or keys[row].as_py()) for row in rows]
     return found
-
-
-def vectors_partition(frame: Any, rows: np.ndarray, column: str, backend: str) -> list[np.ndarray | None]:
-    """Vectors of some rows, float32; None for a row without one."""
-    values, there = get_backend(backend).matrix(frame[column].iloc[rows])
-    out: list[np.ndarray | None] = [None] * len(rows)
-    for row, vector in zip(there, values.cpu().numpy(), strict=True):
-        out[row] = vector
-    return out

@@ -1,9 +1,9 @@
 """Search a score table by text, by image or by one of its rows.
 
 Each query is one vector, and what is found are the rows with the highest cosine to it. By default every row is
-compared: a partition at a time gives its k best, and these are merged, so memory holds a few partitions whatever the
-table's length, and the answer depends on neither partitions nor workers. A second pass reads the other columns of these
-rows. With an index (`build_search_index`) only the rows that it proposes are compared.
+compared, in one pass: a partition at a time gives its k best rows, with all their columns, and these are merged. So
+memory holds a few partitions whatever the table's length, and the answer depends on neither partitions nor workers.
+With an index (`build_search_index`) only the rows of some cells are compared, and only the files of those found read.
 """
 
 from __future__ import annotations
@@ -12,232 +12,155 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
-import dask
-import distributed
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ..engine.backend import backend_of, get_backend, is_dask, resolve_name
-from ..jobs.plan import model_notes
-from ..engine.run import Place
-from ..report.search_page import Answers, write_search_page
-from ..select import where as filters
+from ..duplicates.index import Index
+from ..engine.backend import backend_of, get_backend, resolve_name
+from ..engine.frames import refuse_text, require_columns
+from ..engine.run import Place, current_client, place, reduce
+from ..monitor import Monitor
 from ..select.ranks import IDENTITY
-from ..engine import frames as collection
-from .index import SearchIndex, open_search_index
+from ..select.where import kinds_of, parse_where
+from ..steps.score_table import score_urls, scores_from_files
+from . import index as by_index
 from .queries import Query, image_queries, table_encoder, table_provenance, text_queries, vector_queries
 from .scan import (
+    OURS,
+    Named,
     RowScan,
     SearchError,
-    best_partition,
+    best_rows,
     check_width,
-    eligible,
-    fetch_partition,
+    find_names,
     keep_best,
-    locate_partition,
-    rescore_partition,
+    named_rows,
     unit,
-    vectors_partition,
+    with_similarity,
 )
 
-__all__ = ["search"]
 
-_OURS = ("query", "query_number", "rank", "similarity")
+@dataclass(frozen=True)
+class Asked:
+    """What is searched for, and in which rows."""
+
+    texts: Sequence[str] = ()
+    images: Sequence[str | os.PathLike[str]] = ()
+    like: Sequence[str] = ()
+    embedding: Any = None
+    k: int = 20
+    where: str | None = None
+    column: str = "embedding"
+    index: str | os.PathLike[str] | None = None
+    model: str | None = None
+    pretrained: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found for queries, and the provenance of the table; empty where nothing tells."""
+
+    found: pd.DataFrame
+    queries: list[Query]
+    made: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class _Table:
-    """What is searched.
-
-    Attributes
-    ----------
-    df : frame
-        dask, pandas or cuDF.
-    scan : RowScan
-        What is compared.
-    made : mapping
-        Provenance; empty where nothing tells.
-    urls : tuple of str
-        Files, one a partition; none for a frame.
-    storage_options : mapping
-        For the files, and those that the queries name.
-    """
+    """What is searched: a frame of any kind, of these files if it is a score table."""
 
     df: Any
     scan: RowScan
     made: Mapping[str, Any] = field(default_factory=dict)
-    urls: tuple[str, ...] = ()
+    urls: Sequence[str] = ()
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+    index: Index | None = None
 
     @property
-    def backend(self) -> str:
-        """Of the partitions."""
-        return self.scan.backend
+    def frame(self) -> Any:
+        """The columns that are needed."""
+        return self.df[self.scan.columns]
 
 
-def search(
+def find(
     scores: Any,
-    *,
-    text: str | Sequence[str] = (),
-    image: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
-    like: str | Sequence[str] = (),
-    embedding: Any = None,
-    k: int = 20,
-    where: str | None = None,
-    index: str | os.PathLike[str] | None = None,
-    model: str | None = None,
-    pretrained: str | None = None,
-    column: str = "embedding",
-    html: str | os.PathLike[str] | None = None,
-    source_options: Mapping[str, Any] | None = None,
-    **place: Any,
-) -> pd.DataFrame:
-    """Find the rows of a score table that are most similar to texts, images, or rows of it.
-
-    Parameters
-    ----------
-    scores : str, path, sequence of them, or dask, pandas or cuDF DataFrame
-        Score table, as for `read_scores`; or a frame with an embedding column.
-    text : str or sequence of str
-        What the images show: "a red car". The model must have a text tower, which the starter model has not.
-    image : str, path, or sequence of them
-        Image files or URLs; they are decoded and embedded just as the rows were.
-    like : str or sequence of str
-        Keys of rows to find others like; ``SHARD:KEY`` where several have the key. Needs no model.
-    embedding : array_like, optional
-        (d,) or (m, d): vectors of your own, say the mean of several.
-    k : int
-        Rows for each query.
-    where : str, optional
-        Only rows that this expression takes. Rows whose ``status`` is not ``ok`` are never found.
-    index : str or path, optional
-        Index of this table, by `build_search_index`. It is much faster for large tables, and may miss rows.
-    model, pretrained : str, optional
-        Model of the queries, as for `embed`. By default the one that the table's files name. A frame names none.
-    column : str
-        The embeddings that are compared.
-    html : str or path, optional
-        Page with the queries and the pictures that they found.
-    source_options : mapping, optional
-        For the fsspec file systems of the shards, of which that page's pictures are; by default as `storage_options`.
-    **place
-        See `deciding.Place`; `storage_options` also are those of images that are searched for. By default a table runs
-        on the client of this session, or on threads.
-
-    Returns
-    -------
-    pandas.DataFrame
-        At most `k` rows for each query, the best first; one query after another, texts before images, rows and vectors.
-        ``query`` (its text, path, ``SHARD:KEY``, or "embedding 1"), ``query_number`` (from 0), ``rank`` (from 1),
-        ``similarity`` (float32, -1 to 1), then the table's columns but vectors. Columns of the table that have such a
-        name come as ``table_NAME``.
-
-    Raises
-    ------
-    SearchError
-        If nothing is searched for, a row or a model is unknown, an image cannot be decoded, widths differ, or an index
-        is not of this table.
-    ModelError
-        If the model has no text tower, cannot be loaded, or is not the table's.
-    WhereError
-        For a mistake in the expression.
-    FileNotFoundError
-        If there is no such table, image or index.
-
-    Notes
-    -----
-    Similarity is the cosine, computed in float64 and rounded to float32; rows of equal similarity stand in the order of
-    ``shard``, ``key`` and ``sample_offset``. Similarities of images with a text are low (0.2 to 0.35 for CLIP) and say
-    something only beside each other. Several queries are answered in one pass.
-
-    A frame is computed once for each pass: give it a score table, not a lazy `embed`.
-
-    Examples
-    --------
-    >>> best = search("run/scores", text="a red car", k=5)  # doctest: +SKIP
-    >>> best[["rank", "similarity", "key", "caption"]]  # doctest: +SKIP
-    """
-    texts, images, names = ([text] if isinstance(text, str) else list(text)), _listed(image), _listed(like)
-    if not (texts or images or names or embedding is not None):
+    asked: Asked,
+    storage_options: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    client: Place = None,
+    monitor: Monitor | None = None,
+) -> Answer:
+    """Search; see `jobs.search.search`."""
+    if not (asked.texts or asked.images or asked.like or asked.embedding is not None):
         raise SearchError("there is nothing to search for: give text=, image=, like= or embedding= (--text …)")
-    if k < 1:
-        raise SearchError(f"k={k}: it must be at least 1")
-    vectors = [] if embedding is None else vector_queries(embedding)
-    with _opened(scores, column, k, where, Place(**place)) as table:
-        if index is not None and not table.urls:
-            raise SearchError("an index belongs to the files of a score table: give their folder, not a frame")
-        opened = None if index is None else open_search_index(index, table.urls, column, table.storage_options)
-        queries = [*_embedded(table, texts, images, model, pretrained), *_like(table, list(map(str, names))), *vectors]
-        best = _scanned(table, queries) if opened is None else _proposed(table, queries, opened)
-        found = _fetched(table, queries, _without_own(best, queries, k))
-        if html is not None:
-            _write_page(html, found, queries, table, scores, source_options)
-    return found
-
-
-def _listed(value: Any) -> list[Any]:
-    return [value] if isinstance(value, str | os.PathLike) else list(value)
+    if asked.k < 1:
+        raise SearchError(f"k={asked.k}: it must be at least 1")
+    vectors = [] if asked.embedding is None else vector_queries(asked.embedding)
+    with _opened(scores, asked, dict(storage_options or {}), backend, client, monitor or Monitor()) as table:
+        queries = [*_embedded(table, asked), *_like(table, list(map(str, asked.like))), *vectors]
+        for query in queries[1:]:
+            check_width(len(query.vector), queries[0].vector[None], table.scan.column)
+        found = (_scanned if table.index is None else _proposed)(table, queries)
+        return Answer(_shown(_without_own(found, queries, table.scan), queries), queries, table.made)
 
 
 # --- what is searched -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _opened(scores: Any, column: str, k: int, where: str | None, place: Place) -> Iterator[_Table]:
-    options = dict(place.storage_options or {})
-    if not (isinstance(scores, str | os.PathLike) or _are_paths(scores)):
-        with place.client.as_current() if place.client else contextlib.nullcontext():
-            yield _Table(scores, _scan(scores, column, k, where), storage_options=options)
+def _opened(
+    scores: Any, asked: Asked, options: Mapping[str, Any], backend: str | None, client: Place, monitor: Monitor
+) -> Iterator[_Table]:
+    client = current_client() if client is None else client
+    if not are_paths(scores):
+        if asked.index is not None:
+            raise SearchError("an index belongs to the files of a score table: give their folder, not a frame")
+        name = backend_of(scores).name
+        # Without a client, a frame is computed as its owner has set it.
+        with contextlib.nullcontext() if client is None else place(client, name, monitor):
+            yield _Table(scores, _scan(scores, asked), storage_options=options)
         return
-    backend = resolve_name(place.backend)
-    urls = collection.score_urls(scores, options)
-    df = collection.scores_from_files(urls, options, backend)
-    table = _Table(df, _scan(df, column, k, where), table_provenance(urls, options), tuple(urls), options)
-    client = place.client or (None if place.scheduler or place.n_workers else _session())
-    with (
-        lend_client(client, place.scheduler, place.n_workers, backend, [], place.monitor, light=True) as lent,
-        lent.as_current(),
-    ):
-        yield table
+    name = resolve_name(backend)
+    urls = score_urls(scores, options)
+    made = table_provenance(urls, options)
+    df = scores_from_files(urls, options, name)
+    scan = _scan(df, asked)
+    index = None if asked.index is None else by_index.open_search_index(asked.index, urls, asked.column, options)
+    with place(client, name, monitor, light=True):
+        yield _Table(df, scan, made, urls, options, index)
 
 
-def _are_paths(scores: Any) -> bool:
-    return isinstance(scores, list | tuple) and all(isinstance(one, str | os.PathLike) for one in scores)
+def are_paths(scores: Any) -> bool:
+    """Whether a score table is given by its files."""
+    items = scores if isinstance(scores, list | tuple) else [scores]
+    return all(isinstance(one, str | os.PathLike) for one in items)
 
 
-def _session() -> distributed.Client | None:
-    """Return the client that this session has already."""
-    try:
-        return distributed.default_client()
-    except ValueError:
-        return None
-
-
-def _scan(df: Any, column: str, k: int, where: str | None) -> RowScan:
-    collection.require_columns(df, [column], "search", "make it with embed, or name yours with column=")
-    collection.refuse_text(df, column)
-    parsed = None if where is None else filters.parse_where(where, filters.kinds_of(df))
+def _scan(df: Any, asked: Asked) -> RowScan:
+    require_columns(df, [asked.column], "search", "make it with embed, or name yours with column=")
+    refuse_text(df, asked.column)
+    kinds = kinds_of(df)
+    parsed = None if asked.where is None else parse_where(asked.where, kinds)
     identity = tuple(name for name in IDENTITY if name in df.columns)
-    return RowScan(backend_of(df).name, column, identity, "status" in df.columns, k, parsed)
+    returned = tuple(name for name in df.columns if name != asked.column and kinds[name] != "list")
+    return RowScan(asked.column, returned, identity, "status" in df.columns, asked.k, parsed)
 
 
 # --- queries --------------------------------------------------------------------------------------
 
 
-def _embedded(
-    table: _Table, texts: list[str], images: list[Any], model: str | None, pretrained: str | None
-) -> list[Query]:
+def _embedded(table: _Table, asked: Asked) -> list[Query]:
     """Embed what needs a model."""
-    if not (texts or images):
+    if not (asked.texts or asked.images):
         return []
-    spec, device = table_encoder(table.made, model, pretrained), get_backend(table.backend).device
-    queries = text_queries(texts, spec, table.made, device) if texts else []
-    if images:
-        queries += image_queries(images, spec, table.made, table.backend, table.storage_options)
+    backend = backend_of(table.df)
+    spec = table_encoder(table.made, asked.model, asked.pretrained)
+    queries = text_queries(asked.texts, spec, table.made, backend.device) if asked.texts else []
+    if asked.images:
+        queries += image_queries(asked.images, spec, table.made, backend, table.storage_options)
     return queries
 
 
@@ -245,181 +168,100 @@ def _like(table: _Table, names: list[str]) -> list[Query]:
     """Take the embeddings of rows that are named."""
     if not names:
         return []
-    collection.require_columns(table.df, ["key"], "like=", "a row is known by its key; or give its vector, embedding=")
-    columns = [name for name in ("shard", "key") if name in table.df.columns]
-    parts = [
-        dask.delayed(locate_partition)(part, number, names, table.backend)
-        for number, part in enumerate(partitions(table.df, columns))
-    ]
-    found = sorted(hit for part in dask.compute(*parts) for hit in part)
-    for number, name in enumerate(names):
-        full = [shown for n, _, _, shown in found if n == number]
-        if not full:
-            raise SearchError(f"like={name!r}: no row of the table has that key (or SHARD:KEY)")
-        if len(full) > 1:
-            raise SearchError(f"like={name!r}: {len(full)} rows have that key: say which, as {' or '.join(full[:2])}")
-    places = [(part, row) for _, part, row, _ in found]
-    pieces = partitions(table.df, [table.scan.column])
-    read = dask.delayed(vectors_partition)
-    got = dask.compute(*[read(pieces[p], np.array([row]), table.scan.column, table.backend) for p, row in places])
+    require_columns(table.df, ["key"], "like=", "a row is known by its key; or give its vector, embedding=")
+    if table.index is None:
+        found = reduce(table.frame, named_rows, _joined, table.scan, names)
+    else:
+        found = _named_in_index(table, table.index, names)
     queries = []
-    for (_, part, row, full), (vector,) in zip(found, got, strict=True):
-        vector = unit([np.nan] if vector is None else vector)
+    for number, name in enumerate(names):
+        hits = [one for one in found if one.number == number]
+        if not hits:
+            raise SearchError(f"like={name!r}: no row of the table has that key (or SHARD:KEY)")
+        if len(hits) > 1:
+            which = " or ".join(sorted(one.full for one in hits)[:2])
+            raise SearchError(f"like={name!r}: {len(hits)} rows have that key: say which, as {which}")
+        (one,) = hits
+        vector = unit([np.nan] if one.vector is None else one.vector)
         if not np.isfinite(vector).all():
-            raise SearchError(f"like={full!r}: the row has no embedding (see its status), so nothing is like it")
-        queries.append(Query("like", full, vector, (part, row)))
+            raise SearchError(f"like={one.full!r}: the row has no embedding (see its status), so nothing is like it")
+        queries.append(Query("like", one.full, vector, one.row))
     return queries
+
+
+def _joined(lists: list[list[Named]]) -> list[Named]:
+    return [one for some in lists for one in some]
+
+
+def _named_in_index(table: _Table, index: Index, names: Sequence[str]) -> list[Named]:
+    (part,) = index.parts
+    hits = find_names(part.rows.select([n for n in ("shard", "key") if n in table.scan.identity]), names)
+    at = np.array([row for _, row, _ in hits], np.int64)
+    rows = by_index.read_rows(index, table.urls, table.scan, part.rows.take(at), table.storage_options).to_pylist()
+    return [
+        Named(number, full, part.vectors[row] if row < len(part.vectors) else None, own)
+        for (number, row, full), own in zip(hits, rows, strict=True)
+    ]
 
 
 # --- what is found --------------------------------------------------------------------------------
 
 
-def _roomy(table: _Table, queries: Sequence[Query]) -> RowScan:
+def _roomy(table: _Table, queries: Sequence[Query]) -> tuple[RowScan, np.ndarray]:
     """Let there be one row more where a query finds itself first."""
-    return replace(table.scan, k=table.scan.k + any(query.own is not None for query in queries))
+    more = any(query.own is not None for query in queries)
+    return replace(table.scan, k=table.scan.k + more), np.stack([query.vector for query in queries])
 
 
-def _stacked(queries: Sequence[Query], column: str) -> np.ndarray:
-    for query in queries[1:]:
-        check_width(len(query.vector), queries[0].vector[None], column)
-    return np.stack([query.vector for query in queries])
-
-
-def _scanned(table: _Table, queries: Sequence[Query]) -> pd.DataFrame:
+def _scanned(table: _Table, queries: Sequence[Query]) -> pa.Table:
     """Compare all rows."""
-    scan, asked = _roomy(table, queries), _stacked(queries, table.scan.column)
-    parts = partitions(table.df, scan.columns)
-    if not is_dask(table.df):
-        return best_partition(parts[0], 0, scan, asked)
-    shared = [dask.delayed(one, traverse=False) for one in (scan, asked)]
-    best = [dask.delayed(best_partition)(part, number, *shared) for number, part in enumerate(parts)]
-    found: pd.DataFrame = tree(best, _itself, partial(keep_best, scan=scan))
-    return found
+    scan, asked = _roomy(table, queries)
+    return reduce(table.frame, best_rows, _Best(scan), scan, asked)
 
 
-def _itself(found: pd.DataFrame) -> pd.DataFrame:
-    return found
+@dataclass(frozen=True)
+class _Best:
+    scan: RowScan
+
+    def __call__(self, found: list[pa.Table]) -> pa.Table:
+        return keep_best(found, self.scan)
 
 
-def _proposed(table: _Table, queries: Sequence[Query], index: SearchIndex) -> pd.DataFrame:
-    """Compare the rows that an index proposes, by their own embeddings."""
-    scan, asked = _roomy(table, queries), _stacked(queries, table.scan.column)
+def _proposed(table: _Table, queries: Sequence[Query]) -> pa.Table:
+    """Compare the rows of the cells that an index looks into."""
+    scan, asked = _roomy(table, queries)
+    index = table.index
+    assert index is not None
     check_width(index.about["width"], asked, scan.column)
-    counts = np.array([file["rows"] for file in index.about["files"]])
-    starts = np.cumsum(counts) - counts
     allowed = None
     if scan.where is not None:
-        parts = partitions(table.df, scan.light or scan.columns)
-        taken = dask.compute(*[dask.delayed(eligible)(part, scan) for part in parts])
-        allowed = np.zeros(int(counts.sum()), bool)
-        allowed[np.concatenate([start + rows for start, rows in zip(starts, taken, strict=True)])] = True
-    found = [index.propose(query, scan.k, allowed) for query in asked]
-    ids = np.concatenate([ids for ids, _ in found])
-    pairs = pd.DataFrame({"query": np.repeat(np.arange(len(asked)), [len(ids) for ids, _ in found]), "id": ids})
-    pairs["part"] = np.searchsorted(starts, ids, "right") - 1
-    pairs["row"] = ids - starts[pairs["part"]]
-    pairs["cosine"] = np.concatenate([cosines for _, cosines in found])
-    return _rescored(table, scan, asked, pairs, index)
+        allowed = np.sort(reduce(table.df[scan.light], by_index.takes, np.concatenate, scan))
+    found = by_index.best_of_index(index, scan, asked, allowed)
+    rows = by_index.read_rows(index, table.urls, scan, found, table.storage_options)
+    return keep_best([with_similarity(rows, found["query_number"].to_numpy(), found["similarity"].to_numpy())], scan)
 
 
-def _rescored(table: _Table, scan: RowScan, asked: np.ndarray, pairs: pd.DataFrame, index: SearchIndex) -> pd.DataFrame:
-    """Compare pairs of query and row; what the index said of them must be true."""
-    parts = partitions(table.df, [scan.column, *scan.identity])
-    everything = replace(scan, k=max(1, len(pairs)))
-    shared = [dask.delayed(one, traverse=False) for one in (everything, asked)]
-    jobs = [
-        dask.delayed(rescore_partition)(parts[part], part, *shared, *(own[n].to_numpy() for n in ("query", "row")))
-        for part in sorted(set(pairs["part"].tolist()))
-        for own in [pairs[pairs["part"] == part]]
-    ]
-    exact = dask.compute(*jobs)
-    if not exact:
-        return best_partition(get_backend(scan.backend).from_arrow(_no_rows(table, scan.columns)), 0, scan, asked)
-    rows = keep_best(exact, everything)
-    checked = rows.merge(pairs, on=["query", "part", "row"], validate="one_to_one")
-    if len(checked) < len(pairs) or (checked["similarity"] - checked["cosine"]).abs().max() > index.error:
-        raise SearchError(
-            f"the index {index.path} tells other embeddings than the table's: build it anew (build_search_index, "
-            "--build-index)"
-        )
-    return keep_best([rows], scan)
-
-
-def _without_own(best: pd.DataFrame, queries: Sequence[Query], k: int) -> pd.DataFrame:
+def _without_own(found: pa.Table, queries: Sequence[Query], scan: RowScan) -> pa.Table:
     """Leave out the rows that the queries are, and what is more than k."""
-    places = pd.MultiIndex.from_frame(best[["query", "part", "row"]])
-    own = [(number, *query.own) for number, query in enumerate(queries) if query.own is not None]
-    kept = best[~places.isin(own)] if own else best
-    kept = kept.groupby("query", sort=False).head(k).reset_index(drop=True)
-    return kept.assign(rank=kept.groupby("query").cumcount() + 1)
+    names = scan.identity
+    own = {(n, *(query.own[name] for name in names)) for n, query in enumerate(queries) if query.own is not None}
+    rows = zip(*(found[name].to_pylist() for name in ("query_number", *names)), strict=True)
+    return keep_best([found.filter(pa.array([row not in own for row in rows], pa.bool_()))], scan)
 
 
-# --- the rows -------------------------------------------------------------------------------------
-
-
-def _no_rows(table: _Table, columns: Sequence[str]) -> pa.Table:
-    from dask.dataframe.utils import make_meta
-
-    empty = make_meta(table.df) if is_dask(table.df) else table.df.iloc[:0]
-    return get_backend(table.backend).to_host(empty, list(columns))
-
-
-def _rows(table: _Table, places: Sequence[tuple[int, int]]) -> pa.Table:
-    """Columns, but for vectors, of the rows at places (partition and row), in their order."""
-    kinds = filters.kinds_of(table.df)
-    columns = [name for name in table.df.columns if name != table.scan.column and kinds[name] != "list"]
-    if not places:
-        return _no_rows(table, columns)
-    parts = partitions(table.df, columns)
-    wanted: dict[int, list[int]] = {}
-    for part, row in sorted(set(places)):
-        wanted.setdefault(part, []).append(row)
-    fetch = dask.delayed(fetch_partition)
-    read = dask.compute(*[fetch(parts[part], np.array(rows), columns, table.backend) for part, rows in wanted.items()])
-    position = {place: i for i, place in enumerate(sorted(set(places)))}
-    whole = pa.concat_tables(read, promote_options="permissive")
-    return whole.take([position[place] for place in places])
-
-
-def _fetched(table: _Table, queries: Sequence[Query], best: pd.DataFrame) -> pd.DataFrame:
-    """Make the result: the rows that were found, with what is known of them."""
-    rows = _rows(table, list(zip(best["part"].tolist(), best["row"].tolist(), strict=True)))
-    rows = rows.rename_columns([f"table_{name}" if name in _OURS else name for name in rows.column_names])
-    numbers = best["query"].to_numpy()
+def _shown(found: pa.Table, queries: Sequence[Query]) -> pd.DataFrame:
+    """Make the result."""
+    numbers = found["query_number"].to_numpy()
+    rank = np.arange(len(numbers)) - np.searchsorted(numbers, numbers) + 1
     own = {
         "query": pa.array([queries[number].label for number in numbers], pa.string()),
-        "query_number": pa.array(numbers, pa.int32()),
-        "rank": pa.array(best["rank"], pa.int32()),
-        "similarity": pa.array(best["similarity"], pa.float32()),
+        "query_number": found["query_number"],
+        "rank": pa.array(rank, pa.int32()),
+        "similarity": found["similarity"],
     }
-    schema = pa.schema([pa.field(name, values.type, nullable=False) for name, values in own.items()])
-    for field_ in rows.schema:
-        schema = schema.append(field_)
-    found: pd.DataFrame = get_backend("pandas").from_arrow(
-        pa.Table.from_arrays([*own.values(), *rows.columns], schema=schema)
+    rest = found.drop_columns(["query_number", "similarity"])
+    fields = [*(pa.field(name, own[name].type, nullable=False) for name in OURS), *rest.schema]
+    frame: pd.DataFrame = get_backend("pandas").from_arrow(
+        pa.Table.from_arrays([*(own[name] for name in OURS), *rest.columns], schema=pa.schema(fields))
     )
-    return found
-
-
-def _write_page(
-    path: str | os.PathLike[str],
-    found: pd.DataFrame,
-    queries: Sequence[Query],
-    table: _Table,
-    scores: Any,
-    source_options: Mapping[str, Any] | None,
-) -> None:
-    first = scores[0] if _are_paths(scores) else scores
-    named = isinstance(first, str | os.PathLike)
-    title = os.fspath(first).partition("?")[0].rstrip("/").rpartition("/")[2] if named else "a table"
-    encoder = table.made.get("encoder", {})
-    owners = {number: query.own for number, query in enumerate(queries) if query.own is not None}
-    own = dict(zip(owners, _rows(table, list(owners.values())).to_pylist(), strict=True))
-    notes = model_notes(encoder.get("model"), encoder.get("pretrained"))
-    upright = bool(table.made.get("decode", {}).get("adjust_orientation"))
-    write_search_page(
-        path,
-        Answers(found, queries, title, notes, own, upright),
-        source_options=table.storage_options if source_options is None else source_options,
-        storage_options=table.storage_options,
-    )
+    return frame

@@ -1,0 +1,143 @@
+"""Search a score table, and show what was found as a page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from ..engine.run import Place
+from ..monitor import Monitor
+from ..report.search_page import Answers, write_search_page
+from ..similarity.search import Asked, are_paths, find
+from .plan import model_notes
+
+
+def search(
+    scores: Any,
+    *,
+    text: str | Sequence[str] = (),
+    image: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    like: str | Sequence[str] = (),
+    embedding: Any = None,
+    k: int = 20,
+    where: str | None = None,
+    index: str | os.PathLike[str] | None = None,
+    model: str | None = None,
+    pretrained: str | None = None,
+    column: str = "embedding",
+    html: str | os.PathLike[str] | None = None,
+    source_options: Mapping[str, Any] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    client: Place = None,
+    monitor: Monitor | None = None,
+) -> pd.DataFrame:
+    """Find the rows of a score table that are most similar to texts, images, or rows of it.
+
+    Parameters
+    ----------
+    scores : str, path, sequence of them, or dask, pandas or cuDF DataFrame
+        Score table, as for `read_scores`; or a frame with an embedding column.
+    text : str or sequence of str
+        What the images show: "a red car". The model must have a text tower, which the starter model has not.
+    image : str, path, or sequence of them
+        Image files or URLs; they are decoded and embedded just as the rows were.
+    like : str or sequence of str
+        Keys of rows to find others like; ``SHARD:KEY`` where several have the key. Needs no model.
+    embedding : array_like, optional
+        (d,) or (m, d): vectors of your own, say the mean of several.
+    k : int
+        Rows for each query.
+    where : str, optional
+        Only rows that this expression takes. Rows whose ``status`` is not ``ok`` are never found.
+    index : str or path, optional
+        Index of this table, by `build_search_index`. It is much faster for large tables, and may miss rows.
+    model, pretrained : str, optional
+        Model of the queries, as for `embed`. By default the one that the table's files name. A frame names none.
+    column : str
+        The embeddings that are compared.
+    html : str or path, optional
+        Page with the queries and the pictures that they found.
+    source_options : mapping, optional
+        For the fsspec file systems of the shards, of which that page's pictures are; by default as `storage_options`.
+    storage_options : mapping, optional
+        For the fsspec file systems of the table, and of images that are searched for.
+    backend : {"auto", "cudf", "pandas"}, optional
+        By which a table is read.
+    client : distributed.Client, str or int, optional
+        Where to compute: a client, a scheduler's address, or a number of new worker processes. By default on the client
+        of this session, or on threads of this process.
+    monitor : Monitor, optional
+        Told of the cluster.
+
+    Returns
+    -------
+    pandas.DataFrame
+        At most `k` rows for each query, the best first; one query after another, texts before images, rows and vectors.
+        ``query`` (its text, path, ``SHARD:KEY``, or "embedding 1"), ``query_number`` (from 0), ``rank`` (from 1),
+        ``similarity`` (float32, -1 to 1), then the table's columns but vectors. Columns of the table that have such a
+        name come as ``table_NAME``.
+
+    Raises
+    ------
+    SearchError
+        If nothing is searched for, a row or a model is unknown, an image cannot be decoded, widths differ, or an index
+        is not of this table.
+    ModelError
+        If the model has no text tower, cannot be loaded, or is not the table's.
+    WhereError
+        For a mistake in the expression.
+    FileNotFoundError
+        If there is no such table, image or index.
+
+    Notes
+    -----
+    Similarity is the cosine, computed in float64 and rounded to float32; rows of equal similarity stand in the order of
+    ``shard``, ``key`` and ``sample_offset``. Similarities of images with a text are low (0.2 to 0.35 for CLIP) and say
+    something only beside each other. Several queries are answered in one pass, rows that they name (`like`) are looked
+    up in another.
+
+    Examples
+    --------
+    >>> best = search("run/scores", text="a red car", k=5)  # doctest: +SKIP
+    >>> best[["rank", "similarity", "key", "caption"]]  # doctest: +SKIP
+    """
+    asked = Asked(
+        texts=_listed(text),
+        images=_listed(image),
+        like=_listed(like),
+        embedding=embedding,
+        k=k,
+        where=where,
+        column=column,
+        index=index,
+        model=model,
+        pretrained=pretrained,
+    )
+    answer = find(scores, asked, storage_options, backend, client, monitor)
+    if html is not None:
+        encoder = answer.made.get("encoder", {})
+        answers = Answers(
+            answer.found,
+            answer.queries,
+            _title(scores),
+            model_notes(encoder.get("model"), encoder.get("pretrained")),
+            {number: query.own for number, query in enumerate(answer.queries) if query.own is not None},
+            upright=bool(answer.made.get("decode", {}).get("adjust_orientation")),
+        )
+        write_search_page(html, answers, storage_options if source_options is None else source_options, storage_options)
+    return answer.found
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str | os.PathLike) else list(value)
+
+
+def _title(scores: Any) -> str:
+    if not are_paths(scores):
+        return "a table"
+    first = os.fspath(scores[0] if isinstance(scores, list | tuple) else scores)
+    return first.partition("?")[0].rstrip("/").rpartition("/")[2]
