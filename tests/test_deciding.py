@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client
@@ -51,16 +52,16 @@ def test_the_best_and_a_sample_of_them(table: Path, client: Client, tmp_path: Pa
     assert set(got["key"]) <= set(best["key"])
     assert counts.rows == len(everything)
     assert counts.by_status == everything["status"].value_counts().to_dict()
-    assert [(s["condition"], s["left"]) for s in counts.funnel] == [
+    assert [(s.condition, s.left) for s in counts.funnel] == [
         ("width >= 160", len(wide)),
         ("top 50% by aesthetic_score", len(best)),
         ("sample 10 seed 3", 10),
     ]
-    assert counts.funnel[1]["alone"] == len(ok) // 2
+    assert counts.funnel[1].alone == len(ok) // 2
     for path in sorted((tmp_path / "out").glob("*.parquet")):
         before, after = file_provenance(str(table / path.name)), file_provenance(str(path))
         assert after is not None
-        assert after.pop("selected") == {"steps": [s["condition"] for s in counts.funnel]}
+        assert after.pop("selected") == {"steps": [s.condition for s in counts.funnel]}
         assert after == before
 
 
@@ -159,6 +160,21 @@ def test_a_registered_head_is_added_and_its_column_then_left_alone(
     assert (read(tmp_path / "again")["ones_score"] == 7).all()
     with pytest.raises(ValueError, match="two heads give the column 'ones_score'"):
         dic.add_columns(table, tmp_path / "x", heads=["ones", tmp_path / "other.safetensors"], client=client)
+
+
+def test_a_condition_on_a_column_that_begins_with_status_is_counted(table: Path, tmp_path: Path) -> None:
+    for path in sorted(table.glob("*.parquet")):
+        whole = pq.read_table(path)
+        codes = pa.array([200 if i % 2 else 404 for i in range(len(whole))])
+        (tmp_path / "in").mkdir(exist_ok=True)
+        pq.write_table(whole.append_column("status_code", codes), tmp_path / "in" / path.name)
+    counts = dic.select_rows(tmp_path / "in", tmp_path / "out", "status_code == 200 and width > 50")
+    ok = read(tmp_path / "in").query("status == 'ok'")
+    good = ok["status_code"] == 200
+    assert [(s.condition, s.left) for s in counts.funnel] == [
+        ("status_code == 200", good.sum()),
+        ("width > 50", (good & (ok["width"] > 50)).sum()),
+    ]
 
 
 def test_other_layouts(table: Path, client: Client, tmp_path: Path) -> None:
