@@ -1,24 +1,25 @@
-"""How many duplicates `dedup` finds, and how fast, against brute force and against scikit-learn.
+"""How many duplicates `dedup` finds, how fast, and in how much memory.
 
-    python benchmarks/dedup.py 1e4 1e5 --pairs pairs.npz
+    python benchmarks/dedup.py 1e5 1e6
+    python benchmarks/dedup.py 1e5 --probe 1 2 3 --all-pairs --pairs pairs.npz
 
 Synthetic embeddings of n rows, a tenth of which are near copies of rows of other partitions, made partition by
-partition from seeds; each n on a fresh cluster of this machine. Reported are the wall time of the search (data in
-Parquet), the recall of the planted pairs, the recall of all pairs that a sample of the rows has (by comparing it with
-every row), the workers' peak memory and, up to --naive-limit rows, the way one would write it with scikit-learn's
-NearestNeighbors.
-With --pairs, real embeddings too, in forced cells. With --scores and --manifest, how many of the duplicates that
-`make_sample_shards` planted are found, by tier.
+partition from seeds. Each search is a process of its own. Reported are its seconds, CPU seconds and peak memory (files
+in the page cache), the balance of the cells with its own estimate of recall, the recall of the planted pairs, and the
+recall of all pairs that a sample of the rows has (by comparing it with every row); a pair counts if both are in one
+group. With --all-pairs, the same without cells. With --pairs, real embeddings too, in forced cells. With --scores
+and --manifest, how many of the duplicates that `make_sample_shards` planted are found, by tier.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,10 @@ def sampled_pairs(folder: Path, queries: int) -> pd.DataFrame:
     """All pairs of a cosine of at least 1 - max(EPS) that a sample of the rows has, by comparing it with every row."""
     files = sorted(folder.glob("*.parquet"))
     rng, per = np.random.default_rng(0), -(-queries // len(files))
-    chosen = [load(f) for f in files]
-    picks = [(keys[take], values[take]) for keys, values in chosen for take in [rng.choice(len(keys), per, False)]]
+    picks = [(k[take], v[take]) for k, v in map(load, files) for take in [rng.choice(len(k), per, False)]]
     keys, values = np.concatenate([k for k, _ in picks]), np.concatenate([v for _, v in picks])
     found = []
-    for other, theirs in chosen:
+    for other, theirs in map(load, files):
         cosine = values @ theirs.T
         i, j = np.nonzero((cosine >= 1 - max(EPS)) & (keys[:, None] != other[None, :]))
         found.append(pd.DataFrame({"a": keys[i], "b": other[j], "cosine": cosine[i, j]}))
@@ -131,32 +131,23 @@ def load(file: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array(table["key"].to_pylist()), values
 
 
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def naive(folder: Path) -> dict[str, Any]:
-    """All at once with scikit-learn: radius neighbours, then connected components."""
-    from scipy.sparse.csgraph import connected_components
-    from sklearn.neighbors import NearestNeighbors
-
-    _, values = zip(*[load(f) for f in sorted(folder.glob("*.parquet"))], strict=True)
-    begin = time.perf_counter()
-    x = np.concatenate(values)
-    model = NearestNeighbors(radius=max(EPS), metric="cosine", algorithm="brute").fit(x)
-    graph = model.radius_neighbors_graph(x, mode="connectivity")
-    count, _ = connected_components(graph, directed=False)
-    return {"seconds": time.perf_counter() - begin, "dropped": len(x) - count, "rss_bytes": peak_rss()}
-
-
-def search(folder: Path, **options: Any) -> tuple[float, pd.DataFrame, dict[float, pd.DataFrame]]:
-    """Search a folder: seconds, counts, and the groups by eps."""
-    begin = time.perf_counter()
-    found = dic.find_duplicates(dic.read_scores(str(folder)), ["semantic"], eps=EPS, **options)
+def search(folder: str, **options: Any) -> dict[str, Any]:
+    """Search a folder in this process; the groups are left beside it."""
+    idle, begin, before = common.peak_mb(), time.perf_counter(), os.times()
+    found = dic.find_duplicates(dic.read_scores(folder), ["semantic"], eps=EPS, **options)
     counts = found.counts()
-    seconds = time.perf_counter() - begin
-    return seconds, counts, {eps: found.groups(eps) for eps in EPS}
+    after = os.times()
+    result = {
+        "seconds": round(time.perf_counter() - begin, 1),
+        "cpu_seconds": round(sum(after[:2]) - sum(before[:2]), 1),
+        "peak_mb": common.peak_mb(),
+        "idle_mb": idle,
+        "cells": None if found.cells is None else asdict(found.cells),
+        "dropped": counts["dropped"].tolist(),
+    }
+    for eps in EPS:
+        found.groups(eps).to_parquet(f"{folder}/../groups_{eps}.parquet")
+    return result
 
 
 def measure(n: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -164,35 +155,30 @@ def measure(n: int, args: argparse.Namespace) -> dict[str, Any]:
     parts = max(1, n // ROWS)
     rows, modes = n // parts, max(10, n // 500)
     result: dict[str, Any] = {"rows": parts * rows, "width": WIDTH}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        with dic.start_client(args.n_workers, backend="pandas") as client:
-            client.gather([client.submit(write_part, folder, p, parts, rows, modes) for p in range(parts)])
-            client.restart()
-            truth, sample = planted(parts, rows, modes), sampled_pairs(folder, args.queries)
-            before = max(client.run(peak_rss).values())
-            for probe in args.probe:
-                seconds, counts, groups = search(folder, probe=probe)
-                found = {}
-                for eps, dropped in zip(EPS, counts["dropped"], strict=True):
-                    pairs, some = (p[p["cosine"] >= 1 - eps] for p in (truth, sample))
-                    found[eps] = {
-                        "dropped": int(dropped),
-                        "planted_pairs": len(pairs),
-                        "planted_recall": share(together(groups[eps], pairs["a"], pairs["b"])),
-                        "sampled_pairs": len(some),
-                        "sampled_recall": share(together(groups[eps], some["a"], some["b"])),
-                    }
-                result[f"probe_{probe}"] = {"seconds": seconds, "eps": found}
-                say(result["rows"], f"probe={probe}", seconds, found)
-            result["worker_rss_bytes"] = {"before": before, "after": max(client.run(peak_rss).values())}
-            if n <= args.brute_limit:
-                seconds, counts, _ = search(folder, n_cells=1)
-                result["brute_force"] = {"seconds": seconds, "dropped": counts["dropped"].tolist()}
-                say(result["rows"], "n_cells=1", seconds, counts["dropped"].tolist())
-        if n <= args.naive_limit:
-            result["scikit_learn"] = naive(folder)
-            say(result["rows"], "scikit-learn", result["scikit_learn"]["seconds"], result["scikit_learn"])
+    with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
+        folder = Path(temporary) / "scores"
+        folder.mkdir()
+        for part in range(parts):
+            write_part(folder, part, parts, rows, modes)
+        truth, sample = planted(parts, rows, modes), sampled_pairs(folder, args.queries)
+        variants: dict[str, dict[str, Any]] = {f"probe_{probe}": {"probe": probe} for probe in args.probe}
+        if args.all_pairs:
+            variants["all_pairs"] = {"n_cells": 1}
+        for name, options in variants.items():
+            one = common.in_child("--ask", str(folder), json.dumps(options))
+            one["eps"] = {}
+            for eps, dropped in zip(EPS, one.pop("dropped"), strict=True):
+                groups = pd.read_parquet(f"{temporary}/groups_{eps}.parquet")
+                pairs, some = (p[p["cosine"] >= 1 - eps] for p in (truth, sample))
+                one["eps"][eps] = {
+                    "dropped": dropped,
+                    "planted_pairs": len(pairs),
+                    "planted_recall": share(together(groups, pairs["a"], pairs["b"])),
+                    "sampled_pairs": len(some),
+                    "sampled_recall": share(together(groups, some["a"], some["b"])),
+                }
+            result[name] = one
+            say(result["rows"], name, one)
     return result
 
 
@@ -241,17 +227,20 @@ def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", metavar="N", nargs="*", type=lambda text: int(float(text)), help="rows, e.g. 1e4 1e5")
-    parser.add_argument("--n-workers", type=int, metavar="N")
-    parser.add_argument("--probe", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="cells a row")
+    parser.add_argument("--probe", type=int, nargs="+", default=[3], metavar="N", help="cells a row (default: 3)")
     parser.add_argument("--queries", type=int, default=2000, metavar="N", help="rows compared with all others")
-    parser.add_argument("--brute-limit", type=float, default=1e5, metavar="N", help="largest size for n_cells=1")
-    parser.add_argument("--naive-limit", type=float, default=1e5, metavar="N", help="largest size for scikit-learn")
+    parser.add_argument("--all-pairs", action="store_true", help="also without cells: n² products")
+    parser.add_argument("--scratch", metavar="DIR", help="where the files go (default: the system's)")
+    parser.add_argument("--ask", nargs=2, metavar=("DIR", "OPTIONS"), help=argparse.SUPPRESS)
     parser.add_argument(
         "--pairs", type=Path, metavar="FILE", help="real embeddings, as tools/fit_starter.py reads them"
     )
     parser.add_argument("--scores", metavar="DIR", help="score table of sample shards")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="their manifest.json")
     args = parser.parse_args()
+    if args.ask:
+        print(json.dumps(search(args.ask[0], **json.loads(args.ask[1]))))
+        return
     if bool(args.scores) != bool(args.manifest):
         parser.error("--scores and --manifest go together")
     result: dict[str, Any] = {"machine": common.machine(), "versions": common.versions(), "eps": EPS, "sizes": []}
