@@ -10,11 +10,12 @@ from .duplicates.deduplication import dedup, duplicate_groups, find_duplicates
 from .duplicates.index import build_index
 from .engine.cluster import start_client
 from .exports.base import export
+from .jobs.columns import add_columns
 from .jobs.curate import curate, write_selection
 from .jobs.pages import compare_selections, write_report
 from .jobs.score import score_shards
 from .jobs.search import search
-from .jobs.tables import add_columns, drop_duplicates, export_scores, select_rows
+from .jobs.tables import drop_duplicates, export_scores, select_rows
 from .models.head_files import save_head
 from .report.explorer import explore
 from .report.gallery import show

@@ -21,7 +21,7 @@ jobs checks cli
 
 RAPIDS = {"cudf", "cupy", "rmm", "dask_cuda", "dask_cudf", "pylibcudf", "cuml", "cuvs", "raft", "kvikio", "numba_cuda"}
 
-MOST_MODULES, MOST_LINES, MOST_IN_ALL = 8, 400, 15_000
+MOST_MODULES, MOST_LINES = 8, 400
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -108,7 +108,6 @@ def test_folders_and_modules_are_small() -> None:
     lines = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
     assert crowded == {}
     assert {module: n for module, n in lines.items() if n > MOST_LINES} == {}
-    assert sum(lines.values()) <= MOST_IN_ALL
 
 
 def test_only_the_seam_imports_rapids() -> None:

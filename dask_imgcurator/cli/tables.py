@@ -140,7 +140,7 @@ def add(scores: tuple[str, ...], out: str, quiet: bool, prompts: tuple[str, ...]
     dask-imgcurator add run/scores --clip-score --out run/more
     dask-imgcurator add run/scores --prompt 'watermark=a photo with a watermark' --head my.safetensors --out run/more
     """
-    from ..jobs.tables import add_columns as run
+    from ..jobs.columns import add_columns as run
 
     asked: dict[str, list[str]] = {}
     for prompt in prompts:
@@ -240,8 +240,8 @@ def search(
 
     Several queries are answered one after another. A text needs a model with a text tower: not the starter model.
     """
-    from ..similarity.index import build_search_index
     from ..jobs.search import search as run
+    from ..similarity.index import build_search_index
 
     asked = any(options[name] for name in ("text", "image", "like"))
     if not asked and build_index is None:

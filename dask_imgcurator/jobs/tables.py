@@ -22,7 +22,6 @@ from ..duplicates import index as dedup_index
 from ..engine.backend import resolve_name
 from ..engine.run import Place, place, results, run, waves
 from ..exports.base import Exported, export
-from ..models import head_files
 from ..monitor import Monitor
 from ..results import Counts
 from ..schema import kinds_of_schema
@@ -30,9 +29,6 @@ from ..select import selection
 from ..select.settle import Settled
 from ..select.steps import Step, parse_sample, parse_top
 from ..select.where import filter_frame, parse_where
-from ..steps import captions
-from ..steps import heads as steps_heads
-from ..steps.prompts import score_prompts
 from ..steps.read import URLPath
 from ..steps.score_table import file_provenance, file_schema, score_urls, scores_from_files, write_score_file
 from ..storage import files
@@ -74,7 +70,7 @@ def opened(
         yield Table(urls, name, options, scores_from_files(urls, options, name), schema, lent)
 
 
-def _targets(table: Table, out: str | os.PathLike[str]) -> list[str]:
+def targets_of(table: Table, out: str | os.PathLike[str]) -> list[str]:
     """Files of a result, named as those of the table."""
     folder = os.fspath(out)
     targets = [files.join(folder, url.rpartition("/")[2]) for url in table.urls]
@@ -94,7 +90,7 @@ class Target:
     url: str
 
 
-def _write(
+def write_table(
     df: dd.DataFrame,
     table: Table,
     targets: Sequence[str],
@@ -189,10 +185,10 @@ def select_rows(
     ranked = steps_of(top, sample)
     with opened(scores, storage_options, backend, client, monitor) as table:
         steps = ranked if where is None else [parse_where(where, kinds_of_schema(table.schema)), *ranked]
-        targets = _targets(table, out)
+        targets = targets_of(table, out)
         settled = selection.settle(table.df, steps, alone=True)
         note = {"selected": {"steps": [step.text for step in steps]}}
-        return Counts.sum(_write(table.df, table, targets, note, settled))
+        return Counts.sum(write_table(table.df, table, targets, note, settled))
 
 
 def steps_of(top: str | Sequence[str], sample: str | None) -> list[Step]:
@@ -266,7 +262,7 @@ def drop_duplicates(
         raise ValueError(f"eps={list(eps)}: to drop rows, name one; without a folder to write to, all are counted")
     with opened(scores, storage_options, backend, client, monitor) as table:
         df = table.df[table.df["status"] == "ok"] if "status" in table.df.columns else table.df
-        targets = _targets(table, out) if out is not None else []
+        targets = targets_of(table, out) if out is not None else []
         if table.encoder.get("model") == "starter" and "semantic" in (options.get("tiers") or deduplication.TIERS):
             monitor.note(
                 "The starter's embeddings lie close together: its semantic duplicates at the usual eps are mostly "
@@ -283,106 +279,10 @@ def drop_duplicates(
         if out is not None:
             note = {k: v for k, v in options.items() if k != "against" or isinstance(v, str)}
             note = {"deduplicated": json.loads(json.dumps(note, default=str))}
-            kept = sum(counts.rows for counts in _write(left, table, targets, note))
+            kept = sum(counts.rows for counts in write_table(left, table, targets, note))
         if index is not None:
             dedup_index.build_index(left, index, provenance=table.encoder or None, storage_options=storage_options)
     return Deduplicated(rows, kept, counts)
-
-
-# --- adding ---------------------------------------------------------------------------------------
-
-
-def add_columns(
-    scores: URLPath,
-    out: str | os.PathLike[str],
-    *,
-    heads: Sequence[str | os.PathLike[str]] = (),
-    clip_score: bool = False,
-    prompts: Mapping[str, Any] | None = None,
-    caption_stats: bool = False,
-    language: bool = False,
-    aesthetic_head: str | None = None,
-    nsfw_head: str | None = None,
-    weights_dir: str | os.PathLike[str] | None = None,
-    storage_options: Mapping[str, Any] | None = None,
-    backend: str | None = None,
-    client: Place = None,
-    monitor: Monitor | None = None,
-) -> list[str]:
-    """Add columns to a score table, from its embeddings and captions; no image is decoded.
-
-    Parameters
-    ----------
-    scores : str, path, or sequence of them
-        Score table, as for `read_scores`.
-    out : str or path
-        Folder for the larger table.
-    heads : sequence of str or path
-        Heads of your own: files, or registered names; see `steps_heads.score_head`.
-    clip_score : bool
-        Cosine of caption and image, by the text tower of the table's own model.
-    prompts : mapping, optional
-        See `score_prompts`.
-    caption_stats, language : bool
-        Length of captions; and their language.
-    aesthetic_head, nsfw_head : str, optional
-        A published head, see `score_aesthetic`.
-    weights_dir : path, optional
-        Folder with the published heads.
-    storage_options, backend, client, monitor
-        As for `select_rows`; texts need a model, which new worker processes load.
-
-    Returns
-    -------
-    list of str
-        Columns that were added. Those that the table had already are left as they are.
-
-    Raises
-    ------
-    ValueError
-        If nothing is asked for, or a text is compared with embeddings of an unknown model.
-    """
-    light = not (clip_score or prompts)
-    with opened(scores, storage_options, backend, client, monitor, light=light) as table:
-        df, there, added = table.df, set(table.df.columns), {}
-        encoder = table.encoder
-        for head in map(steps_heads.resolve_head, heads):
-            if head.column in added:
-                raise ValueError(f"two heads give the column {head.column!r}: save one with another column name")
-            if head.column not in there:
-                df = steps_heads.score_head(df, head)
-                added[head.column] = head_files.provenance(head)
-        if aesthetic_head and "aesthetic_score" not in there:
-            df = steps_heads.score_aesthetic(df, aesthetic_head, weights_dir=weights_dir)
-            added["aesthetic_score"] = {"head": aesthetic_head}
-        if nsfw_head and "nsfw_score" not in there:
-            df = steps_heads.score_nsfw(df, nsfw_head, weights_dir=weights_dir)
-            added["nsfw_score"] = {"head": nsfw_head}
-        if clip_score and "clip_score" not in there:
-            df = captions.score_clip(df, *_text_model(encoder))
-            added["clip_score"] = {"encoder": encoder}
-        if prompts and (missing := {n: p for n, p in prompts.items() if f"{n}_score" not in there}):
-            df = score_prompts(df, missing, *_text_model(encoder))
-            added |= {f"{name}_score": {"prompts": p, "encoder": encoder} for name, p in missing.items()}
-        if (caption_stats or language) and "caption_words" not in there:
-            df = captions.caption_stats(df, language=language)
-            added |= {name: {} for name in df.columns if str(name).startswith("caption_") and name not in there}
-        new = [name for name in df.columns if name not in there]
-        if not new:
-            raise ValueError(f"nothing to add: the table has what was asked for ({', '.join(sorted(there))})")
-        targets = _targets(table, out)
-        _write(df, table, targets, {"added": json.loads(json.dumps(added, default=str))})
-    return new
-
-
-def _text_model(encoder: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Name and weights of the model that made a table's embeddings."""
-    if "model" not in encoder:
-        raise ValueError(
-            "the score table does not say which model made its embeddings: only a table of `score` or `curate` has "
-            "what it takes to compare texts with them (or call score_clip with model= and pretrained=)"
-        )
-    return str(encoder["model"]), encoder.get("pretrained") or None
 
 
 # --- other layouts --------------------------------------------------------------------------------

@@ -70,19 +70,11 @@ class Condition:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a selection makes of some rows; all (n,) bool.
+    """What a selection makes of some rows; each array tells of every row: (n,) bool."""
 
-    Attributes
-    ----------
-    ok : numpy.ndarray
-        Rows that are readable.
-    passed, alone : list of numpy.ndarray
-        For each condition, the rows that meet it, by its bound in its turn and by its bound on all readable rows.
-    """
-
-    ok: np.ndarray
-    passed: list[np.ndarray]
-    alone: list[np.ndarray]
+    ok: np.ndarray  # readable
+    passed: list[np.ndarray]  # for each condition, by its bound in its turn
+    alone: list[np.ndarray]  # by its bound on all readable rows
 
     @property
     def kept(self) -> np.ndarray:
@@ -92,21 +84,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Settled:
-    """A selection whose bounds are settled; works on any part of the rows, and can be pickled.
-
-    Attributes
-    ----------
-    conditions : tuple of Condition
-        One after another.
-    ok_only : bool
-        Whether rows whose ``status`` is not ``ok`` are dropped first, where there is a status.
-    tied : RandomOrder, optional
-        What breaks ties, where a bound needs it.
-    """
+    """A selection whose bounds are settled; works on any part of the rows, and can be pickled."""
 
     conditions: tuple[Condition, ...] = ()
-    ok_only: bool = True
-    tied: RandomOrder | None = None
+    ok_only: bool = True  # rows whose ``status`` is not ``ok`` are dropped first, where there is a status
+    tied: RandomOrder | None = None  # breaks ties, where a bound needs it
 
     @property
     def columns(self) -> list[str]:

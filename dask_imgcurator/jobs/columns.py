@@ -1,0 +1,110 @@
+"""Add columns to a score table, from its embeddings and captions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..engine.run import Place
+from ..models import head_files
+from ..monitor import Monitor
+from ..steps import captions
+from ..steps import heads as steps_heads
+from ..steps.prompts import score_prompts
+from ..steps.read import URLPath
+from .tables import opened, targets_of, write_table
+
+
+def add_columns(
+    scores: URLPath,
+    out: str | os.PathLike[str],
+    *,
+    heads: Sequence[str | os.PathLike[str]] = (),
+    clip_score: bool = False,
+    prompts: Mapping[str, Any] | None = None,
+    caption_stats: bool = False,
+    language: bool = False,
+    aesthetic_head: str | None = None,
+    nsfw_head: str | None = None,
+    weights_dir: str | os.PathLike[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    client: Place = None,
+    monitor: Monitor | None = None,
+) -> list[str]:
+    """Add columns to a score table, from its embeddings and captions; no image is decoded.
+
+    Parameters
+    ----------
+    scores : str, path, or sequence of them
+        Score table, as for `read_scores`.
+    out : str or path
+        Folder for the larger table.
+    heads : sequence of str or path
+        Heads of your own: files, or registered names; see `steps_heads.score_head`.
+    clip_score : bool
+        Cosine of caption and image, by the text tower of the table's own model.
+    prompts : mapping, optional
+        See `score_prompts`.
+    caption_stats, language : bool
+        Length of captions; and their language.
+    aesthetic_head, nsfw_head : str, optional
+        A published head, see `score_aesthetic`.
+    weights_dir : path, optional
+        Folder with the published heads.
+    storage_options, backend, client, monitor
+        As for `select_rows`; texts need a model, which new worker processes load.
+
+    Returns
+    -------
+    list of str
+        Columns that were added. Those that the table had already are left as they are.
+
+    Raises
+    ------
+    ValueError
+        If nothing is asked for, or a text is compared with embeddings of an unknown model.
+    """
+    light = not (clip_score or prompts)
+    with opened(scores, storage_options, backend, client, monitor, light=light) as table:
+        df, there, added = table.df, set(table.df.columns), {}
+        encoder = table.encoder
+        for head in map(steps_heads.resolve_head, heads):
+            if head.column in added:
+                raise ValueError(f"two heads give the column {head.column!r}: save one with another column name")
+            if head.column not in there:
+                df = steps_heads.score_head(df, head)
+                added[head.column] = head_files.provenance(head)
+        if aesthetic_head and "aesthetic_score" not in there:
+            df = steps_heads.score_aesthetic(df, aesthetic_head, weights_dir=weights_dir)
+            added["aesthetic_score"] = {"head": aesthetic_head}
+        if nsfw_head and "nsfw_score" not in there:
+            df = steps_heads.score_nsfw(df, nsfw_head, weights_dir=weights_dir)
+            added["nsfw_score"] = {"head": nsfw_head}
+        if clip_score and "clip_score" not in there:
+            df = captions.score_clip(df, *_text_model(encoder))
+            added["clip_score"] = {"encoder": encoder}
+        if prompts and (missing := {n: p for n, p in prompts.items() if f"{n}_score" not in there}):
+            df = score_prompts(df, missing, *_text_model(encoder))
+            added |= {f"{name}_score": {"prompts": p, "encoder": encoder} for name, p in missing.items()}
+        if (caption_stats or language) and "caption_words" not in there:
+            df = captions.caption_stats(df, language=language)
+            added |= {name: {} for name in df.columns if str(name).startswith("caption_") and name not in there}
+        new = [name for name in df.columns if name not in there]
+        if not new:
+            raise ValueError(f"nothing to add: the table has what was asked for ({', '.join(sorted(there))})")
+        targets = targets_of(table, out)
+        write_table(df, table, targets, {"added": json.loads(json.dumps(added, default=str))})
+    return new
+
+
+def _text_model(encoder: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Name and weights of the model that made a table's embeddings."""
+    if "model" not in encoder:
+        raise ValueError(
+            "the score table does not say which model made its embeddings: only a table of `score` or `curate` has "
+            "what it takes to compare texts with them (or call score_clip with model= and pretrained=)"
+        )
+    return str(encoder["model"]), encoder.get("pretrained") or None
