@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from distributed import Client
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
+from dask_imgcurator.engine.pandas import PandasBackend
 from dask_imgcurator.select.ranks import SelectionError
 from dask_imgcurator.select.syntax import WhereError
 from dask_imgcurator.steps.score_table import file_provenance
@@ -160,6 +162,35 @@ def test_a_registered_head_is_added_and_its_column_then_left_alone(
     assert (read(tmp_path / "again")["ones_score"] == 7).all()
     with pytest.raises(ValueError, match="two heads give the column 'ones_score'"):
         dic.add_columns(table, tmp_path / "x", heads=["ones", tmp_path / "other.safetensors"], client=client)
+
+
+def test_a_selection_of_many_steps_reads_each_column_at_most_twice(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once to find all bounds, once to apply them; the rest of a file only where it keeps something."""
+    reads: list[tuple[str, str]] = []
+    read_parquet = PandasBackend.read_parquet
+
+    def counted(self: PandasBackend, path: str, columns: list[str], storage_options: Any = None) -> Any:
+        reads.extend((Path(path).name, column) for column in columns)
+        return read_parquet(self, path, columns, storage_options)
+
+    monkeypatch.setattr(PandasBackend, "read_parquet", counted)
+    first = str(sorted(table.glob("*.parquet"))[0])
+    shard = pq.read_table(first, columns=["shard"])["shard"][0].as_py()
+    counts = dic.select_rows(
+        table,
+        tmp_path / "out",
+        f"aesthetic_score >= 3 and shard == '{shard}'",
+        top=["80% by aesthetic_score", "50% by width"],
+        sample="3",
+    )
+    assert counts.kept == 3
+    times = Counter(reads)
+    used = {"status", "aesthetic_score", "width", "shard", "key", "sample_offset"}
+    assert {column for (_, column), n in times.items() if n > 1} <= used
+    assert max(times.values()) <= 3  # with one more pass for the ties of `width`
+    assert {name for name, column in times if column == "embedding"} == {Path(first).name}
 
 
 def test_a_condition_on_a_column_that_begins_with_status_is_counted(table: Path, tmp_path: Path) -> None:

@@ -30,7 +30,15 @@ from ..select.settle import Settled
 from ..select.steps import Step, parse_sample, parse_top
 from ..select.where import filter_frame, parse_where
 from ..steps.read import URLPath
-from ..steps.score_table import file_provenance, file_schema, score_urls, scores_from_files, write_score_file
+from ..steps.score_table import (
+    ScoreFiles,
+    file_provenance,
+    file_schema,
+    read_kept,
+    score_urls,
+    scores_from_files,
+    write_score_file,
+)
 from ..storage import files
 
 
@@ -99,32 +107,28 @@ def write_table(
 ) -> list[Counts]:
     """Write the kept rows of each partition as a file, and count what was there, in order."""
     pairs = {str(i): Target(*pair) for i, pair in enumerate(zip(table.urls, targets, strict=True))}
+    if settled is not None:  # the rest of the kept rows is read when it is known which they are
+        df = df[[name for name in settled.columns if name in df.columns] or list(df.columns[:1])]
+    read = ScoreFiles(table.backend, tuple(table.schema.names), table.storage_options)
 
     def build(names: Sequence[str]) -> dd.DataFrame:
         part = df.partitions[int(names[0]) : int(names[-1]) + 1] if len(names) < len(pairs) else df
-        each = [pairs[name] for name in names]
-        return results(
-            part, _write_partition, table.backend, table.storage_options, note, settled, label="write", each=each
-        )
+        return results(part, _write_partition, read, note, settled, label="write", each=[pairs[n] for n in names])
 
     found = dict(run(table.client, waves(list(pairs), build), "writing", label=lambda name: pairs[name].url))
     return [found[name] for name in pairs]
 
 
 def _write_partition(
-    frame: Any,
-    target: Target,
-    backend: str,
-    storage_options: Mapping[str, Any],
-    note: Mapping[str, Any],
-    settled: Settled | None,
+    frame: Any, target: Target, read: ScoreFiles, note: Mapping[str, Any], settled: Settled | None
 ) -> Counts:
-    provenance = file_provenance(target.source, storage_options) or {}
+    provenance = file_provenance(target.source, read.storage_options) or {}
     for name, value in note.items():
         provenance[name] = {**provenance.get(name, {}), **value} if isinstance(value, dict) else value
     counts = Counts(len(frame)) if settled is None else settled.count(frame)
-    kept = frame if settled is None else settled.filter(frame)
-    write_score_file(kept, target.url, provenance, backend, storage_options)
+    if settled is not None:
+        frame = read_kept(target.source, read, frame, settled.mask(frame))
+    write_score_file(frame, target.url, provenance, read.backend, read.storage_options)
     return counts
 
 

@@ -50,22 +50,24 @@ def read_score_files(urls: Sequence[str], spec: ScoreFiles, columns: Sequence[st
 
 
 def _read_file(url: str, spec: ScoreFiles, wanted: list[str]) -> Any:
-    backend = get_backend(spec.backend)
-
-    def read(columns: list[str]) -> Any:
-        return backend.read_parquet(url, columns, spec.storage_options)
-
     first = [name for name in spec.keep.columns if name in spec.columns] if spec.keep is not None else []
     if not first or spec.keep is None:
-        return read(wanted)
-    frame = read(first)
-    mask = spec.keep.mask(frame)
-    rest = [name for name in wanted if name not in first]
+        return get_backend(spec.backend).read_parquet(url, wanted, spec.storage_options)
+    frame = get_backend(spec.backend).read_parquet(url, first, spec.storage_options)
+    return read_kept(url, spec, frame, spec.keep.mask(frame))[wanted]
+
+
+def read_kept(url: str, spec: ScoreFiles, frame: Any, mask: Any) -> Any:
+    """Read the rest of the rows that a mask keeps; `frame` has the columns that were read to tell."""
+    backend = get_backend(spec.backend)
     if not mask.any():
-        empty = file_schema(url, spec.storage_options).empty_table().select(wanted)
-        return backend.from_arrow(empty.replace_schema_metadata(None))
-    more = read(rest) if rest else frame[[]]
-    return frame.assign(**{name: more[name] for name in rest})[mask][wanted].reset_index(drop=True)
+        schema = file_schema(url, spec.storage_options)
+        return backend.from_arrow(schema.empty_table().select(list(spec.columns)).replace_schema_metadata(None))
+    rest = [name for name in spec.columns if name not in frame.columns]
+    if rest:
+        more = backend.read_parquet(url, rest, spec.storage_options)
+        frame = frame.assign(**{name: more[name] for name in rest})
+    return frame[list(spec.columns)][mask].reset_index(drop=True)
 
 
 def write_score_file(
