@@ -136,7 +136,7 @@ def test_a_cell_compares_each_pair_once(
         return np.ones((len(some), 1), np.float32)
 
     monkeypatch.setattr(neighbours, "Forest", Everything)
-    found = [neighbours.near_pairs(cell, left, take, "cpu", 0.5) for left in cell.left()]
+    found = [neighbours.near_pairs(cell, left, neighbours.Vectors(take, "cpu"), 0.5) for left in cell.left()]
     seen = [tuple(sorted(pair)) for a, b, _ in found for pair in zip(a.tolist(), b.tolist(), strict=True)]
     meeting = ({0}, {0, 1}, {0, 2}, {1, 2})
     expected = [p for p in itertools.combinations(range(len(rows)), 2) if {*kind[list(p)]} in meeting]
@@ -173,7 +173,7 @@ def test_a_forest_connects_what_all_pairs_connect(seed: int, n: int) -> None:
 def test_many_copies_make_few_pairs() -> None:
     vectors = torch.nn.functional.normalize(torch.ones(2500, 4) + 1e-3 * torch.rand(2500, 4), dim=1)
     cell = neighbours.Cell(np.arange(2500), 2500, 0)
-    found = [neighbours.near_pairs(cell, left, vectors.numpy().__getitem__, "cpu", 0.9) for left in cell.left()]
+    found = [neighbours.near_pairs(cell, left, vectors, 0.9) for left in cell.left()]
     forest = Forest(2500, limit=0)
     for pairs in found:
         assert len(pairs[0]) < 2500

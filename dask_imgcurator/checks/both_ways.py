@@ -163,8 +163,9 @@ class BothWays:
         both = _decodable(names, ours, theirs, result)
         if not both:
             return
-        names, infos = [names[i] for i in both], [ours.infos[i] for i in both]
-        mine, reference = ours.pixels[both], torch.stack([theirs[i] for i in both])
+        names, mine = [names[i] for i in both], ours.pixels[both]
+        infos = [info for i in both if not isinstance(info := ours.infos[i], BadImage)]
+        reference = torch.stack([pixels for i in both if not isinstance(pixels := theirs[i], str)])
         embedding, expected = self.encoder(mine), self.open_clip.encode(reference)
         rows = self._with_details(rows.iloc[both].reset_index(drop=True), infos, [blobs[i] for i in both])
         scores, kept = zip(*(self.decisions.of(rows, e) for e in (embedding, expected)), strict=True)

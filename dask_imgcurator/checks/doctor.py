@@ -11,6 +11,8 @@ from typing import Literal
 from .. import config
 from .gpu import GPU_PACKAGES, Card, GpuFacts, gpu_facts, version_of
 
+State = Literal["ok", "note", "problem"]
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -18,7 +20,7 @@ class Finding:
 
     topic: str
     value: str
-    state: Literal["ok", "note", "problem"] = "ok"
+    state: State = "ok"
     remedy: str = ""
 
 
@@ -69,7 +71,7 @@ def _gpu() -> Iterator[Finding]:
     yield from gpu_findings(facts, config.get("rmm-pool"))
     problem = gpu_problem()
     chosen = "pandas" if problem else resolve_name("auto")
-    state = "note" if problem and (facts.torch_sees or facts.cards) else "ok"
+    state: State = "note" if problem and (facts.torch_sees or facts.cards) else "ok"
     value = f"{chosen} (imgcurator.backend: {config.get('backend')})"
     yield Finding("backend", value, state, f"not cudf, because {problem}" if problem else "")
 

@@ -14,7 +14,7 @@ import tomllib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -92,8 +92,7 @@ class Maker:
         picture = self.turns[turn % len(self.turns)]
         image = self.images[picture.name] if turn < len(PICTURES) else self._cut(picture)
         ext = self.rng.choices(("jpg", "png", "webp"), (8, 1, 1))[0]
-        data = {"jpg": _jpeg, "png": _png, "webp": _webp}[ext](image)
-        return SampleImage("crop", data, ext, self.rng.choice(picture.captions), picture)
+        return SampleImage("crop", _encode(image, ext), ext, self.rng.choice(picture.captions), picture)
 
     def _cut(self, picture: Picture) -> Image.Image:
         """Cut out a part of half to the full size; one in six is made a thumbnail."""
@@ -114,18 +113,18 @@ class Maker:
         if kind == "duplicate":
             return copy
         smaller = _shrink(Image.open(io.BytesIO(copy.image or b"")), self.rng.uniform(0.90, 0.97))
-        return replace(copy, image=_jpeg(smaller, quality=self.rng.randint(40, 60)), ext="jpg")
+        return replace(copy, image=_encode(smaller, "jpg", quality=self.rng.randint(40, 60)), ext="jpg")
 
     def _generated(self, kind: str) -> tuple[bytes, str, str]:
         """Image, extension and caption of something that comes from no picture."""
         if kind == "noise":
             side = self.rng.randint(160, 320)
             pixels = Image.frombytes("RGB", (side, side), self.rng.randbytes(side * side * 3))
-            return _jpeg(pixels), "jpg", "noise"
+            return _encode(pixels, "jpg"), "jpg", "noise"
         if kind == "flat":
             red, green, blue = self.rng.randbytes(3)
             size = (self.rng.randint(160, 480), self.rng.randint(160, 480))
-            return _jpeg(Image.new("RGB", size, (red, green, blue))), "jpg", "a plain colour"
+            return _encode(Image.new("RGB", size, (red, green, blue)), "jpg"), "jpg", "a plain colour"
         if kind == "bomb":
             return _bomb(), "png", "a very large black square"
         return self.rng.randbytes(4096) if kind == "garbage" else b"", "jpg", "a photo"
@@ -146,18 +145,18 @@ def _find(picture: Picture) -> Path:
 # --- images as bytes ------------------------------------------------------------------------------
 
 
-def _encode(image: Image.Image, format_: str, **options: Any) -> bytes:
+_ENCODERS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "jpg": ("JPEG", {"quality": 90}),
+    "png": ("PNG", {}),
+    "webp": ("WEBP", {"quality": 85}),
+}
+
+
+def _encode(image: Image.Image, ext: str, **options: Any) -> bytes:
+    format_, usual = _ENCODERS[ext]
     buffer = io.BytesIO()
-    image.save(buffer, format_, **options)
+    image.save(buffer, format_, **{**usual, **options})
     return buffer.getvalue()
-
-
-def _jpeg(image: Image.Image, quality: int = 90, **options: Any) -> bytes:
-    return _encode(image, "JPEG", quality=quality, **options)
-
-
-_png = partial(_encode, format_="PNG")
-_webp = partial(_encode, format_="WEBP", quality=85)
 
 
 def _shrink(image: Image.Image, scale: float) -> Image.Image:
@@ -166,7 +165,7 @@ def _shrink(image: Image.Image, scale: float) -> Image.Image:
 
 
 def _half_a_jpeg(image: Image.Image) -> bytes:
-    data = _jpeg(image)
+    data = _encode(image, "jpg")
     return data[: len(data) // 2]
 
 
@@ -185,7 +184,7 @@ def _sixteen_bits(image: Image.Image) -> Image.Image:
 def _lying(image: Image.Image) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise to show
-    return _jpeg(image.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    return _encode(image.transpose(Image.Transpose.ROTATE_90), "jpg", exif=exif)
 
 
 def _blurred(image: Image.Image) -> Image.Image:
@@ -194,20 +193,20 @@ def _blurred(image: Image.Image) -> Image.Image:
 
 #: For each kind that is made from a picture: from an RGB image to bytes (None: no image member) and extension.
 _SPOILT: Mapping[str, Callable[[Image.Image], tuple[bytes | None, str]]] = {
-    "blurred": lambda image: (_jpeg(_blurred(image)), "jpg"),
-    "dark": lambda image: (_jpeg(ImageEnhance.Brightness(image).enhance(0.1)), "jpg"),
+    "blurred": lambda image: (_encode(_blurred(image), "jpg"), "jpg"),
+    "dark": lambda image: (_encode(ImageEnhance.Brightness(image).enhance(0.1), "jpg"), "jpg"),
     "truncated": lambda image: (_half_a_jpeg(image), "jpg"),
     "no_image": lambda image: (None, ""),
-    "gray": lambda image: (_jpeg(image.convert("L")), "jpg"),
-    "cmyk": lambda image: (_jpeg(image.convert("CMYK")), "jpg"),
-    "rgba": lambda image: (_png(_see_through(image)), "png"),
-    "palette": lambda image: (_png(image.quantize(64)), "png"),
-    "png16": lambda image: (_png(_sixteen_bits(image)), "png"),
-    "webp": lambda image: (_webp(image), "webp"),
+    "gray": lambda image: (_encode(image.convert("L"), "jpg"), "jpg"),
+    "cmyk": lambda image: (_encode(image.convert("CMYK"), "jpg"), "jpg"),
+    "rgba": lambda image: (_encode(_see_through(image), "png"), "png"),
+    "palette": lambda image: (_encode(image.quantize(64), "png"), "png"),
+    "png16": lambda image: (_encode(_sixteen_bits(image), "png"), "png"),
+    "webp": lambda image: (_encode(image, "webp"), "webp"),
     "exif_rotated": lambda image: (_lying(image), "jpg"),
-    "wrong_ext": lambda image: (_png(image), "jpg"),
-    "upper_ext": lambda image: (_jpeg(image), "JPG"),
-    "tiny": lambda image: (_png(image.resize((1, 1))), "png"),
+    "wrong_ext": lambda image: (_encode(image, "png"), "jpg"),
+    "upper_ext": lambda image: (_encode(image, "jpg"), "JPG"),
+    "tiny": lambda image: (_encode(image.resize((1, 1)), "png"), "png"),
 }
 
 

@@ -9,15 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..engine.backend import Backend
-from .neighbours import Cell, near_all, nearest, on_threads
-from .rows import Vectors
+from .neighbours import Cell, Vectors, blocks, most_similar, on_threads
+from .rows import Rows
 
 #: Up to so many rows all pairs are compared: it takes seconds, and its recall is 1.
 BRUTE_FORCE_ROWS = 20_000
 
 _SAMPLE_PER_CELL = 32  # rows that k-means sees for each cell
-_BLOCK = 4096
-_ASKED = 512  # rows that are compared with all others, to estimate recall
+_ASKED, _K = 512, 20  # rows that are compared with all others to estimate recall, and how many next to them count
 
 
 def default_cells(n: int) -> int:
@@ -25,37 +24,36 @@ def default_cells(n: int) -> int:
     return 1 if n <= BRUTE_FORCE_ROWS else round(2 * math.sqrt(n))
 
 
-def train(rows: np.ndarray, vectors: Vectors, backend: Backend, k: int, seed: int) -> np.ndarray:
-    """Return the centroids of k cells, (k, d) float32; of rows sorted by id the first are a random sample."""
+def train(rows: Rows, there: np.ndarray, backend: Backend, n_cells: int | None, seed: int) -> np.ndarray:
+    """Return the centroids of cells, (k, d) float32, of rows sorted by id, of which the first are a random sample."""
     import torch
 
-    values = vectors.take(rows[: max(_SAMPLE_PER_CELL * k, BRUTE_FORCE_ROWS)])
+    k = max(1, min(n_cells or default_cells(len(there)), len(there)))
+    values = rows.unit(there[: max(_SAMPLE_PER_CELL * k, BRUTE_FORCE_ROWS)])
     if k == 1:
-        return values.mean(0, keepdims=True)
+        return values.mean(0, keepdims=True) if len(values) else np.zeros((1, rows.width), np.float32)
     return backend.kmeans(torch.from_numpy(values).to(backend.device), k, seed)
 
 
-def assign(
-    rows: np.ndarray, vectors: Vectors, centroids: np.ndarray, device: str, probe: int
-) -> tuple[np.ndarray, np.ndarray]:
+def assign(vectors: Vectors, there: np.ndarray, centroids: np.ndarray, probe: int) -> tuple[np.ndarray, np.ndarray]:
     """Find the nearest cells of rows, (n, probe) int32, and the cosine to the centroid of the first: (n,) float32."""
     import torch
 
-    centres = torch.from_numpy(centroids).to(device)
-    directions = torch.nn.functional.normalize(centres, dim=1)
+    centres = torch.from_numpy(centroids).to(vectors.device)
+    squares, directions = (centres**2).sum(1), torch.nn.functional.normalize(centres, dim=1)
+    probe = min(probe, len(centroids))
 
-    def work(start: int) -> tuple[np.ndarray, np.ndarray]:
-        some = torch.from_numpy(vectors.take(rows[start : start + _BLOCK])).to(device)
-        found = nearest(some, centres, probe)
-        central = (some * directions[found[:, 0]]).sum(1)
-        return found.cpu().numpy().astype(np.int32), central.cpu().numpy()
+    def work(block: slice) -> tuple[np.ndarray, np.ndarray]:
+        some = vectors[there[block]]
+        # Squares of the distances, less that of the vector, which is the same for all cells.
+        found = torch.addmm(squares, some, centres.T, alpha=-2).topk(probe, largest=False).indices
+        return found.cpu().numpy().astype(np.int32), (some * directions[found[:, 0]]).sum(1).cpu().numpy()
 
-    starts = range(0, len(rows), _BLOCK)
-    found, central = [np.empty((0, min(probe, len(centroids))), np.int32)], [np.empty(0, np.float32)]
-    for cells, near in on_threads(work, starts, device):
-        found.append(cells)
-        central.append(near)
-    return np.concatenate(found), np.concatenate(central)
+    cells, central = np.empty((len(there), probe), np.int32), np.empty(len(there), np.float32)
+    parts = blocks(0, len(there))
+    for part, found in zip(parts, on_threads(work, parts, vectors.device), strict=True):
+        cells[part], central[part] = found
+    return cells, central
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,8 @@ class CellCheck:
     probe : int
         Cells in which a row looks for neighbours.
     recall : dict of float to (int, int)
-        For each eps, of the pairs that 512 rows have among all rows, how many are compared, and how many there are.
+        For each eps, of the near pairs among 512 rows and the 20 rows most similar to each: how many are compared, and
+        how many there are.
     """
 
     cells: int
@@ -80,51 +79,47 @@ class CellCheck:
     probe: int
     recall: dict[float, tuple[int, int]] = field(default_factory=dict)
 
-    def share(self, eps: float) -> float | None:
-        """Estimate of recall at an eps; None where the 512 rows have no near pair."""
-        found, pairs = self.recall[eps]
-        return found / pairs if pairs else None
 
-
+@dataclass(frozen=True)
 class Cells:
-    """Rows in cells.
+    """Rows in k cells.
 
-    `rows` are numbers of rows sorted by id, `ours` says which of them are not of the reference, `cells` are the nearest
-    cells of each, its home first, and `central` its cosine to the centroid there.
+    `rows` are numbers of rows, sorted by id; `ours` says which are not of the reference; `cells` are the nearest of
+    each, its home first, and `central` its cosine to the centroid there.
     """
 
-    def __init__(self, k: int, rows: np.ndarray, ours: np.ndarray, cells: np.ndarray, central: np.ndarray) -> None:
-        self.k, self.rows, self.ours, self.cells, self.central = k, rows, ours, cells, central
+    k: int
+    rows: np.ndarray
+    ours: np.ndarray
+    cells: np.ndarray
+    central: np.ndarray
 
     def __iter__(self) -> Iterator[Cell]:
-        """Give out the cells in which anyone lives; those who live there in the order of `rows`."""
-        probe = self.cells.shape[1]
-        home, visited = self.cells[:, 0], self.cells[self.ours, 1:].ravel()
-        ours = np.flatnonzero(self.ours)
-        cell = np.concatenate([home[ours], visited, home[~self.ours]])
-        at = np.concatenate([ours, np.repeat(ours, probe - 1), np.flatnonzero(~self.ours)])
-        kind = np.repeat([0, 1, 2], [len(ours), len(visited), len(self.rows) - len(ours)])
-        order = np.lexsort((at, kind, cell))
+        """Give out the cells; those who live there in the order of `rows`."""
+        ours, theirs = np.flatnonzero(self.ours), np.flatnonzero(~self.ours)
+        sides = [(self.cells[ours, 0], ours)]
+        sides += [(self.cells[ours, i], ours) for i in range(1, self.cells.shape[1])]
+        sides += [(self.cells[theirs, 0], theirs)]
+        cell, at = (np.concatenate(side) for side in zip(*sides, strict=True))
+        kind = np.repeat([0, 1, 2], [len(ours), len(cell) - len(self.rows), len(theirs)])
+        rows = self.rows[at[np.lexsort((at, kind, cell))]]
         ends = np.cumsum(np.bincount(cell, minlength=self.k))
-        sizes = [np.bincount(cell[kind == which], minlength=self.k) for which in (0, 1)]
-        for number, end in enumerate(ends.tolist()):
-            start = ends[number - 1] if number else 0
-            yield Cell(self.rows[at[order[start:end]]], int(sizes[0][number]), int(sizes[1][number]))
+        homes, visitors = (np.bincount(cell[kind == which], minlength=self.k) for which in (0, 1))
+        for number, start in enumerate(np.r_[0, ends[:-1]].tolist()):
+            yield Cell(rows[start : ends[number]], int(homes[number]), int(visitors[number]))
 
-    def sorted_by(self, position: np.ndarray, central: str | None) -> Cells:
-        """Let those who live in a cell stand in another order: by `position`, if asked by `central` before it."""
-        sign = {"hard": 1.0, "easy": -1.0, None: 0.0}[central]
-        order = np.lexsort((position[self.rows], sign * self.central))
+    def ordered(self, order: np.ndarray) -> Cells:
+        """Put the rows into another order."""
         return Cells(self.k, self.rows[order], self.ours[order], self.cells[order], self.central[order])
 
-    def check(self, vectors: Vectors, eps: Sequence[float], device: str) -> CellCheck:
+    def check(self, vectors: Vectors, eps: Sequence[float]) -> CellCheck:
         """Measure the cells; the rows that are asked are those with the highest ids."""
-        home = np.bincount(self.cells[:, 0], minlength=self.k)
-        place = np.full(len(vectors.slots), -1)
+        a, b, near = most_similar(self.rows[self.ours][-_ASKED:], self.rows, vectors, _K)
+        place = np.zeros(self.rows.max() + 1, np.int64)
         place[self.rows] = np.arange(len(self.rows))
-        a, b, near = near_all(self.rows[self.ours][-_ASKED:], self.rows, vectors.take, device, 1 - max(eps))
         a, b = place[a], place[b]
         looks = (self.cells[a] == self.cells[b, :1]).any(1)
         looks |= (self.cells[b] == self.cells[a, :1]).any(1) & self.ours[b]
         recall = {e: (int(looks[near >= 1 - e].sum()), int((near >= 1 - e).sum())) for e in eps}
+        home = np.bincount(self.cells[:, 0], minlength=self.k)
         return CellCheck(self.k, int(np.median(home)), int(home.max()), self.cells.shape[1], recall)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,26 +14,27 @@ Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 NO_PAIRS: Pairs = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
 
 
+def joined(found: Iterable[Pairs]) -> Pairs:
+    """Put pairs into one list."""
+    a, b, near = (np.concatenate(side) for side in zip(NO_PAIRS, *found, strict=True))
+    return a, b, near
+
+
 class Forest:
     """Collects similar pairs and keeps no more of them than decide who is connected to whom, at any threshold.
 
     m copies of one picture make m²/2 pairs. A maximum spanning forest of the pairs has fewer than m, and two rows are
     connected by pairs of at least some similarity if and only if they are so in the forest (the bottleneck property of
-    minimum spanning trees). So many values of eps are answered from one small list.
-
-    Pairs name rows 0 to n - 1. More than `limit` of them are thinned out: that bounds the memory, at 20 bytes a pair.
+    minimum spanning trees). Pairs name rows 0 to n - 1; more than `limit` are thinned out, which bounds the memory.
     """
 
     def __init__(self, n: int, limit: int = 2_000_000) -> None:
-        self._n = n
-        self._limit = max(limit, 4 * n)
+        self._n, self._limit = n, max(limit, 4 * n)
         self._held: list[Pairs] = []
         self._size = 0
 
     def add(self, a: np.ndarray, b: np.ndarray, near: np.ndarray) -> None:
         """Add pairs."""
-        if not len(a):
-            return
         self._held.append((a, b, near))
         self._size += len(a)
         if self._size > self._limit:
@@ -39,21 +42,15 @@ class Forest:
 
     def pairs(self) -> Pairs:
         """Return what is left of the pairs."""
-        if self._size >= self._n:
+        if self._size >= max(1, self._n):
             self._thin()
-        return self._all() if self._held else NO_PAIRS
-
-    def _all(self) -> Pairs:
-        a, b, near = (np.concatenate(parts) for parts in zip(*self._held, strict=True))
-        return a.astype(np.int64), b.astype(np.int64), near.astype(np.float32)
+        return joined(self._held)
 
     def _thin(self) -> None:
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import minimum_spanning_tree
 
-        if not self._held:
-            return
-        a, b, near = self._all()
+        a, b, near = joined(self._held)
         # A pair that was found twice, in two cells, must count once: a sparse matrix adds up.
         a, b = np.minimum(a, b), np.maximum(a, b)
         order = np.lexsort((-near, b, a))
@@ -62,8 +59,7 @@ class Forest:
         # A weight of 0 would be no edge. 3 - s is exact in float64 for every float32 s of -64 to 1.
         graph = coo_array((3.0 - near.astype(np.float64), (a, b)), shape=(self._n, self._n))
         tree = minimum_spanning_tree(graph.tocsr()).tocoo()
-        self._held = [(tree.row, tree.col, (3.0 - tree.data).astype(np.float32))]
-        self._size = len(tree.row)
+        self._held, self._size = [(tree.row, tree.col, (3.0 - tree.data).astype(np.float32))], len(tree.row)
 
 
 def order_rows(rows: pa.Table) -> np.ndarray:

@@ -8,12 +8,9 @@
 or, where the values are known, ``df = dedup(df, eps=0.05, keep="aesthetic_score")``.
 
 **Tiers.** Each works on what the one before left. *exact*: the same ``sha256``. *perceptual*: ``phash`` within
-``max_distance`` bits; identical hashes are one, then no pair is missed (`hashes.hamming_masks`). Hashes with fewer
-than 8 bits set, or not set, are not compared: plain areas of any colour have the same. *semantic*: cosine
-of at least 1 - eps. Up to 20,000 rows every pair is compared. Above, k-means makes 2 √n cells, and a row is compared
-with those that live in its ``probe`` nearest; what may be missed are pairs on the border of cells, and the fewer the
-smaller eps is. `Duplicates.cells` tells how many, by comparing 512 rows with all. ``n_cells=1`` compares all pairs,
-however many.
+``max_distance`` bits, and no pair is missed. *semantic*: cosine of at least 1 - eps. Up to 20,000 rows every pair is
+compared. Above, k-means makes 2 √n cells, and a row is compared with those that live in its ``probe`` nearest; what may
+be missed are pairs on the border of cells. `Duplicates.cells` estimates how many. ``n_cells=1`` compares all pairs.
 
 **Who stays.** Three rules. Take a ~ b ~ c, where a and c are not near each other:
 
@@ -31,13 +28,11 @@ With ``keep=COLUMN`` the highest value is the best, missing ones last; ties go b
 ``sample_offset``. That order is total, and which rows meet follows from hashes of these three: the result depends on
 neither threads, partitions, workers nor the order of rows.
 
-**Where, and in how much memory.** The frame is read once, wherever its partitions are computed; its rows come to the
-process that asks. There they take about 100 bytes each in memory, and their vectors a file in Dask's
-``temporary-directory`` (2 GB for 10⁶ rows of 512), which is mapped: 2 GB count as this process's memory but are the
-system's to take back. Cells are then compared here, on all threads or on the card. Vectors could be shuffled to the
-workers of a cluster instead; but they would be sent and stored there as often as a row has cells, while to compare
-them takes this machine some microseconds a row. Sets too large for one disk go in parts, each against the index of
-those before (``against``, ``append``).
+**Where.** The frame is read once, where its partitions are computed, and its rows come to the process that asks: some
+150 bytes each in memory, and their vectors into a file in Dask's ``temporary-directory`` (2 GB for 10⁶ rows of 512),
+which is mapped. There cells are compared, on all threads or on the card. To shuffle vectors to the workers of a cluster
+would send each as often as it has cells, while to compare it takes some microseconds. Sets too large for one disk go in
+parts, each against the index of those before (``against``, ``append``).
 """
 
 from __future__ import annotations
@@ -55,9 +50,9 @@ from ..engine.frames import meta_of
 from ..schema import kind_of
 from . import hashes
 from .cells import Cells, assign, default_cells, train
-from .components import NO_PAIRS, Forest, Pairs, component_roots, follow, order_rows, strongest
-from .index import Index, by_id, open_index, source_of
-from .neighbours import TOLERANCE, compare_cells, earlier_pairs, near_pairs
+from .components import Forest, Pairs, component_roots, follow, joined, order_rows, strongest
+from .index import Index, open_index
+from .neighbours import TOLERANCE, Vectors, blocks, earlier_pairs, near_pairs, on_threads
 from .result import Duplicates, Level
 from .rows import Rows, Source, gather
 
@@ -173,30 +168,27 @@ def find_duplicates(
     DedupError
         If two rows cannot be told apart, or vectors differ in width, from each other or from the reference's.
     """
-    asked = Options(
-        tiers, eps, max_distance, keep, lowest, rule, n_cells, probe, seed,
-        {"sha256": sha256, "phash": phash, "embedding": embedding},
-    )  # fmt: skip
-    options = _settle(df, asked)
-    use = {_NEEDS[tier][0]: options.columns[_NEEDS[tier][0]] for tier in options.tiers}
-    if embedding in df.columns:
-        use["embedding"] = embedding  # for the similarity in the table of groups
-    sources = [source_of(df, use, options.keep, lowest)]
-    index = None
+    names = {"sha256": sha256, "phash": phash, "embedding": embedding}
+    options = _settle(df, Options(tiers, eps, max_distance, keep, lowest, rule, n_cells, probe, seed, names))
+    # The embedding in any case, for the similarity in the table of groups.
+    used = [*(_NEEDS[tier][0] for tier in options.tiers), "embedding"]
+    columns = {column: name for column, name in names.items() if column in used and name in df.columns}
+    sources, index = [Source(df, columns, options.keep, lowest)], None
     if isinstance(against, str | os.PathLike):
-        index = open_index(against, storage_options)
-    elif isinstance(against, Index):
+        against = open_index(against, storage_options)
+    if isinstance(against, Index):
         index = against
-    if against is not None:
-        _check_reference(index.about["columns"] if index is not None else list(against.columns), index, use, options)
-    if against is not None and index is None:
-        sources.append(source_of(against, {c: name for c, name in use.items() if name in against.columns}))
-    read = sources
-    if "semantic" not in options.tiers:
-        read = [replace(s, spec=replace(s.spec, embedding=None)) for s in sources]
+        _tiers(
+            index.about["columns"], options.tiers, {name: name for name in names}, " in the reference too (against=)"
+        )
+    elif against is not None:
+        _tiers(against.columns, options.tiers, names, " in the reference too (against=)")
+        sources.append(Source(against, {c: name for c, name in columns.items() if name in against.columns}))
+    rows = gather(sources)
     if index is not None:
-        index.check_origin(provenance)
-    return _decide(sources, gather(read, index), options, index, local_backend(backend_of(df)))
+        index.check(rows.width, provenance)
+        rows = rows.joined([(part.rows, part.vectors) for part in index.parts], index.about["width"])
+    return _decide(sources[0].identity, rows, options, index, local_backend(backend_of(df)))
 
 
 def _settle(df: Any, asked: Options) -> Options:
@@ -213,73 +205,48 @@ def _settle(df: Any, asked: Options) -> Options:
             raise ValueError(f"{name}={value}: it must be {low} to {high}")
     if asked.n_cells is not None and asked.n_cells < 1:
         raise ValueError(f"n_cells={asked.n_cells}: it must be at least 1")
-    keep, central = asked.keep or ("hard" if asked.sequential else "first"), None
-    if keep in ("hard", "easy"):
-        if not asked.sequential:
-            raise ValueError(f"keep={keep!r} is an order of the rules semdedup and nemo: name a column, or 'first'")
-        central = keep
-    elif keep != "first":
-        _check_keep(df, keep)
-    return replace(
-        asked,
-        tiers=_tiers(df, asked.tiers, asked.columns),
-        eps=tuple(sorted({float(e) for e in values})),
-        keep=None if central or keep == "first" else keep,
-        central=central,
-    )
+    tiers = _tiers(df.columns, asked.tiers, asked.columns)
+    keep = asked.keep or ("hard" if asked.sequential else "first")
+    central = keep if keep in ("hard", "easy") else None
+    if central and not asked.sequential:
+        raise ValueError(f"keep={keep!r} is an order of the rules semdedup and nemo: name a column, or 'first'")
+    if not central and keep != "first":
+        if keep not in df.columns:
+            there = ", ".join(map(str, df.columns))
+            raise ValueError(f"keep={keep!r}: there is no such column (there are: {there}, or 'first')")
+        kind = backend_of(df).to_host(meta_of(df), [keep]).schema.field(keep).type
+        if kind_of(kind) in ("string", "list"):
+            raise TypeError(f"keep={keep!r} is a column of {kind}: name one of numbers, truth values or times")
+    column = None if central or keep == "first" else keep
+    return replace(asked, tiers=tiers, eps=tuple(sorted({float(e) for e in values})), keep=column, central=central)
 
 
-def _tiers(df: Any, tiers: Sequence[str] | None, columns: Mapping[str, str]) -> tuple[str, ...]:
-    there = ", ".join(map(str, df.columns))
-    if isinstance(tiers, str):
-        tiers = [tiers]
+def _tiers(
+    columns: Sequence[str], tiers: str | Sequence[str] | None, names: Mapping[str, str], where: str = ""
+) -> tuple[str, ...]:
+    """Tiers that are asked for, whose columns there must be; by default those whose columns there are."""
+    there = ", ".join(map(str, columns))
     if tiers is None:
-        chosen = tuple(tier for tier in TIERS if columns[_NEEDS[tier][0]] in df.columns)
-        if not chosen:
-            raise ValueError(
-                f"there is no column to find duplicates by: embed adds sha256 and embedding (there are: {there})"
-            )
-        return chosen
-    unknown = [tier for tier in tiers if tier not in TIERS]
-    if unknown or not tiers:
+        return tuple(tier for tier in TIERS if names[_NEEDS[tier][0]] in columns)
+    asked = [tiers] if isinstance(tiers, str) else list(tiers)
+    unknown = [tier for tier in asked if tier not in TIERS]
+    if unknown or not asked:
         raise ValueError(f"unknown tier {unknown[0]!r}: use {', '.join(TIERS)}" if unknown else "tiers is empty")
-    for tier in tiers:
+    for tier in asked:
         column, step = _NEEDS[tier]
-        if columns[column] not in df.columns:
+        if names[column] not in columns:
             raise ValueError(
-                f"the tier {tier} needs the column {columns[column]}: {step} adds it, or name yours with {column}= "
-                f"(there are: {there})"
+                f"the tier {tier} needs the column {names[column]}{where}: {step} adds it, or name yours with "
+                f"{column}=, or leave the tier out (there are: {there})"
             )
-    return tuple(tier for tier in TIERS if tier in tiers)
-
-
-def _check_keep(df: Any, keep: str) -> None:
-    if keep not in df.columns:
-        raise ValueError(
-            f"keep={keep!r}: there is no such column (there are: {', '.join(map(str, df.columns))}, or 'first')"
-        )
-    kind = backend_of(df).to_host(meta_of(df), [keep]).schema.field(keep).type
-    if kind_of(kind) in ("string", "list"):
-        raise TypeError(f"keep={keep!r} is a column of {kind}: name one of numbers, truth values or times")
-
-
-def _check_reference(there: Sequence[str], index: Index | None, use: Mapping[str, str], options: Options) -> None:
-    """Check that a reference has the columns that are compared; those of an index have names of their own."""
-    for tier in options.tiers:
-        column, step = _NEEDS[tier]
-        name = use[column] if index is None else column
-        if name not in there:
-            raise ValueError(
-                f"the tier {tier} needs the column {name} in the reference too (against=): {step} adds it, or leave "
-                "the tier out"
-            )
+    return tuple(tier for tier in TIERS if tier in asked)
 
 
 # --- deciding -------------------------------------------------------------------------------------
 
 
 def _decide(
-    sources: Sequence[Source], rows: Rows, options: Options, index: Index | None, backend: Backend
+    identity: tuple[str, ...], rows: Rows, options: Options, index: Index | None, backend: Backend
 ) -> Duplicates:
     """Go through the tiers, each on what the one before left."""
     found: dict[str, Pairs] = {}
@@ -289,88 +256,86 @@ def _decide(
         found["perceptual"] = hashes.perceptual_pairs(rows, options.max_distance)
     check = None
     if "semantic" in options.tiers:
-        numbers, levels = _levels(rows, found, options)
-        gone = np.zeros(len(rows), bool)
-        if levels:
-            gone[numbers[levels[-1].root != np.arange(len(numbers))]] = True
-            gone[rows.ours :] = False
-        there = by_id(rows)
-        cells = _cells(rows, there[~gone[there]], options, index, backend)
-        found["semantic"] = _semantic(rows, cells, options, backend.device)
-        if cells.k > 1:
-            check = cells.check(rows.vectors, options.eps, backend.device)
-    return Duplicates(sources, index, rows, *_levels(rows, found, options), check)
+        stays = np.ones(len(rows), bool)
+        if found:
+            numbers, levels = _levels(rows, found, options)
+            stays[numbers] = (levels[-1].root == np.arange(len(numbers))) | (numbers >= rows.ours)
+        there = rows.with_vector[stays[rows.with_vector]]
+        cells, vectors = _cells(rows, there, options, index, backend), Vectors(rows.unit, backend.device)
+        found["semantic"] = _semantic(rows, cells, vectors, options)
+        check = cells.check(vectors, options.eps) if cells.k > 1 else None
+    return Duplicates(identity, rows, *_levels(rows, found, options), check)
 
 
 def _cells(rows: Rows, there: np.ndarray, options: Options, index: Index | None, backend: Backend) -> Cells:
     """Put rows, sorted by id, in cells."""
-    n, ours = len(there), there < rows.ours
     home = np.full(len(rows), -1, np.int32)
-    k = options.n_cells or default_cells(n)
     # Of an index with far fewer rows than there are now, the cells would be too large.
-    if index is not None and index.about["width"] and options.n_cells is None and 4 * len(index.centroids) >= k:
-        centroids = index.centroids
-        homes = [np.repeat(np.arange(len(centroids)), np.diff(part.starts)) for part in index.parts]
-        start = len(rows) - sum(len(part.rows) for part in index.parts)
-        for part, known in zip(index.parts, homes, strict=True):
-            home[start : start + len(known)] = known
+    if (
+        index is not None
+        and index.about["width"]
+        and not options.n_cells
+        and 4 * len(index.centroids) >= default_cells(len(there))
+    ):
+        centroids, start = index.centroids, len(rows) - sum(len(part.rows) for part in index.parts)
+        for part in index.parts:
+            home[start : start + len(part.vectors)] = part.cells
             start += len(part.rows)
-    elif min(k, n) <= 1 and options.central is None:
-        return Cells(1, there, ours, np.zeros((n, 1), np.int32), np.zeros(n, np.float32))
     else:
-        centroids = train(there, rows.vectors, backend, min(k, n), options.seed) if n else np.zeros((1, 0), np.float32)
+        centroids = train(rows, there, backend, options.n_cells, options.seed)
     probe = 1 if options.sequential else min(options.probe, len(centroids))
-    cells, central = np.full((n, probe), -1, np.int32), np.zeros(n, np.float32)
+    cells, central = np.full((len(there), probe), -1, np.int32), np.zeros(len(there), np.float32)
     cells[:, 0] = home[there]
     new = cells[:, 0] < 0
-    cells[new], central[new] = assign(there[new], rows.vectors, centroids, backend.device, probe)
-    return Cells(len(centroids), there, ours, cells, central)
+    cells[new], central[new] = assign(Vectors(rows.unit, backend.device), there[new], centroids, probe)
+    return Cells(len(centroids), there, there < rows.ours, cells, central)
 
 
-def _semantic(rows: Rows, cells: Cells, options: Options, device: str) -> Pairs:
+def _semantic(rows: Rows, cells: Cells, vectors: Vectors, options: Options) -> Pairs:
     """Find the pairs of near vectors; with the sequential rules, b is the row before a."""
     threshold = 1 - max(options.eps) - TOLERANCE
-    if options.sequential:
-        position = np.zeros(len(rows), np.int64)
-        position[cells.rows[order_rows(rows.take(cells.rows))]] = np.arange(len(cells.rows))
-        cells = cells.sorted_by(position, options.central)
-        found = [NO_PAIRS, *compare_cells(cells, earlier_pairs, rows.vectors.take, device, threshold)]
-        a, b, near = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return a, b, near
-    forest = Forest(len(rows))
-    for pairs in compare_cells(cells, near_pairs, rows.vectors.take, device, threshold):
-        forest.add(*pairs)
-    return forest.pairs()
+    if not options.sequential:
+        forest = Forest(len(rows))
+        tasks = ((cell, left) for cell in cells for left in cell.left())
+        for pairs in on_threads(lambda task: near_pairs(*task, vectors, threshold), tasks, vectors.device):
+            forest.add(*pairs)
+        return forest.pairs()
+    order = order_rows(rows.records(cells.rows))
+    if options.central is not None:
+        central = cells.central[order] * (1 if options.central == "hard" else -1)
+        order = order[np.argsort(central, kind="stable")]
+    tasks = ((cell, block) for cell in cells.ordered(order) for block in blocks(0, cell.homes))
+    return joined(on_threads(lambda task: earlier_pairs(*task, vectors, threshold), tasks, vectors.device))
 
 
 def _levels(rows: Rows, found: Mapping[str, Pairs], options: Options) -> tuple[np.ndarray, list[Level]]:
     """Number the rows in pairs, best first, and decide who stays after each tier; in the semantic one for each eps."""
-    numbers = np.unique(np.concatenate([NO_PAIRS[0], *(side for pairs in found.values() for side in pairs[:2])]))
-    numbers = numbers[order_rows(rows.take(numbers))]
-    n, place = len(numbers), np.zeros(len(rows), np.int64)
+    numbers = np.unique(
+        np.concatenate([np.empty(0, np.int64), *(side for pairs in found.values() for side in pairs[:2])])
+    )
+    numbers = numbers[order_rows(rows.records(numbers))]
+    n, place, levels = len(numbers), np.zeros(len(rows), np.int64), list[Level]()
     place[numbers] = np.arange(n)
-    levels: list[Level] = []
-    i, j = np.empty(0, np.int64), np.empty(0, np.int64)
-    for tier in ("exact", "perceptual"):
-        if tier in found:
-            i, j = np.r_[i, place[found[tier][0]]], np.r_[j, place[found[tier][1]]]
-            levels.append(Level(tier, None, component_roots(i, j, n)))
-    if "semantic" not in found:
-        return numbers, levels
-    a, b, cosine = place[found["semantic"][0]], place[found["semantic"][1]], found["semantic"][2]
-    before = levels[-1].root if levels else np.arange(n)
-    if options.sequential:
-        a, b, cosine = strongest(a, b, cosine)
-    for eps in options.eps:
-        if not options.sequential:
-            near = cosine >= 1 - eps - TOLERANCE
-            root = component_roots(np.r_[i, a[near]], np.r_[j, b[near]], n)
-        else:
-            near = cosine > 1 - eps if options.rule == "semdedup" else cosine >= 1 - eps
-            parent = before.copy()
-            parent[a[near]] = b[near]
-            root = follow(parent)
-        levels.append(Level("semantic", eps, root))
+    i, j, before = np.empty(0, np.int64), np.empty(0, np.int64), np.arange(n)
+    for tier, (a, b, near) in found.items():
+        a, b = place[a], place[b]
+        if tier != "semantic":
+            i, j = np.r_[i, a], np.r_[j, b]
+            before = component_roots(i, j, n)
+            levels.append(Level(tier, None, before))
+            continue
+        if options.sequential:
+            a, b, near = strongest(a, b, near)
+        for eps in options.eps:
+            if options.sequential:
+                close = near > 1 - eps if options.rule == "semdedup" else near >= 1 - eps
+                root = before.copy()
+                root[a[close]] = b[close]
+                root = follow(root)
+            else:
+                close = near >= 1 - eps - TOLERANCE
+                root = component_roots(np.r_[i, a[close]], np.r_[j, b[close]], n)
+            levels.append(Level(tier, eps, root))
     return numbers, levels
 
 

@@ -7,47 +7,37 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .components import Forest, Pairs
+from .components import Forest, Pairs, joined
 from .rows import Rows
 
 
 def exact_pairs(rows: Rows) -> Pairs:
     """Connect the rows of the same bytes."""
-    there = np.flatnonzero(rows.table["sha256_high"].is_valid().to_numpy())
-    keys = [rows.numbers(name)[there] for name in ("sha256_low", "sha256_high")]
-    return _star(rows, there, keys, 1.0)[0]
+    codes = rows.table["sha256"].combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy()
+    return _star(rows, np.flatnonzero(codes >= 0), codes, 1.0)[0]
 
 
 def perceptual_pairs(rows: Rows, distance: int) -> Pairs:
     """Connect the rows whose hashes differ in at most so many bits; `near` is their number, negative."""
-    hashes = rows.numbers("phash")
+    hashes = rows.table["phash"].fill_null(0).to_numpy()
     there = np.flatnonzero(rows.table["phash"].is_valid().to_numpy())
-    same, first = _star(rows, there, [hashes[there]], 0.0)
+    same, first = _star(rows, there, hashes, 0.0)
     if not distance:
         return same
     # One row of each hash speaks for all.
-    first = first[np.argsort(rows.ids[first])]
     masks = hamming_masks(max(1, len(there)), distance)
     i, j, bits = hamming_pairs(hashes[first], masks, distance, first >= rows.ours)
-    return (
-        np.concatenate([same[0], first[i]]),
-        np.concatenate([same[1], first[j]]),
-        np.concatenate([same[2], -bits.astype(np.float32)]),
-    )
+    return joined([same, (first[i], first[j], -bits.astype(np.float32))])
 
 
-def _star(rows: Rows, there: np.ndarray, keys: list[np.ndarray], near: float) -> tuple[Pairs, np.ndarray]:
+def _star(rows: Rows, there: np.ndarray, keys: np.ndarray, near: float) -> tuple[Pairs, np.ndarray]:
     """Connect rows of equal keys to one of them, to one of the reference where there is any; and return these."""
-    order = np.lexsort((rows.ids[there], there < rows.ours, *keys))
-    new = np.zeros(len(order), bool)
-    new[:1] = True
-    for key in keys:
-        new[1:] |= np.diff(key[order]) != 0
-    sorted_ = there[order]
-    first = sorted_[new]
+    order = there[np.lexsort((rows.ids[there], there < rows.ours, keys[there]))]
+    new = np.diff(keys[order], prepend=~keys[order[:1]]) != 0
+    first = order[new]
     centre = first[np.cumsum(new) - 1]
-    edge = (sorted_ != centre) & (sorted_ < rows.ours)
-    return (sorted_[edge], centre[edge], np.full(int(edge.sum()), near, np.float32)), first
+    edge = (order != centre) & (order < rows.ours)
+    return (order[edge], centre[edge], np.full(int(edge.sum()), near, np.float32)), first
 
 
 def hamming_masks(n: int, distance: int) -> list[int]:

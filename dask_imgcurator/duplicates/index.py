@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -26,12 +27,16 @@ from ..engine.backend import Backend, backend_of, local_backend
 from ..engine.pandas import from_arrow
 from ..select.ranks import IDENTITY
 from ..storage import files
-from .cells import assign, default_cells, train
-from .rows import SCHEMA, DedupError, Rows, RowSpec, Source, gather, scratch
+from .cells import assign, train
+from .neighbours import Vectors, blocks, most_similar
+from .rows import SCHEMA, DedupError, Rows, Source, gather
 
 FORMAT = 2
 
 _BLOCK = 65_536
+
+#: By so many rows, and as many most similar to each, it is settled how many cells a search must look into.
+_ASKED, _K, _RECALL = 64, 20, 0.98
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,11 @@ class Part:
     vectors: np.ndarray
     starts: np.ndarray
 
+    @property
+    def cells(self) -> np.ndarray:
+        """Home of each row that has a vector."""
+        return np.repeat(np.arange(len(self.starts) - 1, dtype=np.int32), np.diff(self.starts))
+
 
 class Index:
     """A saved index, opened.
@@ -51,9 +61,9 @@ class Index:
     path : str
         The folder.
     about : dict
-        What ``index.json`` says: ``width``, ``rows``, ``vectors``, ``dtype``, ``cells``, ``seed``, ``columns``, ``provenance``; of
-        one for searches also ``column``, ``files``, ``nprobe`` (cells that a search looks into) and ``recall`` (of the
-        20 rows most similar to a row of the table).
+        What ``index.json`` says: ``width``, ``rows``, ``vectors``, ``dtype``, ``cells``, ``seed``, ``columns``,
+        ``provenance``; ``nprobe`` (cells that a search looks into), ``recall`` (of the 20 rows most similar to a row);
+        of one that `build_search_index` made also ``column`` and ``files``.
     centroids : numpy.ndarray
         (k, d) float32.
     """
@@ -68,36 +78,26 @@ class Index:
         """``shard``, ``key`` and ``sample_offset`` of its rows."""
         return from_arrow(pa.concat_tables([part.rows.select(list(IDENTITY)) for part in self.parts]))
 
-    def check_width(self, width: int) -> None:
-        """Raise DedupError where vectors of that width cannot be compared with the index's."""
+    def check(self, width: int, provenance: Mapping[str, Any] | None) -> None:
+        """Raise DedupError where vectors of that width, or of that origin, cannot be compared with the index's."""
         if width and self.about["width"] and width != self.about["width"]:
             raise DedupError(
                 f"the index {self.path} holds embeddings of {self.about['width']} numbers, the rows have {width}: "
                 "embed them with the same model, or build the index anew"
             )
-
-    def check_origin(self, provenance: Mapping[str, Any] | None) -> None:
-        """Raise DedupError where vectors of that origin cannot be compared with the index's."""
         known = self.about["provenance"]
-        wrong = {n: (known[n], v) for n, v in (provenance or {}).items() if n in known and known[n] != v}
-        if wrong:
-            name, (saved, ours) = next(iter(wrong.items()))
-            raise DedupError(f"the index {self.path} was built with {name} {saved!r}, the rows were made with {ours!r}")
+        for name, ours in (provenance or {}).items():
+            if known.get(name, ours) != ours:
+                raise DedupError(
+                    f"the index {self.path} was built with {name} {known[name]!r}, the rows were made with {ours!r}"
+                )
 
 
 # --- opening --------------------------------------------------------------------------------------
 
 
 def open_index(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Index:
-    """Open an index that `build_index` or `build_search_index` left; a remote one is copied to this machine first.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-    DedupError
-        If it was written by another version of this library.
-    """
+    """Open an index that `build_index` or `build_search_index` left; a remote one is copied to this machine first."""
     folder, options = os.fspath(path), dict(storage_options or {})
     text = files.read_text(files.join(folder, "index.json"), options)
     if text is None:
@@ -107,32 +107,20 @@ def open_index(path: str | os.PathLike[str], storage_options: Mapping[str, Any] 
         raise DedupError(
             f"the index {folder} has format {about.get('format')}; this version reads {FORMAT}: build it anew"
         )
-    local = files.local_path(folder) if files.is_local(folder) else _copy(folder, options)
-    load = partial(np.load, mmap_mode="r")
-    parts = [
-        Part(
-            pa.ipc.open_file(pa.memory_map(str(local / f"{name}.rows.arrow"))).read_all(),
-            load(local / f"{name}.vectors.npy"),
-            load(local / f"{name}.starts.npy"),
-        )
-        for name in map(_part_name, range(about["parts"]))
-    ]
+    local = files.local_path(folder)
+    if not files.is_local(folder):
+        local = Path(tempfile.mkdtemp(prefix="imgcurator-", dir=dask.config.get("temporary-directory", None)))
+        for url in files.list_files(folder, "", options):
+            with files.opened(url, options) as source, (local / url.rpartition("/")[2]).open("wb") as file:
+                shutil.copyfileobj(source, file, 16 << 20)
+    parts = []
+    for name in (str(local / f"part-{number:05d}") for number in range(about["parts"])):
+        rows = pa.ipc.open_file(pa.memory_map(f"{name}.rows.arrow")).read_all()
+        parts.append(Part(rows, np.load(f"{name}.vectors.npy", "r"), np.load(f"{name}.starts.npy")))
     index = Index(folder, about, np.load(local / "centroids.npy"), parts)
     if not files.is_local(folder):
         weakref.finalize(index, shutil.rmtree, local, ignore_errors=True)
     return index
-
-
-def _copy(folder: str, options: Mapping[str, Any]) -> Path:
-    target = scratch()
-    for url in files.list_files(folder, "", options):
-        with files.opened(url, options) as source, (target / url.rpartition("/")[2]).open("wb") as file:
-            shutil.copyfileobj(source, file, 16 << 20)
-    return target
-
-
-def _part_name(number: int) -> str:
-    return f"part-{number:05d}"
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -196,54 +184,16 @@ def build_index(
     before = open_index(folder, options) if append else None
     if before is None and files.exists(files.join(folder, "index.json"), options):
         raise FileExistsError(f"{folder} holds an index already: choose another folder, or pass append=True")
-    names = {"sha256": sha256, "phash": phash, "embedding": embedding}
-    source = source_of(df, {tier: name for tier, name in names.items() if name in df.columns})
-    rows, backend = gather([source]), local_backend(backend_of(df))
+    columns = {"sha256": sha256, "phash": phash, "embedding": embedding}
+    columns = {name: column for name, column in columns.items() if column in df.columns}
+    rows, backend = gather([Source(df, columns)]), local_backend(backend_of(df))
     if before is not None:
-        before.check_width(rows.vectors.width)
-        before.check_origin(provenance)
-        return write_part(rows, folder, before.about, before.centroids, backend.device, options)
-    about = {
-        "format": FORMAT,
-        "width": rows.vectors.width,
-        "dtype": dtype,
-        "seed": seed,
-        "columns": [name for name in names if getattr(source.spec, name) is not None],
-        "provenance": json.loads(json.dumps(dict(provenance or {}))),
-    }
-    return write_part(rows, folder, about, centroids_of(rows, n_cells, seed, backend), backend.device, options)
-
-
-def source_of(
-    df: Any, columns: Mapping[str, str], keep: str | None = None, lowest: bool = False, by_file: bool = False
-) -> Source:
-    """Settle how rows are taken from a frame; `columns` names those of the tiers."""
-    backend_of(df)  # raises for what is no frame
-    there = ", ".join(map(str, df.columns))
-    if "key" not in df.columns:
-        raise ValueError(f"dedup needs the column key (there are: {there})")
-    if not columns:
-        raise ValueError(
-            f"there is no column to find duplicates by: embed adds sha256 and embedding (there are: {there})"
-        )
-    identity = tuple(name for name in IDENTITY if name in df.columns)
-    spec = RowSpec(identity, "status" in df.columns, **columns, keep=keep, lowest=lowest)
-    return Source(df, spec, range(df.npartitions) if by_file else None)
-
-
-def by_id(rows: Rows) -> np.ndarray:
-    """Numbers of the rows that have a vector, sorted by id."""
-    there = np.flatnonzero(rows.vectors.slots >= 0)
-    return there[np.argsort(rows.ids[there], kind="stable")]
-
-
-def centroids_of(rows: Rows, n_cells: int | None, seed: int, backend: Backend) -> np.ndarray:
-    """Centroids of the cells of an index."""
-    there = by_id(rows)
-    if not len(there):
-        return np.zeros((1, rows.vectors.width), np.float32)
-    k = min(n_cells or default_cells(len(there)), len(there))
-    return train(there, rows.vectors, backend, k, seed)
+        before.check(rows.width, provenance)
+        return write_part(rows, folder, before.about, before.centroids, backend, options)
+    made = json.loads(json.dumps(dict(provenance or {})))
+    about = {"dtype": dtype, "seed": seed, "columns": list(columns), "provenance": made}
+    centroids = train(rows, rows.with_vector, backend, n_cells, seed)
+    return write_part(rows, folder, about, centroids, backend, options)
 
 
 def write_part(
@@ -251,44 +201,59 @@ def write_part(
     folder: str,
     about: Mapping[str, Any],
     centroids: np.ndarray,
-    device: str,
+    backend: Backend,
     options: Mapping[str, Any],
 ) -> Index:
     """Add rows to an index, sorted by cell and id; `about` is what ``index.json`` says so far."""
-    there = by_id(rows)
-    cells = assign(there, rows.vectors, centroids, device, 1)[0][:, 0]
+    there, vectors, half = rows.with_vector, Vectors(rows.unit, backend.device), about["dtype"] == "float16"
+    cells = assign(vectors, there, centroids, 1)[0][:, 0]
     order = there[np.argsort(cells, kind="stable")]
-    starts = np.r_[0, np.cumsum(np.bincount(cells, minlength=len(centroids)))]
-    without = np.flatnonzero(rows.vectors.slots < 0)
-    table = rows.table.take(np.r_[order, without])
-    number = about.get("parts", 0)
-    name = files.join(folder, _part_name(number))
-    files.make_folder(folder)
-    with files.write_whole(f"{name}.rows.arrow", options) as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        writer.write_table(table, max_chunksize=_BLOCK)
-    half = about["dtype"] == "float16"
-    with files.write_whole(f"{name}.vectors.npy", options) as file:
-        shape = {"descr": "<f2" if half else "<f4", "fortran_order": False, "shape": (len(order), rows.vectors.width)}
-        np.lib.format.write_array_header_1_0(file, shape)
-        for start in range(0, len(order), _BLOCK):
-            some = order[start : start + _BLOCK]
-            # Halves are of unit length, for the sake of their range; others as they are, for the last bit of a search.
-            file.write(rows.vectors.take(some).astype(np.float16) if half else rows.vectors.raw(some))
-    for target, array in ((f"{name}.starts.npy", starts), (files.join(folder, "centroids.npy"), centroids)):
-        with files.write_whole(target, options) as file:
-            np.save(file, array)
+    table = rows.table.take(np.r_[order, np.flatnonzero(rows.slots < 0)])
     about = {
+        "format": FORMAT,
+        "width": rows.width,
+        **(_searched(vectors, there, cells, centroids) if "nprobe" not in about else {}),
         **about,
         "rows": about.get("rows", 0) + len(table),
         "vectors": about.get("vectors", 0) + len(order),
         "cells": len(centroids),
-        "parts": number + 1,
+        "parts": about.get("parts", 0) + 1,
     }
-    save_about(folder, about, options)
+    name = files.join(folder, f"part-{about['parts'] - 1:05d}")
+    files.make_folder(folder)
+    with files.write_whole(f"{name}.rows.arrow", options) as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        writer.write_table(table, max_chunksize=_BLOCK)
+    with files.write_whole(f"{name}.vectors.npy", options) as file:
+        shape = {"descr": "<f2" if half else "<f4", "fortran_order": False, "shape": (len(order), rows.width)}
+        np.lib.format.write_array_header_1_0(file, shape)
+        for some in blocks(0, len(order), _BLOCK):
+            # Halves are of unit length, for the sake of their range; others as they are, for the last bit of a search.
+            values = rows.unit(order[some]).astype(np.float16) if half else rows.raw(order[some])
+            file.write(values.data)
+    starts = np.r_[0, np.cumsum(np.bincount(cells, minlength=len(centroids)))]
+    for target, array in ((f"{name}.starts.npy", starts), (files.join(folder, "centroids.npy"), centroids)):
+        with files.write_whole(target, options) as file:
+            np.save(file, array)
+    with files.write_whole(files.join(folder, "index.json"), options) as file:
+        file.write(json.dumps(about, indent=1).encode())
     return open_index(folder, options)
 
 
-def save_about(folder: str, about: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Write ``index.json``."""
-    with files.write_whole(files.join(folder, "index.json"), options) as file:
-        file.write(json.dumps(about, indent=1).encode())
+def cell_order(centroids: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """Cells, the nearest to a unit vector first."""
+    return np.argsort((centroids**2).sum(1) - centroids @ (2 * query.astype(np.float32)), kind="stable")
+
+
+def _searched(vectors: Vectors, there: np.ndarray, cells: np.ndarray, centroids: np.ndarray) -> dict[str, Any]:
+    """Settle how many cells a search must look into, and what recall that gives."""
+    asked = there[-_ASKED:]
+    if len(there) < 2:
+        return {"nprobe": 1, "recall": 1.0}
+    _, b, _ = most_similar(asked, there, vectors, _K)
+    # Where a query finds the cell of each of these rows, in the order in which it looks into cells.
+    place = np.stack([np.argsort(cell_order(centroids, query)) for query in vectors[asked].cpu().numpy()])
+    home = np.zeros(there.max() + 1, np.int64)
+    home[there] = cells
+    found = place[np.repeat(np.arange(len(asked)), len(b) // len(asked)), home[b]]
+    nprobe = int(np.quantile(found, _RECALL, method="inverted_cdf")) + 1
+    return {"nprobe": nprobe, "recall": float((found < nprobe).mean())}

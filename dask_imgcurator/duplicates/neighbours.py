@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from dask.system import CPU_COUNT
 
 from ..engine.device import full_float32
-from .components import NO_PAIRS, Forest, Pairs
+from .components import Forest, Pairs
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +30,6 @@ TOLERANCE = 1e-6
 #: Rows on a side of a product, at most.
 BLOCK = 2048
 
-#: Gives the vectors of rows, of unit length.
-Take = Callable[[np.ndarray], np.ndarray]
-
 
 def on_threads(function: Callable[[T], R], items: Iterable[T], device: str) -> Iterator[R]:
     """Apply a function to items, each on one thread, and yield the results in order; on a card one after another."""
@@ -44,34 +41,30 @@ def on_threads(function: Callable[[T], R], items: Iterable[T], device: str) -> I
         return
     before, running = torch.get_num_threads(), deque[Future[R]]()
     with ThreadPoolExecutor(CPU_COUNT, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            for item in items:
-                running.append(pool.submit(function, item))
-                if len(running) > 4 * CPU_COUNT:
-                    yield running.popleft().result()
-            while running:
+        for item in items:
+            running.append(pool.submit(function, item))
+            if len(running) > 4 * CPU_COUNT:
                 yield running.popleft().result()
-        finally:
-            for future in running:
-                future.cancel()
+        while running:
+            yield running.popleft().result()
     torch.set_num_threads(before)  # threads that start later have as many as were set last
 
 
-def blocks(start: int, stop: int) -> list[slice]:
+def blocks(start: int, stop: int, size: int = 0) -> list[slice]:
     """Cut a stretch of rows into blocks."""
-    return [slice(s, min(s + BLOCK, stop)) for s in range(start, stop, BLOCK)]
+    return [slice(s, min(s + (size or BLOCK), stop)) for s in range(start, stop, size or BLOCK)]
 
 
-def nearest(vectors: torch.Tensor, centroids: torch.Tensor, probe: int) -> torch.Tensor:
-    """Return the nearest cells of vectors, the nearest first: (n, probe) int64."""
-    import torch
+class Vectors:
+    """Unit vectors of rows, as tensors on a device."""
 
-    # Squares of the distances, less that of the vector, which is the same for all cells.
-    distances = torch.addmm((centroids**2).sum(1), vectors, centroids.T, alpha=-2)
-    return distances.topk(min(probe, len(centroids)), largest=False).indices
+    def __init__(self, unit: Callable[[np.ndarray], np.ndarray], device: str) -> None:
+        self._unit, self.device = unit, device
 
+    def __getitem__(self, rows: np.ndarray) -> torch.Tensor:
+        import torch
 
-# --- a cell ---------------------------------------------------------------------------------------
+        return torch.from_numpy(self._unit(rows)).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -89,22 +82,17 @@ class Cell:
     def left(self) -> list[slice]:
         """Blocks of rows whose partners are looked for: those that live there, and visitors among the reference."""
         apart = self.homes + self.visitors
-        visiting = blocks(self.homes, apart) if apart < len(self.rows) else []
-        return blocks(0, self.homes) + visiting
+        return blocks(0, self.homes) + (blocks(self.homes, apart) if apart < len(self.rows) else [])
 
 
-def near_pairs(cell: Cell, left: slice, take: Take, device: str, threshold: float) -> Pairs:
+def near_pairs(cell: Cell, left: slice, vectors: Vectors, threshold: float) -> Pairs:
     """Find the pairs of a cosine of at least `threshold` that a block of a cell has, thinned out by a `Forest`."""
     import torch
 
-    def tensor(rows: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(take(rows)).to(device)
-
-    forest = Forest(len(cell.rows))
-    beside = left.start < cell.homes
-    mine = None if beside else tensor(cell.rows[left])
-    for right in blocks(left.start if beside else cell.homes + cell.visitors, len(cell.rows)):
-        theirs = tensor(cell.rows[right])
+    forest, live = Forest(len(cell.rows)), left.start < cell.homes
+    mine = None if live else vectors[cell.rows[left]]
+    for right in blocks(left.start if live else cell.homes + cell.visitors, len(cell.rows)):
+        theirs = vectors[cell.rows[right]]
         mine = theirs[: left.stop - left.start] if mine is None else mine
         cosine = mine @ theirs.T
         if right.start < left.stop:  # each pair once, and no row with itself
@@ -115,8 +103,8 @@ def near_pairs(cell: Cell, left: slice, take: Take, device: str, threshold: floa
     return cell.rows[a], cell.rows[b], near
 
 
-def earlier_pairs(cell: Cell, block: slice, take: Take, device: str, threshold: float) -> Pairs:
-    """Find for each row of a block the most similar one before it, where that cosine is at least `threshold`.
+def earlier_pairs(cell: Cell, block: slice, vectors: Vectors, threshold: float) -> Pairs:
+    """Find for each row that lives there the most similar one before it, where that cosine is at least `threshold`.
 
     The reference stands before all others.
     """
@@ -125,58 +113,42 @@ def earlier_pairs(cell: Cell, block: slice, take: Take, device: str, threshold: 
     order = np.r_[cell.rows[cell.homes + cell.visitors :], cell.rows[: cell.homes]]
     shift = len(order) - cell.homes
     own = slice(block.start + shift, block.stop + shift)
-    mine = torch.from_numpy(take(order[own])).to(device)
-    best = torch.full((len(mine),), -2.0, device=device)
-    where = torch.zeros(len(mine), dtype=torch.int64, device=device)
+    mine = vectors[order[own]]
+    best = torch.full((len(mine),), -2.0, device=mine.device)
+    where = torch.zeros(len(mine), dtype=torch.int64, device=mine.device)
     for before in [*blocks(0, own.start), own]:
-        cosine = torch.from_numpy(take(order[before])).to(device) @ mine.T
+        cosine = vectors[order[before]] @ mine.T
         if before == own:
             cosine.masked_fill_(torch.ones_like(cosine, dtype=torch.bool).tril_(), -2)
         value, index = cosine.max(dim=0)
-        better = value > best
-        best = torch.where(better, value, best)
-        where = torch.where(better, index + before.start, where)
+        where = torch.where(value > best, index + before.start, where)
+        best = torch.maximum(best, value)
     hit = torch.nonzero(best >= threshold)[:, 0]
     return order[own][hit.cpu().numpy()], order[where[hit].cpu().numpy()], best[hit].cpu().numpy()
 
 
-def compare_cells(
-    cells: Iterable[Cell],
-    compare: Callable[[Cell, slice, Take, str, float], Pairs],
-    take: Take,
-    device: str,
-    threshold: float,
-) -> Iterator[Pairs]:
-    """Yield the pairs of all cells, a block at a time."""
-    earlier = compare is earlier_pairs
-    tasks = ((cell, left) for cell in cells for left in (blocks(0, cell.homes) if earlier else cell.left()))
-
-    def work(task: tuple[Cell, slice]) -> Pairs:
-        return compare(*task, take, device, threshold) if len(task[0].rows) > 1 else NO_PAIRS
-
-    return on_threads(work, tasks, device)
-
-
-def cosines(a: np.ndarray, b: np.ndarray, take: Take) -> np.ndarray:
+def cosines(a: np.ndarray, b: np.ndarray, unit: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Cosine of row a[i] and row b[i]: (m,) float32."""
     out = np.empty(len(a), np.float32)
     for some in blocks(0, len(a)):
-        out[some] = np.einsum("ij,ij->i", take(a[some]), take(b[some]))
+        out[some] = np.einsum("ij,ij->i", unit(a[some]), unit(b[some]))
     return out
 
 
-def near_all(asked: np.ndarray, rows: np.ndarray, take: Take, device: str, threshold: float) -> Pairs:
-    """Find all pairs of a row asked and another, of a cosine of at least `threshold`."""
+def most_similar(asked: np.ndarray, rows: np.ndarray, vectors: Vectors, k: int) -> Pairs:
+    """Find the k rows most similar to each row asked, by comparing all."""
     import torch
 
-    queries = torch.from_numpy(take(asked)).to(device)
+    queries = vectors[asked]
 
-    def work(block: slice) -> Any:
-        cosine = queries @ torch.from_numpy(take(rows[block])).to(device).T
-        i, j = torch.nonzero(cosine >= threshold, as_tuple=True)
-        return asked[i.cpu().numpy()], rows[block][j.cpu().numpy()], cosine[i, j].cpu().numpy()
+    def work(block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        cosine = queries @ vectors[rows[block]].T
+        cosine[torch.from_numpy(asked[:, None] == rows[block]).to(cosine.device)] = -2
+        value, at = cosine.topk(min(k, cosine.shape[1]))
+        return value.cpu(), at.cpu() + block.start
 
-    found = [NO_PAIRS, *on_threads(work, blocks(0, len(rows)), device)]
-    a, b, near = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    other = a != b
-    return a[other], b[other], near[other]
+    found = on_threads(work, blocks(0, len(rows), 16_384), vectors.device)
+    value, at = (torch.cat(side, dim=1) for side in zip(*found, strict=True))
+    near, which = value.topk(min(k, len(rows) - 1))
+    partner = rows[at.gather(1, which).numpy()]
+    return np.repeat(asked, near.shape[1]), partner.ravel(), near.numpy().ravel()

@@ -1,22 +1,18 @@
 """Rows as they are compared: numbered, with what tells them apart, what decides who stays, hashes, and vectors.
 
-They are in one place: the light columns in memory (about 100 bytes a row), the vectors in files that are mapped.
+They are in one place: the light columns in memory (about 150 bytes a row), the vectors in files that are mapped.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dask
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -25,10 +21,8 @@ from ..engine.run import stream
 from ..schema import kind_of
 from ..select.ranks import IDENTITY, RandomOrder
 
-if TYPE_CHECKING:
-    from .index import Index
-
-#: What is known of every row. `id` hashes what tells rows apart; the higher the `rank`, the rather a row stays.
+#: What is known of every row. `id` hashes what tells rows apart; the higher the `rank`, the rather a row stays; `file`
+#: is the number of its partition. Text has large offsets, as a column of all rows needs them.
 SCHEMA = pa.schema(
     [
         ("id", pa.uint64()),
@@ -36,9 +30,8 @@ SCHEMA = pa.schema(
         ("key", pa.large_string()),
         ("sample_offset", pa.int64()),
         ("rank", pa.float64()),
+        ("sha256", pa.large_string()),
         ("phash", pa.uint64()),
-        ("sha256_high", pa.uint64()),
-        ("sha256_low", pa.uint64()),
         ("file", pa.int32()),
     ]
 )
@@ -55,40 +48,28 @@ class DedupError(ValueError):
 
 
 @dataclass(frozen=True)
-class RowSpec:
-    """Which columns rows are made of; None where there is none, or its tier was not asked for."""
+class Source:
+    """A frame, and the columns that its rows are made of: of `sha256`, `phash` and `embedding` what there is."""
 
-    identity: tuple[str, ...]
-    status: bool = False
-    sha256: str | None = None
-    phash: str | None = None
-    embedding: str | None = None
+    frame: Any
+    columns: Mapping[str, str]
     keep: str | None = None
     lowest: bool = False
 
+    def __post_init__(self) -> None:
+        backend_of(self.frame)  # raises for what is no frame
+        there = ", ".join(map(str, self.frame.columns))
+        if "key" not in self.frame.columns:
+            raise ValueError(f"dedup needs the column key (there are: {there})")
+        if not self.columns:
+            raise ValueError(
+                f"there is no column to find duplicates by: embed adds sha256 and embedding (there are: {there})"
+            )
+
     @property
-    def light(self) -> list[str]:
-        """All but the vectors."""
-        names = [*self.identity, "status" if self.status else None, self.sha256, self.phash, self.keep]
-        return list(dict.fromkeys(name for name in names if name is not None))
-
-
-@dataclass(frozen=True)
-class Source:
-    """A frame, how rows are taken from it, and the number of the file that each partition is, where it is one."""
-
-    frame: Any
-    spec: RowSpec
-    files: Sequence[int] | None = None
-
-
-@dataclass(frozen=True)
-class Taken:
-    """Rows of a partition that take part; vector i is that of row `at[i]`."""
-
-    rows: pa.Table
-    vectors: np.ndarray
-    at: np.ndarray
+    def identity(self) -> tuple[str, ...]:
+        """Columns that tell its rows apart."""
+        return tuple(name for name in IDENTITY if name in self.frame.columns)
 
 
 # --- out of a partition ---------------------------------------------------------------------------
@@ -99,48 +80,43 @@ def row_ids(table: pa.Table) -> np.ndarray:
     return RandomOrder(tuple(name for name in IDENTITY if name in table.column_names)).keys(table)[0]
 
 
-def taking_part(table: pa.Table) -> np.ndarray:
-    """Which rows are compared: those that have a key and did not fail."""
+def host_rows(frame: Any, columns: Iterable[str | None] = ()) -> tuple[pa.Table, np.ndarray]:
+    """What tells the rows of a partition apart, with other columns; and which rows have a key and did not fail."""
+    names = [*(name for name in (*IDENTITY, "status") if name in frame.columns), *(c for c in columns if c is not None)]
+    table = backend_of(frame).to_host(frame, list(dict.fromkeys(names)))
     mask = table["key"].is_valid()
     if "status" in table.column_names:
         mask = pc.and_(mask, pc.fill_null(pc.equal(table["status"], "ok"), False))
-    return np.asarray(mask.to_numpy(), bool)
+    return table, np.asarray(mask.to_numpy(), bool)
 
 
-def take_rows(frame: Any, spec: RowSpec, only: np.ndarray | None = None) -> Taken:
-    """Take the rows out of a partition; `only` are sorted ids of those that are wanted."""
-    backend = backend_of(frame)
-    table = backend.to_host(frame, spec.light)
-    ids, chosen = row_ids(table.select(spec.identity)), taking_part(table)
-    if only is not None:
-        chosen &= is_in(ids, only)
-    n = len(table)
-    columns = {
-        "id": ids,
-        "shard": text(table["shard"]) if "shard" in spec.identity else [""] * n,
-        "key": text(table["key"]),
-        "sample_offset": table["sample_offset"] if "sample_offset" in spec.identity else np.zeros(n, np.int64),
-        "rank": pa.nulls(n) if spec.keep is None else _rank(table[spec.keep], spec.keep, spec.lowest),
-        "phash": pa.nulls(n) if spec.phash is None else _hashes(table[spec.phash], spec.phash),
-        **dict(zip(("sha256_high", "sha256_low"), _digests(table, spec.sha256), strict=True)),
-        "file": pa.nulls(n),
-    }
-    arrays = [pa.array(c) if not isinstance(c, pa.ChunkedArray) else c for c in columns.values()]
-    rows = pa.table([a.cast(f.type) for a, f in zip(arrays, SCHEMA, strict=True)], schema=SCHEMA)
-    vectors, at = _vectors(frame, spec.embedding, chosen, backend)
-    return Taken(rows.filter(pa.array(chosen)), vectors, at)
-
-
-def take_file_rows(frame: Any, file: int, spec: RowSpec, only: np.ndarray | None = None) -> Taken:
-    """Take the rows out of a partition that is a file of that number."""
-    taken = take_rows(frame, spec, only)
-    numbers = pa.array(np.full(len(taken.rows), file, np.int32))
-    return Taken(taken.rows.set_column(len(SCHEMA) - 1, SCHEMA.field("file"), numbers), taken.vectors, taken.at)
+def take_rows(
+    frame: Any, columns: Mapping[str, str], keep: str | None, lowest: bool
+) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+    """Take the rows that are compared out of a partition, vectors that have a direction, and the rows' numbers."""
+    sha256, phash, embedding = (columns.get(name) for name in ("sha256", "phash", "embedding"))
+    table, chosen = host_rows(frame, [sha256, phash, keep])
+    there, n = table.column_names, len(table)
+    found = [
+        row_ids(table),
+        text(table["shard"]).fill_null("") if "shard" in there else [""] * n,
+        text(table["key"]),
+        table["sample_offset"] if "sample_offset" in there else np.zeros(n, np.int64),
+        pa.nulls(n) if keep is None else _rank(table[keep], keep, lowest),
+        pa.nulls(n) if sha256 is None else text(table[sha256]),
+        pa.nulls(n) if phash is None else _hashes(table[phash], phash),
+        pa.nulls(n),
+    ]
+    arrays = [
+        (c if isinstance(c, pa.ChunkedArray) else pa.array(c)).cast(f.type) for c, f in zip(found, SCHEMA, strict=True)
+    ]
+    rows = pa.table(arrays, schema=SCHEMA).filter(pa.array(chosen))
+    return rows, *_vectors(frame, embedding, chosen, backend_of(frame))
 
 
 def text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text of a column; of large offsets, as a column of all rows needs them."""
-    return column.cast(pa.string()).cast(pa.large_string()).fill_null("")
+    """A column as text; categories as what they stand for."""
+    return column.cast(pa.string()).cast(pa.large_string())
 
 
 def _rank(values: pa.ChunkedArray, name: str, lowest: bool) -> np.ndarray:
@@ -152,22 +128,12 @@ def _rank(values: pa.ChunkedArray, name: str, lowest: bool) -> np.ndarray:
     return -found if lowest else found
 
 
-def _digests(table: pa.Table, name: str | None) -> list[pa.Array]:
-    """Two hashes of ``sha256``, together 128 bits: no two texts of a set share them."""
-    if name is None:
-        return [pa.nulls(len(table)), pa.nulls(len(table))]
-    texts = text(table[name]).to_numpy().astype(object)
-    missing = ~table[name].is_valid().to_numpy()
-    salts = "dask-imgcurator0", "dask-imgcurator1"
-    return [pa.array(pd.util.hash_array(texts, hash_key=salt, categorize=False), mask=missing) for salt in salts]
-
-
 def _hashes(values: pa.ChunkedArray, name: str) -> pa.Array:
     """Perceptual hashes; null where there is none that tells something."""
     missing = values.is_null().to_numpy()
     out = np.zeros(len(values), np.uint64)
     if pa.types.is_integer(values.type):
-        out[~missing] = values.drop_null().to_numpy().astype(np.uint64, casting="unsafe")
+        out[~missing] = values.drop_null().to_numpy().astype(np.uint64)
     elif kind_of(values.type) == "string":
         texts = values.drop_null().to_pylist()
         wrong = next((t for t in texts if len(t) != 16 or set(t) - set("0123456789abcdefABCDEF")), None)
@@ -184,15 +150,9 @@ def _hashes(values: pa.ChunkedArray, name: str) -> pa.Array:
 
 
 def _vectors(frame: Any, name: str | None, chosen: np.ndarray, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors that have a direction, as they are, and where their rows stand among those that are chosen."""
     import torch
 
-    none = np.empty((0, 0), np.float32), np.empty(0, np.int64)
-    if name is None:
-        return none
-    values, at = backend.matrix(frame[name])
-    if not len(at):
-        return none
+    values, at = (torch.empty((0, 0)), np.empty(0, np.int64)) if name is None else backend.matrix(frame[name])
     norms = values.norm(dim=1)
     usable = (torch.isfinite(norms) & (norms > 0)).cpu().numpy() & chosen[at]
     return values.cpu().numpy()[usable], (np.cumsum(chosen) - 1)[at[usable]]
@@ -202,148 +162,121 @@ def is_in(ids: np.ndarray, those: np.ndarray) -> np.ndarray:
     """Whether each id is one of sorted ids: (n,) bool."""
     if not len(those):
         return np.zeros(len(ids), bool)
-    at = np.minimum(np.searchsorted(those, ids), len(those) - 1)
-    return np.asarray(those[at] == ids)
+    return np.asarray(those[np.minimum(np.searchsorted(those, ids), len(those) - 1)] == ids)
 
 
 # --- in one place ---------------------------------------------------------------------------------
 
 
-class Vectors:
-    """Vectors of numbered rows, in arrays that are files as a rule.
+class Rows:
+    """Rows by number: the first `ours` are of the frame, the others of the reference.
 
     `slots` says where the vector of each row lies in `pieces`, counted through them; -1 where it has none.
     """
 
-    def __init__(self, width: int, slots: np.ndarray, pieces: Sequence[np.ndarray]) -> None:
-        self.width, self.slots, self.pieces = width, slots, pieces
+    def __init__(self, table: pa.Table, ours: int, width: int, slots: np.ndarray, pieces: Sequence[np.ndarray]) -> None:
+        self.table, self.ours, self.width, self.slots, self.pieces = table, ours, width, slots, pieces
         self._ends = np.cumsum([len(piece) for piece in pieces])
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """(n,) uint64."""
+        return np.asarray(self.table["id"].to_numpy())
+
+    @cached_property
+    def with_vector(self) -> np.ndarray:
+        """Numbers of the rows that have a vector, sorted by id: any stretch of them is a random sample."""
+        there = np.flatnonzero(self.slots >= 0)
+        return there[np.argsort(self.ids[there], kind="stable")]
+
+    def records(self, rows: np.ndarray) -> pa.Table:
+        """What is known of some rows, and whether they are of the reference (``ref``)."""
+        return self.table.take(rows).append_column("ref", pa.array(rows >= self.ours))
 
     def raw(self, rows: np.ndarray) -> np.ndarray:
         """Vectors of some rows, as they are: (m, width) float32."""
-        slots = self.slots[rows]
-        if len(self.pieces) == 1:
-            return self.pieces[0].take(slots, axis=0).astype(np.float32, copy=False)
-        out = np.empty((len(slots), self.width), np.float32)
+        slots, out = self.slots[rows], np.empty((len(rows), self.width), np.float32)
         which = np.searchsorted(self._ends, slots, "right")
         for number, (piece, end) in enumerate(zip(self.pieces, self._ends, strict=True)):
-            here = which == number
+            here = slice(None) if len(self.pieces) == 1 else which == number
             out[here] = piece.take(slots[here] - end + len(piece), axis=0)
         return out
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
+    def unit(self, rows: np.ndarray) -> np.ndarray:
         """Vectors of some rows, of unit length."""
         out = self.raw(rows)
         out /= np.sqrt(np.einsum("ij,ij->i", out, out))[:, None]
         return out
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows by number: the first `ours` are of the frame, the others of the reference."""
-
-    table: pa.Table
-    ours: int
-    vectors: Vectors
-
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    @cached_property
-    def ids(self) -> np.ndarray:
-        """(n,) uint64."""
-        return self.numbers("id")
-
-    def numbers(self, column: str) -> np.ndarray:
-        """A column of numbers; 0 for null."""
-        return np.asarray(self.table[column].fill_null(0).to_numpy())
-
-    def take(self, rows: np.ndarray) -> pa.Table:
-        """What is known of some rows, and whether they are of the reference (``ref``)."""
-        return self.table.take(rows).append_column("ref", pa.array(rows >= self.ours))
+    def joined(self, parts: Sequence[tuple[pa.Table, np.ndarray]], width: int) -> Rows:
+        """Add rows of the reference, of which the first have vectors."""
+        tables, slots, stored = [self.table], [self.slots], sum(len(piece) for piece in self.pieces)
+        for table, vectors in parts:
+            tables.append(of_reference(table))
+            slots.append(np.where(np.arange(len(table)) < len(vectors), np.arange(len(table)) + stored, -1))
+            stored += len(vectors)
+        pieces = [*self.pieces, *(vectors for _, vectors in parts)]
+        return Rows(pa.concat_tables(tables), self.ours, self.width or width, np.concatenate(slots), pieces)
 
 
-def gather(sources: Sequence[Source], index: Index | None = None, only: np.ndarray | None = None) -> Rows:
-    """Bring the rows of frames here, in one pass over each, and those of an index.
+def gather(sources: Sequence[Source]) -> Rows:
+    """Bring the rows of frames here, in one pass over each; those of all but the first are of the reference.
 
-    All but those of the first source are of the reference. The vectors' file is in Dask's ``temporary-directory``, and
-    goes when what is returned is forgotten.
+    Their vectors are in a file in Dask's ``temporary-directory``, without a name, so that it goes when they do.
     """
-    folder = scratch()
-    tables, slots, stored, ours, widths = [SCHEMA.empty_table()], [np.empty(0, np.int64)], 0, 0, []
-    with (folder / "vectors").open("wb") as file:
-        for number, source in enumerate(sources):
+    tables, slots, ours, stored, widths = [SCHEMA.empty_table()], [np.empty(0, np.int64)], 0, 0, []
+    with tempfile.TemporaryFile(prefix="imgcurator-", dir=dask.config.get("temporary-directory", None)) as file:
+        for source in sources:
             found: set[int] = set()
-            for taken in _partitions(source, only):
-                tables.append(_of_reference(taken.rows) if number else taken.rows)
-                own = np.full(len(taken.rows), -1, np.int64)
-                own[taken.at] = stored + np.arange(len(taken.at))
+            names = [*source.identity, "status", source.keep, *source.columns.values()]
+            frame = source.frame[[name for name in source.frame.columns if name in names]]
+            partitions = stream(frame, take_rows, source.columns, source.keep, source.lowest)
+            for number, (rows, vectors, at) in enumerate(partitions):
+                rows = rows.set_column(
+                    len(SCHEMA) - 1, SCHEMA.field("file"), pa.array([number] * len(rows), pa.int32())
+                )
+                tables.append(rows if source is sources[0] else of_reference(rows))
+                own = np.full(len(rows), -1, np.int64)
+                own[at] = stored + np.arange(len(at))
                 slots.append(own)
-                if len(taken.at):
-                    file.write(np.ascontiguousarray(taken.vectors, np.float32))
-                    stored += len(taken.at)
-                    found.add(taken.vectors.shape[1])
-                ours += 0 if number else len(taken.rows)
-            widths.append((source.spec.embedding, sorted(found)))
-    width = _one_width(widths)
-    if index is not None:
-        index.check_width(width)
-        width = width or index.about["width"]
-    pieces = [np.memmap(folder / "vectors", np.float32, "r", shape=(stored, width))] if stored else []
-    for part in index.parts if index is not None else []:
-        tables.append(_of_reference(part.rows))
-        own = np.arange(stored, stored + len(part.rows))
-        own[len(part.vectors) :] = -1
-        slots.append(own)
-        pieces += [part.vectors] * (len(part.vectors) > 0)
-        stored += len(part.vectors)
-    pieces = [np.asarray(piece) for piece in pieces] or [np.empty((0, width), np.float32)]
-    rows = Rows(pa.concat_tables(tables), ours, Vectors(width, np.concatenate(slots), pieces))
-    weakref.finalize(rows, shutil.rmtree, folder, ignore_errors=True)
+                file.write(np.ascontiguousarray(vectors, np.float32).data)
+                found |= {vectors.shape[1]} if len(at) else set()
+                stored += len(at)
+                ours += len(rows) if source is sources[0] else 0
+            if len(found) > 1:
+                raise DedupError(
+                    f"column {source.columns['embedding']!r} holds vectors of different lengths: {sorted(found)}"
+                )
+            widths.append(next(iter(found), 0))
+        if len(set(widths) - {0}) > 1:
+            raise DedupError(
+                f"the embeddings have {widths[0]} numbers, those of the reference (against=) {widths[1]}: "
+                "embed both with the same model"
+            )
+        file.flush()
+        shape = stored, max(widths)
+        vectors = np.memmap(file, np.float32, "r", shape=shape) if stored else np.empty(shape, np.float32)
+    rows = Rows(pa.concat_tables(tables), ours, max(widths), np.concatenate(slots), [np.asarray(vectors)])
     _check_unique(rows)
     return rows
 
 
-def scratch() -> Path:
-    """Make a folder for temporary files."""
-    return Path(tempfile.mkdtemp(prefix="imgcurator-", dir=dask.config.get("temporary-directory", None)))
-
-
-def _partitions(source: Source, only: np.ndarray | None) -> Any:
-    spec = source.spec
-    names = list(dict.fromkeys([*spec.light, *([spec.embedding] if spec.embedding else [])]))
-    function: Callable[..., Taken] = take_rows if source.files is None else take_file_rows
-    return stream(source.frame[names], function, spec, only, each=source.files)
-
-
-def _of_reference(table: pa.Table) -> pa.Table:
+def of_reference(table: pa.Table) -> pa.Table:
+    """Rows as those of a reference: none of them is one of ours, and none is better than another."""
     ids = pa.array(table["id"].to_numpy() ^ _OF_REFERENCE)
-    table = table.set_column(0, "id", ids).set_column(4, "rank", pa.nulls(len(table), pa.float64()))
-    return table.select(SCHEMA.names).cast(SCHEMA)
-
-
-def _one_width(found: Sequence[tuple[str | None, list[int]]]) -> int:
-    for name, widths in found:
-        if len(widths) > 1:
-            raise DedupError(f"column {name!r} holds vectors of different lengths: {widths}")
-    ours, theirs = found[0][1], [width for _, widths in found[1:] for width in widths]
-    if ours and theirs and ours[0] != theirs[0]:
-        raise DedupError(
-            f"the embeddings have {ours[0]} numbers, those of the reference (against=) {theirs[0]}: "
-            "embed both with the same model"
-        )
-    return next(iter([*ours, *theirs]), 0)
+    return table.set_column(0, "id", ids).set_column(4, "rank", pa.nulls(len(table), pa.float64())).cast(SCHEMA)
 
 
 def _check_unique(rows: Rows) -> None:
     """Complain of rows that cannot be told apart: one would be dropped as the other's duplicate, or both."""
     ids = rows.ids[: rows.ours]
     order = np.argsort(ids, kind="stable")
-    again = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
-    for at in again.tolist():
-        # Of billions of rows, two may share a hash.
+    for at in np.flatnonzero(ids[order[1:]] == ids[order[:-1]]).tolist():
         one, other = rows.table.select(list(IDENTITY)).take(order[at : at + 2]).to_pylist()
-        if one == other:
+        if one == other:  # of billions of rows, two may share a hash
             raise DedupError(
                 f"two rows have shard {one['shard']!r}, key {one['key']!r} and sample_offset {one['sample_offset']}: "
                 "a row is known by these. Drop rows that are there twice, or keep the columns shard and sample_offset"

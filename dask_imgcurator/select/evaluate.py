@@ -254,7 +254,7 @@ class Evaluator:
             items = [scalar.as_py() for scalar in scalars if scalar.type == value.type]  # no other can be found
             items += [-item for item in items if item == 0]  # -0.0, which Arrow would not find by 0.0
         among = pc.is_in(value, value_set=pa.array(items, value.type))
-        return _null_where(pc.is_null(value), among) if value.null_count else among
+        return _null_where(pc.is_null(value), among)
 
     def rounded(self, value: Any, beside: ast.expr) -> Any:
         """Round a number to the type of the column beside it, where that has a value for it; else make it a float64."""
@@ -295,7 +295,8 @@ def _float64(value: Any) -> Any:
 
 
 def _null_where(condition: Any, values: Any) -> Any:
-    return pc.if_else(condition, pa.scalar(None, values.type), values)
+    # The question costs little, the answer is mostly no.
+    return pc.if_else(condition, pa.scalar(None, values.type), values) if pc.any(condition).as_py() else values
 
 
 def _without_nan(values: Any) -> Any:

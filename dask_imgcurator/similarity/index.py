@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ..duplicates.index import FORMAT, Index, centroids_of, open_index, save_about, source_of, write_part
-from ..duplicates.rows import DedupError, gather, is_in, row_ids
+from ..duplicates.cells import train
+from ..duplicates.index import Index, cell_order, open_index, write_part
+from ..duplicates.rows import DedupError, Source, gather, is_in, row_ids
 from ..engine.backend import get_backend
 from ..select.ranks import IDENTITY
 from ..steps.read import URLPath
@@ -26,12 +27,6 @@ from ..storage import files
 from ..storage.urls import fingerprint
 from .queries import table_provenance
 from .scan import RowScan, SearchError, eligible, fetch, near, similarity
-
-#: Recall is measured with so many rows as queries, of so many rows most similar to each, and brought to this.
-_QUERIES, _K, _RECALL = 64, 20, 0.98
-
-
-# --- opening --------------------------------------------------------------------------------------
 
 
 def _versions(urls: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -42,30 +37,28 @@ def open_search_index(
     folder: str | os.PathLike[str], urls: Sequence[str], column: str, storage_options: Mapping[str, Any]
 ) -> Index:
     """Open an index for the table, of these files in order, that it was built of."""
-    anew = f"the index {os.fspath(folder)} cannot be used: %s. Build it anew (build_search_index, --build-index)"
+    name = os.fspath(folder)
     try:
-        index = open_index(folder)
+        index = open_index(name)
     except FileNotFoundError as err:
         raise FileNotFoundError(
-            f"no index for searches at {os.fspath(folder)}: make one with build_search_index (--build-index)"
+            f"no index for searches at {name}: make one with build_search_index (--build-index)"
         ) from err
     except DedupError as err:
-        raise SearchError(anew % err) from err
-    about = index.about
-    if "nprobe" not in about or about["parts"] != 1:
-        raise SearchError(anew % "it is one of rows for dedup, and no index for searches in a score table")
-    if about["column"] != column:
-        raise SearchError(anew % f"it was built of column {about['column']!r}, not of {column!r}")
-    now = _versions(urls, storage_options)
-    if len(about["files"]) != len(now):
-        raise SearchError(anew % f"it was built of {len(about['files'])} files, the table has {len(now)}")
-    changed = next((url for url, a, b in zip(urls, about["files"], now, strict=True) if a != b), None)
-    if changed is not None:
-        raise SearchError(anew % f"{changed} was written or changed after it was built")
-    return index
-
-
-# --- building -------------------------------------------------------------------------------------
+        raise SearchError(f"{err} (build_search_index, --build-index)") from err
+    built, now = index.about.get("files", []), _versions(urls, storage_options)
+    changed = [url for url, was, is_ in zip(urls, built, now, strict=False) if was != is_]
+    if not built or len(index.parts) > 1:
+        problem = "it is one of rows for dedup, and not of the files of a table"
+    elif index.about["column"] != column:
+        problem = f"it was built of column {index.about['column']!r}, not of {column!r}"
+    elif len(built) != len(now):
+        problem = f"it was built of {len(built)} files, the table has {len(now)}"
+    elif changed:
+        problem = f"{changed[0]} was written or changed after it was built"
+    else:
+        return index
+    raise SearchError(f"the index {name} cannot be used: {problem}. Build it anew (build_search_index, --build-index)")
 
 
 def build_search_index(
@@ -123,67 +116,18 @@ def build_search_index(
     names = file_schema(urls[0], options).names
     if column not in names:
         raise SearchError(f"{urls[0]} has no column {column!r} of embeddings (there are: {', '.join(names)})")
-    columns = {"embedding": column, **{name: name for name in ("sha256", "phash") if name in names}}
+    columns = {name: name for name in ("sha256", "phash") if name in names} | {"embedding": column}
     try:
-        rows = gather([source_of(scores_from_files(urls, options, "pandas"), columns, by_file=True)])
+        rows = gather([Source(scores_from_files(urls, options, "pandas"), columns)])
     except DedupError as err:
         raise SearchError(f"{err} (index what one model has embedded)") from err
-    if not rows.vectors.width:
+    if not rows.width:
         raise SearchError(f"no row of the table has a vector in column {column!r}: there is nothing to find")
-    about = {
-        "format": FORMAT,
-        "width": rows.vectors.width,
-        "dtype": "float32",
-        "seed": 0,
-        "columns": sorted(columns),
-        "provenance": made.get("encoder", {}),
-        "column": column,
-        "files": before,
-    }
+    about = {"dtype": "float32", "seed": 0, "columns": list(columns), "provenance": made.get("encoder", {})}
     files.remove(there)
     backend = get_backend("pandas")
-    index = write_part(rows, path, about, centroids_of(rows, None, 0, backend), backend.device, {})
-    index.about["nprobe"], index.about["recall"] = _measure(index)
-    save_about(path, index.about, {})
-    return index
-
-
-def _measure(index: Index) -> tuple[int, float]:
-    """Find how many cells a search must look into, and what recall that gives."""
-    (part,) = index.parts
-    n = len(part.vectors)
-    asked = np.argsort(part.rows["id"].to_numpy()[:n])[:_QUERIES]  # ids are random
-    queries = _unit(part.vectors[asked])
-    best, at = np.full((len(asked), 1), -np.inf, np.float32), np.zeros((len(asked), 1), np.int64)
-    for start in range(0, n, 65_536):
-        cosine = queries @ _unit(part.vectors[start : start + 65_536]).T
-        own = asked - start
-        inside = np.flatnonzero((own >= 0) & (own < cosine.shape[1]))
-        cosine[inside, own[inside]] = -np.inf
-        best = np.concatenate([best, cosine], axis=1)
-        at = np.concatenate([at, np.broadcast_to(np.arange(start, start + cosine.shape[1]), cosine.shape)], axis=1)
-        first = np.argpartition(-best, min(_K, best.shape[1] - 1), axis=1)[:, :_K]
-        best, at = np.take_along_axis(best, first, 1), np.take_along_axis(at, first, 1)
-    # Where a query finds the cell of each of these rows, in the order in which it looks into cells.
-    query, found = np.nonzero(np.isfinite(best))
-    cells = np.searchsorted(part.starts, at[query, found], "right") - 1
-    place = np.argsort(np.stack([cell_order(index, q) for q in queries]), axis=1)[query, cells]
-    if not len(place):
-        return 1, 1.0
-    nprobe = int(np.quantile(place, _RECALL, method="inverted_cdf")) + 1
-    return nprobe, float((place < nprobe).mean())
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-# --- searching ------------------------------------------------------------------------------------
-
-
-def cell_order(index: Index, query: np.ndarray) -> np.ndarray:
-    """Cells, the nearest to a query first."""
-    return np.argsort((index.centroids**2).sum(1) - index.centroids @ (2 * query.astype(np.float32)), kind="stable")
+    centroids = train(rows, rows.with_vector, backend, None, 0)
+    return write_part(rows, path, {**about, "column": column, "files": before}, centroids, backend, {})
 
 
 def takes(frame: Any, scan: RowScan) -> np.ndarray:
@@ -206,7 +150,7 @@ def best_of_index(index: Index, scan: RowScan, queries: np.ndarray, allowed: np.
     probed = min(len(counts), round(index.about["nprobe"] * n / total) + (allowed is not None)) if total else 0
     found = []
     for number, query in enumerate(queries):
-        order = cell_order(index, query)
+        order = cell_order(index.centroids, query)
         enough = int(np.searchsorted(np.cumsum(counts[order]), min(scan.k, total))) + 1
         cells = np.sort(order[: max(probed, enough) if total else 0])
         rows = np.concatenate([np.empty(0, np.int64), *(np.arange(*part.starts[c : c + 2]) for c in cells)])

@@ -71,7 +71,6 @@ FURTHER: Mapping[str, tuple[str, ...]] = {
         "Deduplicated",
         "Duplicates",
         "duplicates.Index",
-        "SearchIndex",
         "Exported",
         "Compared",
         "Monitor",
