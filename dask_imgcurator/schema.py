@@ -143,7 +143,9 @@ def columns_of(*steps: Step) -> list[Column]:
 
 
 def kind_of(type_: pa.DataType) -> Kind:
-    """Return how an Arrow type behaves in an expression."""
+    """Return how an Arrow type behaves in an expression; of dictionary-encoded values, as those do."""
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
     if pa.types.is_boolean(type_):
         return "boolean"
     if pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_decimal(type_):
@@ -155,15 +157,13 @@ def kind_of(type_: pa.DataType) -> Kind:
     return "other"
 
 
-def kinds_of_schema(schema: pa.Schema) -> dict[str, Kind]:
-    """Kind of each column of a table, as `filters.parse_where` wants it."""
-    return {field.name: kind_of(field.type) for field in schema}
+def kinds_of_schema(schema: pa.Schema) -> dict[str, str]:
+    """Kind of each column of a table, as `parse_where` wants it; a column of nulls may be of any."""
+    return {field.name: "unknown" if pa.types.is_null(field.type) else kind_of(field.type) for field in schema}
 
 
 def is_ours(name: str, type_: pa.DataType) -> bool:
     """Whether a column is one of the table: a user's own of the same name may be of another kind."""
-    if pa.types.is_dictionary(type_):
-        type_ = type_.value_type
     return name in COLUMNS and (pa.types.is_null(type_) or kind_of(type_) == kind_of(COLUMNS[name].type))
 
 

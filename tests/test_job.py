@@ -276,7 +276,7 @@ def test_missing_head_weights_stop_the_run_with_a_remedy(made: SampleShards, cli
 def test_choose_heads_by_model() -> None:
     monitor = Monitor()
     names = {
-        model: [u.head for u in planning.choose_heads(model, "openai", "auto", "auto", None, monitor)]
+        model: [u.head for u in planning.choose_heads(model, "openai", planning.ScoreOptions(), monitor)]
         for model in ("ViT-L-14", "ViT-B-32", "ViT-B-16", "starter")
     }
     assert names == {
@@ -286,7 +286,8 @@ def test_choose_heads_by_model() -> None:
         "starter": ["aesthetic-starter", "nsfw-starter"],
     }
     assert any("ViT-B-16" in note for note in monitor.notes)
-    assert planning.choose_heads("ViT-L-14", "openai", "none", "none", None, monitor) == ()
+    none = planning.ScoreOptions(aesthetic_head="none", nsfw_head="none")
+    assert planning.choose_heads("ViT-L-14", "openai", none, monitor) == ()
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------

@@ -146,10 +146,6 @@ def describe(plan: ScorePlan) -> dict[str, Any]:
 DEFAULT_MODEL = ("ViT-L-14", "openai")
 
 
-#: The heads that were trained on each of OpenAI's models, by the beginning of open_clip's name.
-_HEADS_OF = {"ViT-L-14": "l14", "ViT-B-32": "b32", "ViT-B-16": "b16"}
-
-
 def choose_model(model: str | None, pretrained: str | None, monitor: Monitor) -> tuple[str, str | None]:
     """Settle the model: the one asked for, or the default where its weights can be had, or the starter."""
     if model is not None:
@@ -209,40 +205,25 @@ def _can_have(model: str, tag: str) -> bool:
 
 
 def choose_heads(model: str, pretrained: str | None, options: ScoreOptions, monitor: Monitor) -> tuple[HeadUse, ...]:
-    """Settle which heads a model's embeddings go through.
-
-    ``auto`` takes the head that was trained on the model: an embedding's width alone would give B/16 the heads of
-    B/32, and any other model of that width heads that mean nothing for it.
-    """
-    family = next((f for name, f in _HEADS_OF.items() if model == name or model.startswith(f"{name}-quickgelu")), None)
+    """Settle which heads a model's embeddings go through; ``auto`` takes the one that was trained on the model."""
     uses = []
     weights_dir = weights.resolve_dir(options.weights_dir)
-    for kind, asked in (("aesthetic", options.aesthetic_head), ("nsfw", options.nsfw_head)):
-        head = asked
+    asked_for: dict[heads.Kind, str] = {"aesthetic": options.aesthetic_head, "nsfw": options.nsfw_head}
+    for kind, asked in asked_for.items():
         if asked == "none":
             continue
-        if asked == "auto":
-            if model == "starter":
-                head = f"{kind}-starter"
-            else:
-                fitting = [h.name for h in heads.HEADS.values() if h.kind == kind and h.name.endswith(f"-{family}")]
-                # v2 before v1.
-                head = max(fitting, default="")
-                if not head:
-                    monitor.note(
-                        f"No {kind} head was trained on {model}: no {kind}_score "
-                        f"(--{kind}-head NAME takes one all the same)."
-                    )
-                    continue
-        else:
-            spec = heads.HEADS.get(head)
-            heads.resolve(kind, head, spec.width if spec else 0)  # type: ignore[arg-type]
+        spec = heads.for_model(kind, model) if asked == "auto" else heads.named(kind, asked)
+        if spec is None:
+            monitor.note(
+                f"No {kind} head was trained on {model}: no {kind}_score (--{kind}-head NAME takes one all the same)."
+            )
+            continue
         if model != "starter" and pretrained != "openai" and not str(pretrained).startswith("random"):
             monitor.note(
-                f"The head {head} was trained on OpenAI's weights; "
+                f"The head {spec.name} was trained on OpenAI's weights; "
                 f"with {model} ({pretrained}) its scores are on another scale."
             )
-        uses.append(HeadUse(kind, head, "embedding", weights_dir, "float16" if kind == "nsfw" else None))  # type: ignore[arg-type]
+        uses.append(HeadUse(kind, spec.name, "embedding", weights_dir, spec.round_to))
     return tuple(uses)
 
 

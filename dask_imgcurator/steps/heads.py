@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class HeadUse:
     """Which published head is applied to which column; `round_to` as for `models.heads.load_head`."""
 
-    kind: Literal["aesthetic", "nsfw"]
+    kind: heads.Kind
     head: str = "auto"
     embedding: str = "embedding"
     weights_dir: str | None = None
@@ -133,9 +133,7 @@ def _score(df: Any, use: HeadUse) -> Any:
     require_columns(df, [use.embedding], f"score_{use.kind}", "make it with embed, or name yours with embedding=")
     refuse_text(df, use.embedding)
     if use.head != "auto":
-        # A wrong name is told at once, not by a worker. Its own width fits it.
-        spec = heads.HEADS.get(use.head)
-        heads.resolve(use.kind, use.head, spec.width if spec else 0)
+        heads.named(use.kind, use.head)  # a wrong name is told at once, not by a worker
     return apply_step(df, score_partition, use, arrow_schema([use.column]))
 
 
