@@ -117,19 +117,19 @@ def search(
         model=model,
         pretrained=pretrained,
     )
-    answer = find(scores, asked, storage_options, backend, client, monitor)
+    found, queries, made = find(scores, asked, storage_options, backend, client, monitor)
     if html is not None:
-        encoder = answer.made.get("encoder", {})
+        encoder = made.get("encoder", {})
         answers = Answers(
-            answer.found,
-            answer.queries,
+            found,
+            queries,
             _title(scores),
             model_notes(encoder.get("model"), encoder.get("pretrained")),
-            {number: query.own for number, query in enumerate(answer.queries) if query.own is not None},
-            upright=bool(answer.made.get("decode", {}).get("adjust_orientation")),
+            {number: query.own for number, query in enumerate(queries) if query.own is not None},
+            upright=bool(made.get("decode", {}).get("adjust_orientation")),
         )
         write_search_page(html, answers, storage_options if source_options is None else source_options, storage_options)
-    return answer.found
+    return found
 
 
 def _listed(value: Any) -> list[Any]:

@@ -21,11 +21,6 @@ from ..steps.score_table import file_provenance
 from ..storage import files
 from .scan import SearchError, unit
 
-_UNKNOWN = (
-    "nothing tells which model made the embeddings (a score table of `score` or `curate` does, read from its files): "
-    "name it, as model= and pretrained= (--model, --pretrained)"
-)
-
 #: What tells one set of weights from another; a tag or name counts only where no hash does.
 _WEIGHTS = ("weights_sha256", "backbone_sha256", "starter_sha256")
 _NAMES = ("model", "pretrained", *_WEIGHTS)
@@ -71,7 +66,10 @@ def table_encoder(made: Mapping[str, Any], model: str | None = None, pretrained:
     recorded = made.get("encoder", {})
     name = model or recorded.get("model")
     if name is None:
-        raise SearchError(_UNKNOWN)
+        raise SearchError(
+            "nothing tells which model made the embeddings (a score table of `score` or `curate` does, read from its "
+            "files): name it, as model= and pretrained= (--model, --pretrained)"
+        )
     same = name.replace("/", "-") == str(recorded.get("model", "")).replace("/", "-")
     weights = pretrained or (recorded.get("pretrained") if same else None) or None
     try:
@@ -123,31 +121,9 @@ def image_queries(
     """Embed image files, on the very way that the table's rows went: an image file is a shard of one image."""
     names = [str(files.local_path(u)) if files.is_local(u) else u for u in [os.fspath(url) for url in urls]]
     _loaded(spec, made, backend.device)
-    rows = pa.table(
-        {
-            "shard": pa.array(names, pa.string()),
-            "offset": pa.array([0] * len(names), pa.int64()),
-            "nbytes": pa.array([_size(name, storage_options) for name in names], pa.int64()),
-            "status": pa.array(["ok"] * len(names), pa.string()),
-            "error_message": pa.nulls(len(names), pa.string()),
-        }
-    )
-    done = embed_partition(backend.from_arrow(rows), _embed_spec(spec, made.get("decode", {}), storage_options))
-    for row in backend.to_host(done, ["shard", "status", "error_message"]).to_pylist():
-        if row["status"] != "ok":
-            raise SearchError(f"image {row['shard']}: {row['error_message']} ({row['status']})")
-    vectors, _ = backend.matrix(done["embedding"])
-    return [Query("image", name, vector) for name, vector in zip(names, unit(vectors.cpu().numpy()), strict=True)]
-
-
-def _size(url: str, storage_options: Mapping[str, Any]) -> int:
-    with files.opened(url, storage_options) as file:
-        return file.seek(0, os.SEEK_END)
-
-
-def _embed_spec(spec: EncoderSpec, decode: Mapping[str, Any], storage_options: Mapping[str, Any]) -> EmbedSpec:
+    decode, n = made.get("decode", {}), len(names)
     decoder = decode.get("decoder", config.get("decoder"))
-    return EmbedSpec(
+    how = EmbedSpec(
         spec,
         config.get("batch-size"),
         decoder="auto" if decoder == "dali" and dali_problem() else decoder,
@@ -155,6 +131,19 @@ def _embed_spec(spec: EncoderSpec, decode: Mapping[str, Any], storage_options: M
         adjust_orientation=bool(decode.get("adjust_orientation", config.get("adjust-orientation"))),
         storage_options=storage_options,
     )
+    sizes = [_size(name, storage_options) for name in names]
+    rows = {"shard": names, "offset": [0] * n, "nbytes": sizes, "status": ["ok"] * n}
+    done = embed_partition(backend.from_arrow(pa.table({**rows, "error_message": pa.nulls(n, pa.string())})), how)
+    for row in backend.to_host(done, ["shard", "status", "error_message"]).to_pylist():
+        if row["status"] != "ok":
+            raise SearchError(f"image {row['shard']}: {row['error_message']} ({row['status']})")
+    vectors = unit(backend.matrix(done["embedding"])[0].cpu().numpy())
+    return [Query("image", name, vector) for name, vector in zip(names, vectors, strict=True)]
+
+
+def _size(url: str, storage_options: Mapping[str, Any]) -> int:
+    with files.opened(url, storage_options) as file:
+        return file.seek(0, os.SEEK_END)
 
 
 def vector_queries(embedding: Any) -> list[Query]:

@@ -59,6 +59,14 @@ class RowScan:
         """All columns that are needed."""
         return list(dict.fromkeys([self.column, *self.light, *self.returned]))
 
+    def best(self, found: Sequence[pa.Table]) -> pa.Table:
+        """Merge the best rows of several partitions into the k best of each query, in order."""
+        table = pa.concat_tables(found, promote_options="permissive")
+        by = [("query_number", "ascending"), ("similarity", "descending"), *((n, "ascending") for n in self.identity)]
+        table = table.take(pc.sort_indices(table, sort_keys=by))
+        numbers = table["query_number"].to_numpy()
+        return table.filter(pa.array(np.arange(len(table)) - np.searchsorted(numbers, numbers) < self.k))
+
 
 # --- choosing -------------------------------------------------------------------------------------
 
@@ -83,8 +91,7 @@ def best_rows(frame: Any, scan: RowScan, queries: np.ndarray) -> pa.Table:
     Returns ``query_number``, ``similarity`` and all columns that are wanted, the best first. Rows without a vector, or
     with one of no direction, are not in it.
     """
-    rows = eligible(frame, scan)
-    matrix = backend_of(frame).matrix
+    rows, matrix = eligible(frame, scan), backend_of(frame).matrix
     if 2 * len(rows) < len(frame):
         values, there = matrix(frame[scan.column].iloc[rows])
         rows = rows[there]
@@ -93,13 +100,13 @@ def best_rows(frame: Any, scan: RowScan, queries: np.ndarray) -> pa.Table:
         values, there = matrix(frame[scan.column])
         kept = np.isin(there, rows)
         values, rows = (values, there) if kept.all() else (values[np.flatnonzero(kept)], there[kept])
-    if not len(values):
-        return keep_best([with_similarity(fetch(frame, rows, scan.returned), rows, np.empty(0, np.float32))], scan)
-    check_width(values.shape[1], queries, scan.column)
-    query, at = near(values, queries, scan.k)
+    query, at = np.empty(0, np.int64), np.empty(0, np.int64)
+    if len(values):
+        check_width(values.shape[1], queries, scan.column)
+        query, at = near(values, queries, scan.k)
     fetched, place = np.unique(rows[at], return_inverse=True)
     table = fetch(frame, fetched, scan.returned).take(place)
-    return keep_best([with_similarity(table, query, similarity(values, at, queries[query]))], scan)
+    return scan.best([with_similarity(table, query, similarity(values, at, queries[query]))])
 
 
 def check_width(width: int, queries: np.ndarray, column: str) -> None:
@@ -165,34 +172,15 @@ def with_similarity(table: pa.Table, query: np.ndarray, values: np.ndarray) -> p
     return table.add_column(0, "query_number", pa.array(query, pa.int32()))
 
 
-def keep_best(found: Sequence[pa.Table], scan: RowScan) -> pa.Table:
-    """Merge the best rows of several partitions into the k best of each query, in order."""
-    table = pa.concat_tables(found, promote_options="permissive")
-    by = [("query_number", "ascending"), ("similarity", "descending"), *((n, "ascending") for n in scan.identity)]
-    table = table.take(pc.sort_indices(table, sort_keys=by))
-    numbers = table["query_number"].to_numpy()
-    return table.filter(pa.array(np.arange(len(table)) - np.searchsorted(numbers, numbers) < scan.k))
-
-
-@dataclass(frozen=True)
-class Named:
-    """A row that a name stands for: the number of the name, ``SHARD:KEY`` in full, its vector if any, its columns."""
-
-    number: int
-    full: str
-    vector: np.ndarray | None
-    row: dict[str, Any]
-
-
-def named_rows(frame: Any, scan: RowScan, names: Sequence[str]) -> list[Named]:
-    """Find the rows of a partition that names stand for."""
-    table = backend_of(frame).to_host(frame, [name for name in ("shard", "key") if name in frame.columns])
-    hits = find_names(table, names)
+def named_rows(frame: Any, scan: RowScan, names: Sequence[str]) -> list[tuple[int, str, np.ndarray | None, Any]]:
+    """Find the rows of a partition that names stand for: number of the name, name in full, vector if any, columns."""
+    backend = backend_of(frame)
+    hits = find_names(backend.to_host(frame, [name for name in ("shard", "key") if name in frame.columns]), names)
     rows = np.array([row for _, row, _ in hits], np.int64)
-    values, there = backend_of(frame).matrix(frame[scan.column].iloc[rows])
+    values, there = backend.matrix(frame[scan.column].iloc[rows])
     vectors = dict(zip(there.tolist(), values.cpu().numpy(), strict=True))
     own = fetch(frame, rows, scan.returned).to_pylist()
-    return [Named(number, full, vectors.get(i), own[i]) for i, (number, _, full) in enumerate(hits)]
+    return [(number, full, vectors.get(i), own[i]) for i, (number, _, full) in enumerate(hits)]
 
 
 def find_names(table: pa.Table, names: Sequence[str]) -> list[tuple[int, int, str]]:
