@@ -777,6 +777,11 @@ def test_warnings_of_pillow_do_not_get_out_of_its_threads() -> None:
     assert list(warnings.filters) == before
 
 
+def test_warnings_of_others_are_heard_while_pillow_reads() -> None:
+    with pillow.opened(FORMATS["PNG"]), pytest.warns(UserWarning, match="of the encoder"):
+        warnings.warn("of the encoder", stacklevel=1)
+
+
 def test_an_empty_batch() -> None:
     batch = Decoder(ours(SMALL), 8, dali_device=None)([])
     assert batch.pixels.shape == (0, 3, 48, 48)

@@ -122,23 +122,23 @@ def test_recall_on_real_embeddings(shared: Path, probe: int, least: float) -> No
         assert together.mean() >= least
 
 
-@pytest.mark.parametrize(("homes", "visitors", "references"), [(100, 0, 0), (40, 70, 0), (30, 20, 60), (0, 9, 8)])
+@pytest.mark.parametrize(("references", "homes", "visitors"), [(0, 100, 0), (0, 40, 70), (60, 30, 20), (8, 0, 9)])
 def test_a_cell_compares_each_pair_once(
-    homes: int, visitors: int, references: int, monkeypatch: pytest.MonkeyPatch
+    references: int, homes: int, visitors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that live there, with each other and with all others; and visitors with the reference."""
     monkeypatch.setattr(neighbours, "BLOCK", 16)
-    rows = np.random.default_rng(homes).permutation(homes + visitors + references)
-    kind = np.repeat([0, 1, 2], [homes, visitors, references])
-    cell = neighbours.Cell(rows, homes, visitors)
-
-    def take(some: np.ndarray) -> np.ndarray:
-        return np.ones((len(some), 1), np.float32)
-
     monkeypatch.setattr(neighbours, "Forest", Everything)
-    found = [neighbours.near_pairs(cell, left, neighbours.Vectors(take, "cpu"), 0.5) for left in cell.left()]
+    rows = np.random.default_rng(homes).permutation(references + homes + visitors)
+    kind = np.repeat([0, 1, 2], [references, homes, visitors])
+    cell = neighbours.Cell(rows, references, homes)
+
+    def take(some: np.ndarray) -> torch.Tensor:
+        return torch.ones((len(some), 1))
+
+    found = [neighbours.near_pairs(*task, take, 0.5, sequential=False) for task in cell.tasks()]
     seen = [tuple(sorted(pair)) for a, b, _ in found for pair in zip(a.tolist(), b.tolist(), strict=True)]
-    meeting = ({0}, {0, 1}, {0, 2}, {1, 2})
+    meeting = ({1}, {0, 1}, {1, 2}, {0, 2})
     expected = [p for p in itertools.combinations(range(len(rows)), 2) if {*kind[list(p)]} in meeting]
     assert sorted(seen) == sorted(tuple(sorted(rows[list(p)].tolist())) for p in expected)
 
@@ -172,8 +172,8 @@ def test_a_forest_connects_what_all_pairs_connect(seed: int, n: int) -> None:
 
 def test_many_copies_make_few_pairs() -> None:
     vectors = torch.nn.functional.normalize(torch.ones(2500, 4) + 1e-3 * torch.rand(2500, 4), dim=1)
-    cell = neighbours.Cell(np.arange(2500), 2500, 0)
-    found = [neighbours.near_pairs(cell, left, vectors, 0.9) for left in cell.left()]
+    tasks = neighbours.Cell(np.arange(2500), 0, 2500).tasks()
+    found = [neighbours.near_pairs(*task, vectors.__getitem__, 0.9, sequential=False) for task in tasks]
     forest = Forest(2500, limit=0)
     for pairs in found:
         assert len(pairs[0]) < 2500

@@ -244,6 +244,14 @@ def print_duplicates(found: Deduplicated, out: str | None) -> None:
         eps = "" if step["eps"] is None else f", cosine >= {1 - step['eps']:g}"
         table.add_row(f"{step['tier']}{eps}", *(f"{step[name]:,}" for name in ("groups", "dropped", "remaining")))
     console.print(table)
+    if found.cells is not None:
+        cells = found.cells
+        known = [f"{a:,} of {b:,} at {1 - eps:g}" for eps, (a, b) in cells.recall.items()]
+        words = (
+            f"semantic: {cells.cells:,} cells of {cells.median:,} rows (the largest {cells.largest:,}), each row looks "
+            f"into {cells.probe}; of the near pairs of 512 rows, these were compared: {', '.join(known)}"
+        )
+        console.print(words, highlight=False, soft_wrap=True)
     where = f": {out}" if out is not None else " would be left (name a folder with --out to write them)"
     console.print(f"{found.kept:,} of {found.rows:,} rows{where}", highlight=False, soft_wrap=True)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ..engine.backend import Backend
-from .neighbours import Cell, Vectors, blocks, most_similar, on_threads
+from .neighbours import Cell, Take, blocks, most_similar, on_threads
 from .rows import Rows
 
 #: Up to so many rows all pairs are compared: it takes seconds, and its recall is 1.
@@ -35,23 +36,23 @@ def train(rows: Rows, there: np.ndarray, backend: Backend, n_cells: int | None, 
     return backend.kmeans(torch.from_numpy(values).to(backend.device), k, seed)
 
 
-def assign(vectors: Vectors, there: np.ndarray, centroids: np.ndarray, probe: int) -> tuple[np.ndarray, np.ndarray]:
+def assign(rows: Rows, there: np.ndarray, centroids: np.ndarray, device: str, probe: int) -> tuple[Any, Any]:
     """Find the nearest cells of rows, (n, probe) int32, and the cosine to the centroid of the first: (n,) float32."""
     import torch
 
-    centres = torch.from_numpy(centroids).to(vectors.device)
+    centres = torch.from_numpy(centroids).to(device)
     squares, directions = (centres**2).sum(1), torch.nn.functional.normalize(centres, dim=1)
     probe = min(probe, len(centroids))
 
     def work(block: slice) -> tuple[np.ndarray, np.ndarray]:
-        some = vectors[there[block]]
+        some = rows.tensor(device, there[block])
         # Squares of the distances, less that of the vector, which is the same for all cells.
         found = torch.addmm(squares, some, centres.T, alpha=-2).topk(probe, largest=False).indices
         return found.cpu().numpy().astype(np.int32), (some * directions[found[:, 0]]).sum(1).cpu().numpy()
 
     cells, central = np.empty((len(there), probe), np.int32), np.empty(len(there), np.float32)
     parts = blocks(0, len(there))
-    for part, found in zip(parts, on_threads(work, parts, vectors.device), strict=True):
+    for part, found in zip(parts, on_threads(work, parts, device), strict=True):
         cells[part], central[part] = found
     return cells, central
 
@@ -97,24 +98,22 @@ class Cells:
     def __iter__(self) -> Iterator[Cell]:
         """Give out the cells; those who live there in the order of `rows`."""
         ours, theirs = np.flatnonzero(self.ours), np.flatnonzero(~self.ours)
-        sides = [(self.cells[ours, 0], ours)]
-        sides += [(self.cells[ours, i], ours) for i in range(1, self.cells.shape[1])]
-        sides += [(self.cells[theirs, 0], theirs)]
+        sides = [(self.cells[theirs, 0], theirs), *((self.cells[ours, i], ours) for i in range(self.cells.shape[1]))]
         cell, at = (np.concatenate(side) for side in zip(*sides, strict=True))
-        kind = np.repeat([0, 1, 2], [len(ours), len(cell) - len(self.rows), len(theirs)])
+        kind = np.repeat([0, 1, 2], [len(theirs), len(ours), len(cell) - len(self.rows)])
         rows = self.rows[at[np.lexsort((at, kind, cell))]]
         ends = np.cumsum(np.bincount(cell, minlength=self.k))
-        homes, visitors = (np.bincount(cell[kind == which], minlength=self.k) for which in (0, 1))
+        reference, homes = (np.bincount(cell[kind == which], minlength=self.k) for which in (0, 1))
         for number, start in enumerate(np.r_[0, ends[:-1]].tolist()):
-            yield Cell(rows[start : ends[number]], int(homes[number]), int(visitors[number]))
+            yield Cell(rows[start : ends[number]], int(reference[number]), int(homes[number]))
 
     def ordered(self, order: np.ndarray) -> Cells:
         """Put the rows into another order."""
         return Cells(self.k, self.rows[order], self.ours[order], self.cells[order], self.central[order])
 
-    def check(self, vectors: Vectors, eps: Sequence[float]) -> CellCheck:
+    def check(self, take: Take, device: str, eps: Sequence[float]) -> CellCheck:
         """Measure the cells; the rows that are asked are those with the highest ids."""
-        a, b, near = most_similar(self.rows[self.ours][-_ASKED:], self.rows, vectors, _K)
+        a, b, near = most_similar(self.rows[self.ours][-_ASKED:], self.rows, take, device, _K)
         place = np.zeros(self.rows.max() + 1, np.int64)
         place[self.rows] = np.arange(len(self.rows))
         a, b = place[a], place[b]

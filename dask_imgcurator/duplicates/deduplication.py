@@ -1,38 +1,11 @@
 """Find duplicate images in tiers: same bytes, nearly the same hash, nearly the same embedding.
 
-    found = find_duplicates(df, eps=[0.02, 0.05, 0.1], keep="aesthetic_score")
-    found.counts()             # how many go, by tier and eps
-    found.groups(eps=0.05)     # the groups, side by side
-    df = found.drop(df, eps=0.05)
-
-or, where the values are known, ``df = dedup(df, eps=0.05, keep="aesthetic_score")``.
-
-**Tiers.** Each works on what the one before left. *exact*: the same ``sha256``. *perceptual*: ``phash`` within
-``max_distance`` bits, and no pair is missed. *semantic*: cosine of at least 1 - eps. Up to 20,000 rows every pair is
-compared. Above, k-means makes 2 √n cells, and a row is compared with those that live in its ``probe`` nearest; what may
-be missed are pairs on the border of cells. `Duplicates.cells` estimates how many. ``n_cells=1`` compares all pairs.
-
-**Who stays.** Three rules. Take a ~ b ~ c, where a and c are not near each other:
-
-- ``components``: whoever is connected is one group, and the best of it stays. One of the three stays, whatever the
-  order. It drops most, and a long chain may join what looks different (the group table shows each row's similarity to
-  the one that stays).
-- ``semdedup`` (Abbas et al. 2023, arXiv:2303.09540): in each cell, rows are sorted, and a row goes if its highest
-  similarity to one before it exceeds 1 - eps, **also if that one has gone itself**. Sorted a, b, c: b and c go. Sorted
-  b, a, c: a and c go. Sorted a, c, b: only b goes. Rows of different cells are not compared. By default
-  ``keep="hard"``, the authors' order: the lowest cosine to the cell's centroid first, so that outliers stay.
-- ``nemo``: NVIDIA NeMo Curator's rule is SemDeDup's with "at least" instead of "exceeds"
-  (``cosine_sim_score >= 1 - eps``). Its order may be by any column, as here. Not taken over: ties by descending id.
-
-With ``keep=COLUMN`` the highest value is the best, missing ones last; ties go by ``shard``, ``key`` and
-``sample_offset``. That order is total, and which rows meet follows from hashes of these three: the result depends on
-neither threads, partitions, workers nor the order of rows.
-
-**Where.** The frame is read once, where its partitions are computed, and its rows come to the process that asks: some
-150 bytes each in memory, and their vectors into a file in Dask's ``temporary-directory`` (2 GB for 10⁶ rows of 512),
-which is mapped. There cells are compared, on all threads or on the card. To shuffle vectors to the workers of a cluster
-would send each as often as it has cells, while to compare it takes some microseconds. Sets too large for one disk go in
-parts, each against the index of those before (``against``, ``append``).
+The frame is read once, where its partitions are computed, and its rows come to the process that asks: some 150 bytes
+each in memory, and their vectors into a file in Dask's ``temporary-directory`` (2 GB for 10⁶ rows of 512), which is
+mapped. There cells are compared, on all threads or on the card. To shuffle vectors to the workers of a cluster would
+send each as often as it has cells, while to compare it takes some microseconds. Sets too large for one disk go in
+parts, each against the index of those before. Which rows meet follows from hashes of shard, key and offset, and who
+stays from a total order: the result depends on neither threads, partitions, workers nor the order of rows.
 """
 
 from __future__ import annotations
@@ -40,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -52,7 +26,7 @@ from . import hashes
 from .cells import Cells, assign, default_cells, train
 from .components import Forest, Pairs, component_roots, follow, joined, order_rows, strongest
 from .index import Index, open_index
-from .neighbours import TOLERANCE, Vectors, blocks, earlier_pairs, near_pairs, on_threads
+from .neighbours import TOLERANCE, near_pairs, on_threads
 from .result import Duplicates, Level
 from .rows import Rows, Source, gather
 
@@ -114,7 +88,7 @@ def find_duplicates(
 ) -> Duplicates:
     """Find the duplicates in a frame, and those of a reference.
 
-    This computes: it reads the frame once. The notes of this module say how the tiers and rules work.
+    This computes: it reads the frame once.
 
     Parameters
     ----------
@@ -135,7 +109,10 @@ def find_duplicates(
     lowest : bool
         Whether the lowest value of `keep` stays.
     rule : {"components", "semdedup", "nemo"}
-        Who goes in the semantic tier.
+        Who goes in the semantic tier. ``components``: whoever is connected by near pairs is one group, and the best of
+        it stays. ``semdedup`` (arXiv:2303.09540): in each cell rows are sorted, and a row goes if its highest cosine to
+        one before it exceeds 1 - eps, also if that one has gone itself. ``nemo``: the same with "at least", as NVIDIA
+        NeMo Curator has it.
     against : DataFrame, str, path or Index, optional
         A reference, as a frame or as the folder of `build_index`: what is in a set already, or the images of a
         benchmark that must not be trained on. Rows that duplicate one of its rows go; its rows always stay, and are not
@@ -261,9 +238,9 @@ def _decide(
             numbers, levels = _levels(rows, found, options)
             stays[numbers] = (levels[-1].root == np.arange(len(numbers))) | (numbers >= rows.ours)
         there = rows.with_vector[stays[rows.with_vector]]
-        cells, vectors = _cells(rows, there, options, index, backend), Vectors(rows.unit, backend.device)
-        found["semantic"] = _semantic(rows, cells, vectors, options)
-        check = cells.check(vectors, options.eps) if cells.k > 1 else None
+        cells, device = _cells(rows, there, options, index, backend), backend.device
+        found["semantic"] = _semantic(rows, cells, options, device)
+        check = cells.check(partial(rows.tensor, device), device, options.eps) if cells.k > 1 else None
     return Duplicates(identity, rows, *_levels(rows, found, options), check)
 
 
@@ -287,25 +264,27 @@ def _cells(rows: Rows, there: np.ndarray, options: Options, index: Index | None,
     cells, central = np.full((len(there), probe), -1, np.int32), np.zeros(len(there), np.float32)
     cells[:, 0] = home[there]
     new = cells[:, 0] < 0
-    cells[new], central[new] = assign(Vectors(rows.unit, backend.device), there[new], centroids, probe)
+    cells[new], central[new] = assign(rows, there[new], centroids, backend.device, probe)
     return Cells(len(centroids), there, there < rows.ours, cells, central)
 
 
-def _semantic(rows: Rows, cells: Cells, vectors: Vectors, options: Options) -> Pairs:
+def _semantic(rows: Rows, cells: Cells, options: Options, device: str) -> Pairs:
     """Find the pairs of near vectors; with the sequential rules, b is the row before a."""
-    threshold = 1 - max(options.eps) - TOLERANCE
-    if not options.sequential:
-        forest = Forest(len(rows))
-        tasks = ((cell, left) for cell in cells for left in cell.left())
-        for pairs in on_threads(lambda task: near_pairs(*task, vectors, threshold), tasks, vectors.device):
-            forest.add(*pairs)
-        return forest.pairs()
-    order = order_rows(rows.records(cells.rows))
-    if options.central is not None:
-        central = cells.central[order] * (1 if options.central == "hard" else -1)
-        order = order[np.argsort(central, kind="stable")]
-    tasks = ((cell, block) for cell in cells.ordered(order) for block in blocks(0, cell.homes))
-    return joined(on_threads(lambda task: earlier_pairs(*task, vectors, threshold), tasks, vectors.device))
+    if options.sequential:
+        order = order_rows(rows.records(cells.rows))
+        if options.central is not None:
+            central = cells.central[order] * (1 if options.central == "hard" else -1)
+            order = order[np.argsort(central, kind="stable")]
+        cells = cells.ordered(order)
+    how = partial(rows.tensor, device), 1 - max(options.eps) - TOLERANCE, options.sequential
+    tasks = (task for cell in cells for task in cell.tasks())
+    found = on_threads(lambda task: near_pairs(*task, *how), tasks, device)
+    if options.sequential:
+        return joined(found)
+    forest = Forest(len(rows))
+    for pairs in found:
+        forest.add(*pairs)
+    return forest.pairs()
 
 
 def _levels(rows: Rows, found: Mapping[str, Pairs], options: Options) -> tuple[np.ndarray, list[Level]]:

@@ -15,6 +15,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..engine.pandas import from_arrow
 from ..select.ranks import IDENTITY
 from ..storage import files
 from .cells import assign, train
-from .neighbours import Vectors, blocks, most_similar
+from .neighbours import blocks, most_similar
 from .rows import SCHEMA, DedupError, Rows, Source, gather
 
 FORMAT = 2
@@ -205,14 +206,14 @@ def write_part(
     options: Mapping[str, Any],
 ) -> Index:
     """Add rows to an index, sorted by cell and id; `about` is what ``index.json`` says so far."""
-    there, vectors, half = rows.with_vector, Vectors(rows.unit, backend.device), about["dtype"] == "float16"
-    cells = assign(vectors, there, centroids, 1)[0][:, 0]
+    there, half = rows.with_vector, about["dtype"] == "float16"
+    cells = assign(rows, there, centroids, backend.device, 1)[0][:, 0]
     order = there[np.argsort(cells, kind="stable")]
     table = rows.table.take(np.r_[order, np.flatnonzero(rows.slots < 0)])
     about = {
         "format": FORMAT,
         "width": rows.width,
-        **(_searched(vectors, there, cells, centroids) if "nprobe" not in about else {}),
+        **(_searched(rows, cells, centroids, backend.device) if "nprobe" not in about else {}),
         **about,
         "rows": about.get("rows", 0) + len(table),
         "vectors": about.get("vectors", 0) + len(order),
@@ -244,15 +245,15 @@ def cell_order(centroids: np.ndarray, query: np.ndarray) -> np.ndarray:
     return np.argsort((centroids**2).sum(1) - centroids @ (2 * query.astype(np.float32)), kind="stable")
 
 
-def _searched(vectors: Vectors, there: np.ndarray, cells: np.ndarray, centroids: np.ndarray) -> dict[str, Any]:
+def _searched(rows: Rows, cells: np.ndarray, centroids: np.ndarray, device: str) -> dict[str, Any]:
     """Settle how many cells a search must look into, and what recall that gives."""
-    asked = there[-_ASKED:]
+    there, asked = rows.with_vector, rows.with_vector[-_ASKED:]
     if len(there) < 2:
         return {"nprobe": 1, "recall": 1.0}
-    _, b, _ = most_similar(asked, there, vectors, _K)
+    b = most_similar(asked, there, partial(rows.tensor, device), device, _K)[1]
     # Where a query finds the cell of each of these rows, in the order in which it looks into cells.
-    place = np.stack([np.argsort(cell_order(centroids, query)) for query in vectors[asked].cpu().numpy()])
-    home = np.zeros(there.max() + 1, np.int64)
+    place = np.stack([np.argsort(cell_order(centroids, query)) for query in rows.unit(asked)])
+    home = np.zeros(len(rows), np.int64)
     home[there] = cells
     found = place[np.repeat(np.arange(len(asked)), len(b) // len(asked)), home[b]]
     nprobe = int(np.quantile(found, _RECALL, method="inverted_cdf")) + 1

@@ -15,7 +15,6 @@ from ..engine.frames import apply_step
 from ..engine.pandas import from_arrow
 from ..select.ranks import IDENTITY
 from .cells import CellCheck
-from .neighbours import cosines
 from .rows import Rows, host_rows, row_ids, text
 
 
@@ -87,9 +86,7 @@ class Duplicates:
         table = self._table(self._level(eps))
         a, b = self._numbers[table.pop("at")], self._numbers[table.pop("root")]
         out = table.drop(columns="id").rename(columns={"of": "kept_key", "of_shard": "kept_shard"})
-        out["similarity"] = np.full(len(a), np.nan, np.float32)
-        known = (self._rows.slots[a] >= 0) & (self._rows.slots[b] >= 0)
-        out.loc[known, "similarity"] = cosines(a[known], b[known], self._rows.unit)
+        out["similarity"] = self._rows.cosines(a, b)
         hashes = self._rows.table["phash"]
         known = hashes.is_valid().to_numpy()[a] & hashes.is_valid().to_numpy()[b]
         bits = np.bitwise_count(hashes.fill_null(0).to_numpy()[a] ^ hashes.fill_null(0).to_numpy()[b])

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dask
 import numpy as np
@@ -17,9 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..engine.backend import Backend, backend_of
+from ..engine.frames import require_columns
 from ..engine.run import stream
 from ..schema import kind_of
 from ..select.ranks import IDENTITY, RandomOrder
+
+if TYPE_CHECKING:
+    import torch
 
 #: What is known of every row. `id` hashes what tells rows apart; the higher the `rank`, the rather a row stays; `file`
 #: is the number of its partition. Text has large offsets, as a column of all rows needs them.
@@ -57,13 +61,11 @@ class Source:
     lowest: bool = False
 
     def __post_init__(self) -> None:
-        backend_of(self.frame)  # raises for what is no frame
-        there = ", ".join(map(str, self.frame.columns))
-        if "key" not in self.frame.columns:
-            raise ValueError(f"dedup needs the column key (there are: {there})")
+        require_columns(self.frame, ["key"], "dedup", "rows are known by it")
         if not self.columns:
             raise ValueError(
-                f"there is no column to find duplicates by: embed adds sha256 and embedding (there are: {there})"
+                "there is no column to find duplicates by: embed adds sha256 and embedding "
+                f"(there are: {', '.join(map(str, self.frame.columns))})"
             )
 
     @property
@@ -209,6 +211,20 @@ class Rows:
         """Vectors of some rows, of unit length."""
         out = self.raw(rows)
         out /= np.sqrt(np.einsum("ij,ij->i", out, out))[:, None]
+        return out
+
+    def tensor(self, device: str, rows: np.ndarray) -> torch.Tensor:
+        """The same, on a device."""
+        import torch
+
+        return torch.from_numpy(self.unit(rows)).to(device)
+
+    def cosines(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Cosine of row a[i] and row b[i], (m,) float32; NaN where one of them has no vector."""
+        out = np.full(len(a), np.nan, np.float32)
+        known = np.flatnonzero((self.slots[a] >= 0) & (self.slots[b] >= 0))
+        for some in np.array_split(known, 1 + len(known) // 4096):
+            out[some] = np.einsum("ij,ij->i", self.unit(a[some]), self.unit(b[some]))
         return out
 
     def joined(self, parts: Sequence[tuple[pa.Table, np.ndarray]], width: int) -> Rows:

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 
 class _Quiet:
-    """Silences Pillow's warnings about the files that it reads.
+    """Silences Pillow's warnings about the files that it reads, and those alone: other threads have their own to give.
 
     Warning filters belong to the process: with `warnings.catch_warnings` in several threads, one would restore the
     filters while another still needs them gone, and the last would leave its own behind.
     """
+
+    _modules = "|".join(["PIL", "torchvision", __package__, *(f.plugin for f in FORMATS.values() if f.plugin)])
 
     def __init__(self) -> None:
         self._lock, self._users = threading.Lock(), 0
@@ -35,7 +37,7 @@ class _Quiet:
             if self._users == 0:
                 self._before = warnings.catch_warnings()
                 self._before.__enter__()
-                warnings.simplefilter("ignore")
+                warnings.filterwarnings("ignore", module=self._modules)
             self._users += 1
 
     def __exit__(self, *_: object) -> None:

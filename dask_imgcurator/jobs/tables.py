@@ -19,6 +19,7 @@ from distributed import Client
 
 from ..duplicates import deduplication
 from ..duplicates import index as dedup_index
+from ..duplicates.cells import CellCheck
 from ..engine.backend import resolve_name
 from ..engine.run import Place, place, results, run, waves
 from ..exports.base import Exported, export
@@ -214,11 +215,14 @@ class Deduplicated:
         Of the table, and of the result (without rows that are not ``ok``).
     counts : list of dict
         For each tier and eps: ``tier``, ``eps``, ``groups``, ``dropped``, ``remaining``.
+    cells : CellCheck or None
+        How well the cells of the semantic tier work; None where every pair was compared.
     """
 
     rows: int
     kept: int
     counts: list[dict[str, Any]]
+    cells: CellCheck | None = None
 
 
 def drop_duplicates(
@@ -272,7 +276,8 @@ def drop_duplicates(
                 "The starter's embeddings lie close together: its semantic duplicates at the usual eps are mostly "
                 "other pictures. Look at the groups, or use the tiers exact and perceptual."
             )
-        found = deduplication.find_duplicates(df, provenance=table.encoder or None, **options)
+        made = table.encoder or None
+        found = deduplication.find_duplicates(df, provenance=made, storage_options=storage_options, **options)
         counts = json.loads(found.counts().to_json(orient="records"))
         rows = len(table.df[["key"]])  # not of the frame: Dask would read its embeddings
         kept = int(counts[-1]["remaining"]) if counts else rows
@@ -285,8 +290,8 @@ def drop_duplicates(
             note = {"deduplicated": json.loads(json.dumps(note, default=str))}
             kept = sum(counts.rows for counts in write_table(left, table, targets, note))
         if index is not None:
-            dedup_index.build_index(left, index, provenance=table.encoder or None, storage_options=storage_options)
-    return Deduplicated(rows, kept, counts)
+            dedup_index.build_index(left, index, provenance=made, storage_options=storage_options)
+    return Deduplicated(rows, kept, counts, found.cells)
 
 
 # --- other layouts --------------------------------------------------------------------------------

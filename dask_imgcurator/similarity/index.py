@@ -13,14 +13,12 @@ from typing import Any
 
 import dask
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
 from ..duplicates.cells import train
 from ..duplicates.index import Index, cell_order, open_index, write_part
 from ..duplicates.rows import DedupError, Source, gather, is_in, row_ids
 from ..engine.backend import get_backend
-from ..select.ranks import IDENTITY
 from ..steps.read import URLPath
 from ..steps.score_table import ScoreFiles, file_schema, read_score_files, score_urls, scores_from_files
 from ..storage import files
@@ -132,8 +130,7 @@ def build_search_index(
 
 def takes(frame: Any, scan: RowScan) -> np.ndarray:
     """Ids of the rows of a partition that may be found."""
-    rows = eligible(frame, scan)
-    return row_ids(fetch(frame, rows, scan.identity))
+    return row_ids(fetch(frame, eligible(frame, scan), scan.identity))
 
 
 def best_of_index(index: Index, scan: RowScan, queries: np.ndarray, allowed: np.ndarray | None) -> pa.Table:
@@ -142,62 +139,38 @@ def best_of_index(index: Index, scan: RowScan, queries: np.ndarray, allowed: np.
     Returns ``query_number``, ``similarity``, ``id`` and ``file``. Of rows with sorted `allowed` ids alone, more cells
     are looked into: as many as leave as much to find.
     """
+    import torch
+
     (part,) = index.parts
     n, ids = len(part.vectors), part.rows["id"].to_numpy()
     mask = np.ones(n, bool) if allowed is None else is_in(ids[:n], allowed)
     counts = np.diff(np.r_[0, np.cumsum(mask)][part.starts])
     total = int(counts.sum())
-    probed = min(len(counts), round(index.about["nprobe"] * n / total) + (allowed is not None)) if total else 0
+    probed = round(index.about["nprobe"] * n / max(total, 1)) + (allowed is not None)
     found = []
     for number, query in enumerate(queries):
         order = cell_order(index.centroids, query)
         enough = int(np.searchsorted(np.cumsum(counts[order]), min(scan.k, total))) + 1
-        cells = np.sort(order[: max(probed, enough) if total else 0])
-        rows = np.concatenate([np.empty(0, np.int64), *(np.arange(*part.starts[c : c + 2]) for c in cells)])
+        cells = np.sort(order[: max(probed, enough)])
+        rows = np.concatenate([np.arange(*part.starts[cell : cell + 2]) for cell in cells])
         rows = rows[mask[rows]]
-        if len(rows):
-            found.append(_candidates(part.vectors, rows, query, number, scan.k))
-    numbers, rows, values = (np.concatenate(side) for side in zip(_NONE, *found, strict=True))
-    columns = {"query_number": pa.array(numbers, pa.int32()), "similarity": values, "id": ids[rows]}
-    return pa.table({**columns, "file": part.rows["file"].take(rows)})
-
-
-_NONE = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
-
-
-def _candidates(
-    vectors: np.ndarray, rows: np.ndarray, query: np.ndarray, number: int, k: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    import torch
-
-    values = torch.from_numpy(vectors[rows].astype(np.float32, copy=False))
-    _, at = near(values, query[None], k)
-    exact = similarity(values, at, np.broadcast_to(query, (len(at), len(query))))
-    return np.full(len(at), number), rows[at], exact
-
-
-class _WithIds:
-    """Takes the rows that have one of sorted ids."""
-
-    def __init__(self, ids: np.ndarray) -> None:
-        self._ids, self.columns = ids, list(IDENTITY)
-
-    def mask(self, frame: pd.DataFrame) -> pd.Series:
-        there = [name for name in IDENTITY if name in frame.columns]
-        return pd.Series(is_in(row_ids(get_backend("pandas").to_host(frame, there)), self._ids), frame.index)
+        values = torch.from_numpy(part.vectors[rows].astype(np.float32))
+        _, at = near(values, query[None], scan.k)
+        exact = similarity(values, at, np.broadcast_to(query, (len(at), len(query))))
+        some = {"query_number": np.full(len(at), number), "similarity": exact, "id": ids[rows[at]]}
+        found.append(pa.table(some | {"file": part.rows["file"].take(rows[at])}))
+    return pa.concat_tables(found)
 
 
 def read_rows(
     index: Index, urls: Sequence[str], scan: RowScan, wanted: pa.Table, storage_options: Mapping[str, Any]
 ) -> pa.Table:
     """Read the rows of the table that have the wanted ids, in their order, from the files that hold them."""
-    ids, numbers = wanted["id"].to_numpy(), wanted["file"].to_numpy()
-    parts = [
-        dask.delayed(_read_file)(urls[number], np.unique(ids[numbers == number]), scan, dict(storage_options))
-        for number in np.unique(numbers).tolist()
-    ]
-    # With no file at all, the first one's columns.
-    read = list(dask.compute(*parts)) or [_read_file(urls[0], ids, scan, dict(storage_options))]
+    ids = wanted["id"].to_numpy()
+    spec = ScoreFiles("pandas", tuple(dict.fromkeys([*scan.identity, *scan.returned])), dict(storage_options))
+    # Where nothing is wanted, the first file tells the columns.
+    numbers = np.unique(wanted["file"].to_numpy()).tolist() or [0]
+    read = dask.compute(*[dask.delayed(_read_file)(urls[number], spec, scan, np.sort(ids)) for number in numbers])
     table = pa.concat_tables([rows for rows, _ in read], promote_options="permissive")
     there = np.concatenate([own for _, own in read])
     order = np.argsort(there)
@@ -206,11 +179,11 @@ def read_rows(
             f"the index {index.path} tells of other rows than the table's: build it anew (build_search_index, "
             "--build-index)"
         )
-    return table.take(order[np.searchsorted(there[order], ids)] if len(ids) else order[:0])
+    return table.take(order[np.searchsorted(there[order], ids)])
 
 
-def _read_file(url: str, ids: np.ndarray, scan: RowScan, options: Mapping[str, Any]) -> tuple[pa.Table, np.ndarray]:
-    spec = ScoreFiles("pandas", tuple(dict.fromkeys([*scan.identity, *scan.returned])), options, _WithIds(ids))
+def _read_file(url: str, spec: ScoreFiles, scan: RowScan, ids: np.ndarray) -> tuple[pa.Table, np.ndarray]:
     frame = read_score_files([url], spec)
-    rows = np.arange(len(frame))
-    return fetch(frame, rows, scan.returned), row_ids(fetch(frame, rows, scan.identity))
+    found = row_ids(fetch(frame, np.arange(len(frame)), scan.identity))
+    rows = np.flatnonzero(is_in(found, ids))
+    return fetch(frame, rows, scan.returned), found[rows]

@@ -73,16 +73,13 @@ class RowScan:
 
 def eligible(frame: Any, scan: RowScan) -> np.ndarray:
     """Numbers of the rows that are compared: (n,) int64."""
-    mask = None
-    if scan.has_status:
-        mask = frame["status"] == "ok"
-    if scan.where is not None:
-        taken = scan.where.mask(frame)
-        mask = taken if mask is None else mask & taken
-    if mask is None:
-        return np.arange(len(frame))
-    host = backend_of(frame).to_host(mask.to_frame("chosen"), ["chosen"])["chosen"]
-    return np.flatnonzero(host.fill_null(False).to_numpy())
+    masks = [frame["status"] == "ok"] if scan.has_status else []
+    masks += [] if scan.where is None else [scan.where.mask(frame)]
+    chosen = np.ones(len(frame), bool)
+    for mask in masks:
+        host = backend_of(frame).to_host(mask.to_frame("chosen"), ["chosen"])["chosen"]
+        chosen &= host.fill_null(False).to_numpy()
+    return np.flatnonzero(chosen)
 
 
 def best_rows(frame: Any, scan: RowScan, queries: np.ndarray) -> pa.Table:
@@ -100,10 +97,8 @@ def best_rows(frame: Any, scan: RowScan, queries: np.ndarray) -> pa.Table:
         values, there = matrix(frame[scan.column])
         kept = np.isin(there, rows)
         values, rows = (values, there) if kept.all() else (values[np.flatnonzero(kept)], there[kept])
-    query, at = np.empty(0, np.int64), np.empty(0, np.int64)
-    if len(values):
-        check_width(values.shape[1], queries, scan.column)
-        query, at = near(values, queries, scan.k)
+    check_width(values.shape[1], queries, scan.column)
+    query, at = near(values, queries, scan.k)
     fetched, place = np.unique(rows[at], return_inverse=True)
     table = fetch(frame, fetched, scan.returned).take(place)
     return scan.best([with_similarity(table, query, similarity(values, at, queries[query]))])
@@ -111,7 +106,7 @@ def best_rows(frame: Any, scan: RowScan, queries: np.ndarray) -> pa.Table:
 
 def check_width(width: int, queries: np.ndarray, column: str) -> None:
     """Raise SearchError where queries cannot be compared with vectors of that width."""
-    if width != queries.shape[1]:
+    if width and width != queries.shape[1]:
         raise SearchError(
             f"the query's embedding has {queries.shape[1]} numbers, those of column {column!r} have {width}: "
             "embed the query with the model that made the column (model=, pretrained=)"
@@ -122,6 +117,8 @@ def near(values: torch.Tensor, queries: np.ndarray, k: int) -> tuple[np.ndarray,
     """Pairs of query and row of which every query's k best are some."""
     import torch
 
+    if not len(values):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
     asked = torch.from_numpy(queries).to(values)
     with full_float32(values.is_cuda):
         cosines = torch.cat([(x @ asked.T) / x.norm(dim=1, keepdim=True) for x in values.split(_BLOCK)])

@@ -192,7 +192,7 @@ def benchmark_dedup() -> str:
             for variant, run in found.items():
                 if not isinstance(run, dict) or "eps" not in run:
                     continue
-                memory = found["worker_rss_bytes"]
+                cells = run["cells"] or {"median": found["rows"], "largest": found["rows"]}
                 for eps, counts in run["eps"].items():
                     rows.append(
                         (
@@ -201,12 +201,13 @@ def benchmark_dedup() -> str:
                             f"{counts['dropped']:,}",
                             f"{counts['planted_recall']:.1%} of {counts['planted_pairs']:,}",
                             f"{counts['sampled_recall']:.1%} of {counts['sampled_pairs']:,}",
-                            f"{run['seconds']:,.0f} s",
-                            f"{memory['before'] / 1e9:.1f} → {memory['after'] / 1e9:.1f} GB",
+                            f"{run['cpu_seconds']:,.0f} CPU s",
+                            f"{run['peak_mb'] / 1e3:.1f} GB",
+                            f"{cells['median']:,} ({cells['largest']:,})",
                         )
                     )
     header = ["rows × width", "eps", "dropped", "planted pairs found", "sampled pairs found", "time, all eps"]
-    return table([*header, "memory of the workers"], rows)
+    return table([*header, "peak memory", "rows a cell (largest)"], rows)
 
 
 MARKS = {
