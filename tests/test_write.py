@@ -32,12 +32,13 @@ from hypothesis import strategies as st
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.verify import verify
+from dask_imgcurator.engine.backend import get_backend
 from dask_imgcurator.steps.write import Group, Kept, parse_size, plan_groups
 from dask_imgcurator.steps.write import (
     cut as cut_samples,
 )
-from dask_imgcurator.storage import files
-from dask_imgcurator.storage.curated import WriteSpec, remove_surplus, write_shard, written_shards
+from dask_imgcurator.storage import curated, files
+from dask_imgcurator.storage.curated import WriteSpec, remove_surplus, written_shards
 from dask_imgcurator.storage.tar_copy import WriteError, sample_sizes
 
 Members = list[tuple[str, bytes]]
@@ -66,6 +67,11 @@ def noise(seed: int, nbytes: int) -> bytes:
 
 def triple(stem: str, seed: int, nbytes: int = 700) -> Members:
     return [(f"{stem}.jpg", noise(seed, nbytes)), (f"{stem}.txt", stem.encode()), (f"{stem}.json", b'{"n": %d}' % seed)]
+
+
+def write_shard(number: int, frames: list[pd.DataFrame], spec: WriteSpec, resume: bool = True) -> dict[str, Any]:
+    tables = [get_backend("pandas").to_arrow(frame) for frame in frames]
+    return curated.write_shard(number, tables, spec, resume)
 
 
 def members_of(*paths: Path) -> Members:
@@ -765,7 +771,8 @@ KILLED = """
 import os, sys, tarfile
 from pathlib import Path
 import dask_imgcurator as dic
-from dask_imgcurator.steps.write import WriteSpec, write_shard
+from dask_imgcurator.engine.backend import get_backend
+from dask_imgcurator.storage.curated import WriteSpec, write_shard
 
 source, base = sys.argv[1:]
 frame = dic.read_webdataset(source, backend="pandas").compute(scheduler="synchronous")
@@ -786,10 +793,10 @@ for number, (owner, name, count) in enumerate(moments):
         folder = Path(base, f"{number}-{old}")
         folder.mkdir()
         if old:
-            write_shard(0, [frame.iloc[3:]], WriteSpec(str(folder)))
+            write_shard(0, [get_backend('pandas').to_arrow(frame.iloc[3:])], WriteSpec(str(folder)))
         if (pid := os.fork()) == 0:
             dies_at(owner, name, count)
-            write_shard(0, [frame.iloc[:5]], WriteSpec(str(folder)))
+            write_shard(0, [get_backend('pandas').to_arrow(frame.iloc[:5])], WriteSpec(str(folder)))
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9, (name, count)
 """
