@@ -104,7 +104,7 @@ def _installed(module: str) -> bool:
 
 
 def resolve_name(name: str | None = None) -> str:
-    """Resolve a name, ``auto`` or None (the setting) to ``"pandas"`` or ``"cudf"``; BackendError if cudf cannot work."""
+    """Resolve a name, ``auto`` or None (the setting) to ``"pandas"`` or ``"cudf"``; BackendError if unusable."""
     # On ``auto``, Dask's own `dataframe.backend` counts if it says cudf.
     name = config.get("backend", name)
     if name not in ("auto", "pandas", "cudf"):
