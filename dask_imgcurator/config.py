@@ -9,8 +9,6 @@ import dask
 import dask.config
 import yaml
 
-__all__ = ["get"]
-
 _DEFAULTS = Path(__file__).with_name("imgcurator.yaml")
 
 
@@ -23,15 +21,7 @@ _load_defaults()
 
 
 def get(name: str, override: Any = None) -> Any:
-    """Return a setting, unless the caller gave a value.
-
-    Parameters
-    ----------
-    name : str
-        Name below ``imgcurator``, for example ``"batch-size"``.
-    override : object, optional
-        What the caller passed; returned when it is not None.
-    """
+    """Return `override` unless it is None, else the setting ``imgcurator.NAME``."""
     if override is not None:
         return override
     return dask.config.get(f"imgcurator.{name}")

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on."""
+"""Progress of a run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distributed import Client
-
-__all__ = ["Monitor", "Progress"]
 
 
 @dataclass

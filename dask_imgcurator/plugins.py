@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from .images.preprocess import Preprocess
 
-__all__ = ["ENCODERS", "HEADS", "OwnEncoder", "PluginError", "load", "package_of", "registered"]
-
 #: Entry-point groups.
 HEADS, ENCODERS = "dask_imgcurator.heads", "dask_imgcurator.encoders"
 
@@ -57,18 +55,7 @@ class OwnEncoder(Protocol):
 
 
 def registered(group: str) -> dict[str, EntryPoint]:
-    """Entry points of a group, by name.
-
-    Parameters
-    ----------
-    group : str
-        `HEADS` or `ENCODERS`.
-
-    Raises
-    ------
-    PluginError
-        If two packages registered one name.
-    """
+    """Entry points of a group (`HEADS` or `ENCODERS`) by name; PluginError if two packages registered one name."""
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group=group):
         other = found.setdefault(point.name, point)
@@ -81,13 +68,7 @@ def registered(group: str) -> dict[str, EntryPoint]:
 
 
 def load(group: str, name: str) -> Any:
-    """Import what is registered under a name.
-
-    Raises
-    ------
-    PluginError
-        If there is nothing of that name, naming what there is, or if it cannot be imported.
-    """
+    """Import what is registered under a name; PluginError if there is none or it cannot be imported."""
     known = registered(group)
     if name not in known:
         close = difflib.get_close_matches(name, known, 3)
@@ -98,7 +79,7 @@ def load(group: str, name: str) -> Any:
     point = known[name]
     try:
         return point.load()
-    # Whatever happens while a foreign package is imported: it is told, with its name.
+    # Whatever fails while a third-party package is imported is reported with its name.
     except Exception as err:
         raise PluginError(
             f"{name!r} ({point.value} of {package_of(point)}) cannot be imported: {type(err).__name__}: {err}"

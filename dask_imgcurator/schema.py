@@ -12,45 +12,13 @@ from typing import Literal
 
 import pyarrow as pa
 
-__all__ = [
-    "COLUMNS",
-    "MEASURES",
-    "STATUSES",
-    "Column",
-    "arrow_schema",
-    "columns_of",
-    "is_ours",
-    "kind_of",
-    "kinds_of_schema",
-    "missing_columns",
-]
-
 Step = Literal["read", "embed", "measure", "aesthetic", "nsfw", "text"]
 Kind = Literal["number", "string", "boolean", "list", "other"]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table.
-
-    Attributes
-    ----------
-    name : str
-        Column name.
-    type : pyarrow.DataType
-        Type in Arrow and Parquet. On pandas, strings are ``string`` columns, integers that can be missing are
-        ``Int32``, and lists are Arrow-backed.
-    step : str
-        The step that adds it.
-    nullable : bool
-        Whether a row may lack it.
-    meaning : str
-        One line, for the documentation.
-    lower_is_better : bool
-        Whether a cut keeps what lies below it.
-    scale : {"linear", "log", "probability"}
-        Of its histogram.
-    """
+    """One column of the table."""
 
     name: str
     type: pa.DataType
@@ -163,25 +131,12 @@ def kinds_of_schema(schema: pa.Schema) -> dict[str, str]:
 
 
 def is_ours(name: str, type_: pa.DataType) -> bool:
-    """Whether a column is one of the table: a user's own of the same name may be of another kind."""
+    """Whether a column is this library's: a user's column of the same name may be of another kind."""
     return name in COLUMNS and (pa.types.is_null(type_) or kind_of(type_) == kind_of(COLUMNS[name].type))
 
 
 def arrow_schema(names: Iterable[str], extra: Mapping[str, pa.DataType] | None = None) -> pa.Schema:
-    """Arrow schema of the named columns.
-
-    Parameters
-    ----------
-    names : iterable of str
-        Column names, in the order wanted.
-    extra : mapping of str to pyarrow.DataType, optional
-        Types of columns that are not in the table (a user's JSON fields, say).
-
-    Raises
-    ------
-    KeyError
-        For a name that is in neither.
-    """
+    """Arrow schema of the named columns, in order; `extra`: types of columns outside the table (JSON fields, say)."""
     extra = extra or {}
     fields = []
     for name in names:
@@ -194,25 +149,8 @@ def arrow_schema(names: Iterable[str], extra: Mapping[str, pa.DataType] | None =
 
 
 def missing_columns(schema: pa.Schema, wanted: pa.Schema) -> list[str]:
-    """Names of the columns that a table still lacks, so that only their steps need to run.
-
-    Parameters
-    ----------
-    schema : pyarrow.Schema
-        Of the table.
-    wanted : pyarrow.Schema
-        Columns that are to be there in the end.
-
-    Returns
-    -------
-    list of str
-        In the order of `wanted`. That a column is there does not tell how it was made: the table's provenance does.
-
-    Raises
-    ------
-    ValueError
-        If a column is there and of another kind.
-    """
+    """Names of wanted columns that a table lacks; ValueError if one is there but of another kind."""
+    # So that only their steps run. A column's presence does not tell how it was made: the table's provenance does.
     missing = []
     for field in wanted:
         if field.name not in schema.names:

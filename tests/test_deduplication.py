@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
-from dask_imgcurator.duplicates import hashes, neighbours
+from dask_imgcurator.duplicates import cells as in_cells
+from dask_imgcurator.duplicates import hashes
 from dask_imgcurator.duplicates.components import Forest
 from dask_imgcurator.duplicates.deduplication import dedup, duplicate_groups, find_duplicates
 from dask_imgcurator.duplicates.index import build_index, open_index
@@ -127,16 +128,16 @@ def test_a_cell_compares_each_pair_once(
     references: int, homes: int, visitors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that live there, with each other and with all others; and visitors with the reference."""
-    monkeypatch.setattr(neighbours, "BLOCK", 16)
-    monkeypatch.setattr(neighbours, "Forest", Everything)
+    monkeypatch.setattr(in_cells, "BLOCK", 16)
+    monkeypatch.setattr(in_cells, "Forest", Everything)
     rows = np.random.default_rng(homes).permutation(references + homes + visitors)
     kind = np.repeat([0, 1, 2], [references, homes, visitors])
-    cell = neighbours.Cell(rows, references, homes)
+    cell = in_cells.Cell(rows, references, homes)
 
     def take(some: np.ndarray) -> torch.Tensor:
         return torch.ones((len(some), 1))
 
-    found = [neighbours.near_pairs(*task, take, 0.5, sequential=False) for task in cell.tasks()]
+    found = [in_cells.near_pairs(*task, take, 0.5, sequential=False) for task in cell.tasks()]
     seen = [tuple(sorted(pair)) for a, b, _ in found for pair in zip(a.tolist(), b.tolist(), strict=True)]
     meeting = ({1}, {0, 1}, {1, 2}, {0, 2})
     expected = [p for p in itertools.combinations(range(len(rows)), 2) if {*kind[list(p)]} in meeting]
@@ -172,8 +173,8 @@ def test_a_forest_connects_what_all_pairs_connect(seed: int, n: int) -> None:
 
 def test_many_copies_make_few_pairs() -> None:
     vectors = torch.nn.functional.normalize(torch.ones(2500, 4) + 1e-3 * torch.rand(2500, 4), dim=1)
-    tasks = neighbours.Cell(np.arange(2500), 0, 2500).tasks()
-    found = [neighbours.near_pairs(*task, vectors.__getitem__, 0.9, sequential=False) for task in tasks]
+    tasks = in_cells.Cell(np.arange(2500), 0, 2500).tasks()
+    found = [in_cells.near_pairs(*task, vectors.__getitem__, 0.9, sequential=False) for task in tasks]
     forest = Forest(2500, limit=0)
     for pairs in found:
         assert len(pairs[0]) < 2500
@@ -220,6 +221,62 @@ def test_partitions_and_order_do_not_matter(rule: Any) -> None:
     for other in tables[1:]:
         for left, right in zip(tables[0], other, strict=True):
             pd.testing.assert_frame_equal(left, right)
+
+
+def test_in_cells_neither_threads_nor_partitions_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than are compared each with each; and what is told of the cells is true."""
+    pytest.importorskip("faiss")
+    vectors = clustered(21_000)
+    frame = frame_of(vectors)
+    eps = [0.01, 0.05]
+    found = []
+    for threads, npartitions in ((1, 1), (3, 4)):
+        monkeypatch.setattr(in_cells, "CPU_COUNT", threads)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            mixed = frame.sample(frac=1, random_state=threads)
+            df = dd.from_pandas(mixed, npartitions=npartitions, sort=False)
+            found.append(find_duplicates(df, ["semantic"], eps=eps))
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    one, other = found
+    assert one.cells == other.cells
+    pd.testing.assert_frame_equal(one.counts(), other.counts())
+    pd.testing.assert_frame_equal(one.groups(), other.groups())
+    cells = one.cells
+    assert cells is not None
+    assert (cells.cells, cells.probe) == (290, 3)
+    assert 20 < cells.median < 21_000 / 290 < cells.largest < 1000
+    group = one.groups().assign(at=lambda table: table["key"].astype(int)).set_index("at")["group"]
+    x = vectors.astype(np.float64)
+    rows = np.arange(0, 21_000, 40)
+    for e in eps:
+        i, j = np.nonzero(x[rows] @ x.T >= 1 - e)
+        i = rows[i]
+        together = group.reindex(i[i != j]).to_numpy() == group.reindex(j[i != j]).to_numpy()
+        compared, pairs = cells.recall[e]
+        assert pairs > 30
+        # In a group with one another by way of others, some that were not compared are.
+        assert compared / pairs - 0.03 < together.mean()
+        assert together.mean() > 0.93
+    assert find_duplicates(frame.iloc[:1000], ["semantic"]).cells is None
+
+
+def test_a_frame_is_read_once() -> None:
+    read: list[int] = []
+
+    def note(part: pd.DataFrame) -> pd.DataFrame:
+        if len(part):
+            read.append(len(part))
+        return part
+
+    frame = signed(300)
+    df = dd.from_pandas(frame, npartitions=3).map_partitions(note, meta=frame.iloc[:0])
+    found = find_duplicates(df, eps=[0.02, 0.06], n_cells=4)
+    assert len(found.groups()) == len(found.groups())
+    assert sum(read) == 300
 
 
 def test_processes_find_what_one_thread_finds() -> None:
@@ -494,6 +551,22 @@ def test_a_set_that_grows(tmp_path: Path) -> None:
     assert staying(index.frame()) == ["00000", "00002", "00004", "00006"] == staying(dedup(frame, eps=0.01))
     # What is in the set already is a duplicate of itself.
     assert len(dedup(frame, eps=0.01, against=index)) == 0
+
+
+def test_an_index_in_an_object_store() -> None:
+    vectors = clustered(300)
+    frame = frame_of(vectors, sha256=[f"{i:x}" for i in range(300)])
+    build_index(frame.iloc[:150], "memory://set/index", n_cells=3)
+    build_index(frame.iloc[150:200], "memory://set/index", append=True)
+    with pytest.raises(FileExistsError, match="append=True"):
+        build_index(frame, "memory://set/index")
+    index = open_index("memory://set/index")
+    assert (index.about["rows"], index.about["cells"], index.about["parts"]) == (200, 3, 2)
+    left = dedup(frame, ["exact"], against="memory://set/index")
+    assert staying(left) == [f"{i:05d}" for i in range(200, 300)]
+    again = find_duplicates(frame.iloc[:200], ["semantic"], against=index, eps=0.01)
+    assert again.counts()["remaining"].tolist() == [0]
+    assert (again.groups()["similarity"] > 0.9999).sum() >= 200
 
 
 @pytest.mark.parametrize("rule", ["semdedup", "nemo"])

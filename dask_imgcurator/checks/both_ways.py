@@ -1,7 +1,7 @@
-"""Two ways from bytes to scores: ours, and that of a user of open_clip.
+"""Two ways from bytes to scores: ours, and an open_clip user's.
 
-Ours: our decoder (DALI where it can), our encoder. Theirs: Pillow, open_clip's own transform, and its own model in
-float32. Both embeddings then go through the same heads and the same expressions.
+Ours: our decoder (DALI if possible), our encoder. Theirs: Pillow, open_clip's own transform, and its own model in
+float32. Both embeddings then go through the same heads and expressions.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ RESIZED_PIXELS = 1 << 28
 
 @dataclass(frozen=True)
 class OpenClip:
-    """open_clip's own way: from a Pillow image to pixels, and from a batch of these to unit embeddings in float32."""
+    """open_clip's own way: from a Pillow image to pixels, and from a batch of them to unit embeddings in float32."""
 
     transform: Callable[[Image], torch.Tensor]
     encode: Callable[[torch.Tensor], torch.Tensor]
 
     @classmethod
     def load(cls, spec: EncoderSpec, device: str) -> OpenClip:
-        """Load a model; the starter, which open_clip does not have, is ours behind open_clip's transform."""
+        """Load a model; the starter, which open_clip lacks, is ours behind open_clip's transform."""
         import torch
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -67,7 +67,7 @@ class OpenClip:
         return cls(image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False), encode)
 
     def decode(self, data: bytes | BadImage, preprocess: Preprocess) -> torch.Tensor | str:
-        """Decode and preprocess an image; the reason where that fails."""
+        """Decode and preprocess an image, or return the reason for failure."""
         from PIL import Image
 
         if isinstance(data, BadImage):
@@ -117,7 +117,7 @@ class Decisions:
 
 
 class BothWays:
-    """Sends batches of rows both ways and tells what differs; of the images themselves it keeps nothing."""
+    """Sends batches of rows both ways and compares; of the images it keeps nothing."""
 
     def __init__(self, plan: ScorePlan, expressions: Sequence[str]) -> None:
         import torch
@@ -142,7 +142,7 @@ class BothWays:
         self._last: torch.Tensor | None = None
 
     def start(self) -> Parity:
-        """Give a result in which nothing stands yet."""
+        """Return an empty result."""
         ours, device = self.encoder.spec, self.backend.device
         settings = ParitySettings(
             ours.model, ours.pretrained or None, ours.dtype, self.decoder_kind, device, self.batch_size
@@ -220,7 +220,7 @@ class BothWays:
                 decision.examples.append(Flip(names[i], bool(mine[i]), values))
 
     def _others(self, names: Sequence[str], expected: torch.Tensor, result: Parity) -> None:
-        """Compare each of open_clip's embeddings with that of the image before it."""
+        """Compare each of open_clip's embeddings with the previous image's."""
         for name, vector in zip(names, expected, strict=True):
             if self._last is not None:
                 result.other_cosine.add(float(vector @ self._last), name)
@@ -228,7 +228,7 @@ class BothWays:
 
 
 def _decodable(names: Sequence[str], ours: Batch, theirs: Sequence[torch.Tensor | str], result: Parity) -> list[int]:
-    """Count who can decode what; returns the positions of the images that both can."""
+    """Count who can decode what; returns the positions of images that both can."""
     both = []
     for i, (name, info, pixels) in enumerate(zip(names, ours.infos, theirs, strict=True)):
         bad, failed = isinstance(info, BadImage), isinstance(pixels, str)
@@ -242,7 +242,7 @@ def _decodable(names: Sequence[str], ours: Batch, theirs: Sequence[torch.Tensor 
 
 
 def _decoder_to_compare(name: str, device: str) -> str:
-    """DALI where it is installed: on a CPU a run takes Pillow unless it is told otherwise, and nothing would differ."""
+    """DALI if installed: on a CPU a run defaults to Pillow, and nothing would differ."""
     if name == "auto" and dali_problem() is None:
         return "dali"
     return settle_decoder(name, device)

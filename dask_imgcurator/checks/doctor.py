@@ -16,7 +16,7 @@ State = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; `problem`: the main job does not work; `note`: something is left out."""
+    """One finding; `problem`: the main job does not work; `note`: something is unavailable."""
 
     topic: str
     value: str
@@ -28,7 +28,7 @@ PACKAGES = ("dask-imgcurator", "dask", "distributed", "pandas", "pyarrow", "torc
 
 
 def examine() -> Iterator[Finding]:
-    """Look at this machine; slow parts (torch) are imported on the way."""
+    """Examine this machine; slow parts (torch) are imported on the way."""
     yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in PACKAGES:
         found = version_of(name)
@@ -128,7 +128,7 @@ _RAPIDS = ("cudf-", "dask-cudf-", "rmm-", "dask-cuda")
 
 
 def gpu_findings(facts: GpuFacts, pool: float | int | str | None = None) -> Iterator[Finding]:
-    """Judge the facts alone; `pool` is `imgcurator.rmm-pool`, of which a fraction is compared with the free memory."""
+    """Judge the facts alone; a fractional `imgcurator.rmm-pool` (`pool`) is compared with free memory."""
     if not facts.cards and not facts.torch_sees:
         yield Finding("GPU", "no NVIDIA card, or no driver for it: everything runs on the CPU")
         return
@@ -193,7 +193,7 @@ def _library(library: str, wheels: Mapping[int, str], facts: GpuFacts) -> Findin
 
 
 def _mismatches(facts: GpuFacts) -> Iterator[Finding]:
-    """Libraries for two CUDAs, of two releases of RAPIDS, or that do not import beside their neighbours."""
+    """Libraries for two CUDAs, of two RAPIDS releases, or that fail to import."""
     majors = _majors(facts)
     if len(set(majors.values())) > 1:
         value = ", ".join(f"{library} for CUDA {major}" for library, major in majors.items())
@@ -207,7 +207,7 @@ def _mismatches(facts: GpuFacts) -> Iterator[Finding]:
 
 
 def _majors(facts: GpuFacts) -> dict[str, int]:
-    """CUDA major of torch and of each installed library that is published for one."""
+    """CUDA major version of torch and of each installed library published for one."""
     found = {"torch": int(facts.torch_cuda.partition(".")[0])} if facts.torch_cuda else {}
     for library, wheels in GPU_PACKAGES.items():
         for major, name in wheels.items():
@@ -217,13 +217,13 @@ def _majors(facts: GpuFacts) -> dict[str, int]:
 
 
 def _install(facts: GpuFacts) -> str:
-    """Command that makes the GPU path whole, for the CUDA that the driver (else torch) has."""
+    """Command that completes the GPU path, for the CUDA of the driver (else torch)."""
     newest = facts.driver_cuda[0] if facts.driver_cuda else int((facts.torch_cuda or "13").partition(".")[0])
     return f'pip install "dask-imgcurator[cu{12 if newest < 13 else 13}]"'
 
 
 def _pool(facts: GpuFacts, pool: float | int | str | None) -> Finding:
-    """Whether the memory pool that workers take at their start fits what is free on each card."""
+    """Whether the memory pool that workers allocate at startup fits the free memory of each card."""
     topic = "memory pool"
     if not isinstance(pool, float) or not 0 < pool <= 1:
         return Finding(topic, f"{pool}" if pool else "none (imgcurator.rmm-pool)")

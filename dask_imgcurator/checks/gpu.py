@@ -49,7 +49,7 @@ class GpuFacts:
 
 
 def gpu_facts() -> GpuFacts:
-    """Ask the driver (by NVML, where its Python package is installed), torch and the list of packages."""
+    """Ask the driver (by NVML, if its Python package is installed), torch and the list of packages."""
     import torch
 
     sees = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -66,7 +66,7 @@ def gpu_facts() -> GpuFacts:
 
 
 def broken_modules(names: Iterable[str]) -> dict[str, str]:
-    """Import modules, and tell of those that are there but fail: one release of NumPy too new is enough for that."""
+    """Import modules, and report those installed but failing: one NumPy release too new suffices."""
     failed = {}
     for name in names:
         try:
@@ -80,7 +80,7 @@ def broken_modules(names: Iterable[str]) -> dict[str, str]:
 
 
 def _ask_nvml() -> dict[str, Any] | None:
-    """Driver and cards by NVML; None without the package or the driver."""
+    """Driver and cards from NVML; None without the package or the driver."""
     try:
         pynvml: Any = importlib.import_module("pynvml")
     except ImportError:

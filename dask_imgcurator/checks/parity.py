@@ -1,6 +1,6 @@
-"""Whether scores are those of open_clip: this library's way from bytes to scores against open_clip's own.
+"""Whether scores match open_clip's: this library's way from bytes to scores against open_clip's own.
 
-By default our encoder is float32 too, so that what is left is the difference of the pixels.
+By default our encoder is float32 too, which leaves only the difference of the pixels.
 """
 
 from __future__ import annotations
@@ -39,11 +39,9 @@ class ParityOptions(ScoreOptions):
 
 
 def compare(urlpath: URLPath, options: ParityOptions | None = None, *, monitor: Monitor | None = None) -> Parity:
-    """Compare this library's pixels, embeddings, scores and decisions with open_clip's own, on the user's images.
-
-    Runs in the calling process, a batch at a time. A model, head or expression that cannot be used is told before any
-    image is read.
-    """
+    """Compare our pixels, embeddings, scores and decisions with open_clip's own, on the user's images."""
+    # In the calling process, batch by batch. An unusable model, head or expression is reported before any image is
+    # read.
     options, monitor = options or ParityOptions(), monitor or Monitor()
     if options.limit < 1:
         raise ValueError(f"limit={options.limit}: it must be at least 1")
@@ -60,7 +58,7 @@ def compare(urlpath: URLPath, options: ParityOptions | None = None, *, monitor: 
 
 
 def _expressions(options: ParityOptions, kinds: Mapping[str, str]) -> list[str]:
-    """Thresholds as expressions, checked against the columns that there will be."""
+    """Thresholds as expressions, checked against the columns there will be."""
     given = [options.where] if isinstance(options.where, str) else list(options.where)
     shorthands = combine(min_aesthetic=options.min_aesthetic), combine(max_nsfw=options.max_nsfw)
     given += [expression for expression in shorthands if expression is not None]
@@ -83,14 +81,9 @@ def _run(ways: BothWays, urls: Sequence[str], frames: Sequence[Any], result: Par
         state.shards += 1
 
 
-# --- which images ---------------------------------------------------------------------------------
-
-
 def _choose(urls: Sequence[str], read: ReadSpec, limit: int, result: Parity, monitor: Monitor) -> list[Any]:
-    """Choose images, spread over the shards and within each: one frame of rows with an image a shard.
-
-    At most `limit` rows a shard are held, and shards beyond the first `SHARDS` are opened only while images lack.
-    """
+    """Choose images, spread over the shards and within each: one frame per shard, of rows with an image."""
+    # At most `limit` rows per shard are held; shards beyond the first `SHARDS` are opened only if images are lacking.
     wanted = min(SHARDS, limit)
     frames: list[Any] = []
     counts: list[int] = []
@@ -112,7 +105,7 @@ def _choose(urls: Sequence[str], read: ReadSpec, limit: int, result: Parity, mon
 
 
 def _spread(count: int, wanted: int) -> list[int]:
-    """Give `wanted` of the first `count` numbers, evenly spaced (all of them where there are fewer)."""
+    """Return `wanted` of the first `count` numbers, evenly spaced (all if there are fewer)."""
     wanted = min(count, wanted)
     return [i * count // wanted for i in range(wanted)]
 

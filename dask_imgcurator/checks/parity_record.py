@@ -1,4 +1,4 @@
-"""What a comparison with open_clip found."""
+"""Results of a comparison with open_clip."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pair = tuple[float | None, float | None]
 
 @dataclass
 class Figure:
-    """Mean of one figure over `count` images, and its extremes; `max_image` has the largest."""
+    """Mean and extremes of one figure over `count` images; `max_image` has the largest."""
 
     count: int = 0
     mean: float = math.nan
@@ -51,7 +51,7 @@ class ImageDifference:
 
 @dataclass
 class Difference:
-    """Differences over a group of images; of scores, the absolute ones."""
+    """Differences over a group of images; of scores, absolute ones."""
 
     images: int = 0
     pixel_mean: Figure = field(default_factory=Figure)
@@ -71,7 +71,7 @@ class Difference:
                 figure.add(abs(ours - theirs), one.image)
 
     def summary(self) -> dict[str, Any]:
-        """Give the figures, for JSON; of no image, only that there is none."""
+        """Return the figures for JSON; without images, only that there are none."""
         if not self.images:
             return {"images": 0}
         return {
@@ -90,7 +90,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class OneSided:
-    """An image that only one way could decode; `reason` is that of the other."""
+    """An image that only one way could decode; `reason` is the other's."""
 
     image: str
     decodable: str
@@ -131,7 +131,7 @@ class ParitySettings:
 
 @dataclass
 class Parity:
-    """What a comparison found."""
+    """Results of a comparison."""
 
     settings: ParitySettings
     shards: int = 0
@@ -151,14 +151,14 @@ class Parity:
     notes: list[str] = field(default_factory=list)
 
     def add(self, differences: Sequence[ImageDifference]) -> None:
-        """Take in images that both ways could decode."""
+        """Add images that both ways could decode."""
         for one in differences:
             for group in ("all", one.decoder):
                 self.groups.setdefault(group, Difference()).add(one)
         self.worst = sorted([*self.worst, *differences], key=lambda one: one.cosine)[:EXAMPLES]
 
     def record(self) -> dict[str, Any]:
-        """Give everything, for JSON."""
+        """Return everything, for JSON."""
         found = dataclasses.asdict(self)
         del found["other_cosine"]
         found["groups"] = {name: group.summary() for name, group in self.groups.items()}

@@ -24,7 +24,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 @dataclass(frozen=True)
 class Picture:
-    """A source picture inside an installed package (the first part of its path), with its terms."""
+    """A source picture inside an installed package (the first part of its path), with its license."""
 
     name: str
     path: str
@@ -53,7 +53,7 @@ _BOMB_SIDE = 30_000
 
 @dataclass(frozen=True)
 class SampleImage:
-    """An image (None: the sample has none), where it is from, and the key of the crop that it copies."""
+    """An image (None: the sample has none), its source, and the key of the crop it copies."""
 
     kind: str
     image: bytes | None
@@ -64,7 +64,7 @@ class SampleImage:
 
 
 class Maker:
-    """Makes samples one after the other; later ones may copy earlier crops."""
+    """Makes samples one by one; later ones may copy earlier crops."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -75,7 +75,7 @@ class Maker:
         self.photos = [picture for picture in PICTURES if picture.weight > 1]
 
     def make(self, key: str, kind: str) -> SampleImage:
-        """Make the sample of a key; the order of the calls decides what it shows."""
+        """Make the sample of a key; its content depends on the order of calls."""
         if kind == "crop":
             self.crops[key] = self._crop()
             return self.crops[key]
@@ -95,7 +95,7 @@ class Maker:
         return SampleImage("crop", _encode(image, ext), ext, self.rng.choice(picture.captions), picture)
 
     def _cut(self, picture: Picture) -> Image.Image:
-        """Cut out a part of half to the full size; one in six is made a thumbnail."""
+        """Crop half to the full size; one in six becomes a thumbnail."""
         whole = self.images[picture.name]
         aspect = self.rng.choice(_ASPECTS)
         scale = self.rng.uniform(0.5, 1.0)
@@ -116,7 +116,7 @@ class Maker:
         return replace(copy, image=_encode(smaller, "jpg", quality=self.rng.randint(40, 60)), ext="jpg")
 
     def _generated(self, kind: str) -> tuple[bytes, str, str]:
-        """Image, extension and caption of something that comes from no picture."""
+        """Image, extension and caption of something not made from a picture."""
         if kind == "noise":
             side = self.rng.randint(160, 320)
             pixels = Image.frombytes("RGB", (side, side), self.rng.randbytes(side * side * 3))

@@ -1,4 +1,4 @@
-"""Sample shards, made without network: good pictures, poor ones, and broken ones."""
+"""Sample shards, made offline: good pictures, poor ones, and broken ones."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def make_sample_shards(out: str | Path, count: int = 320, per_shard: int = 64, s
 
 
 def _plan(count: int) -> list[str]:
-    """Kind of each sample: the unusual ones evenly spread, at most every third, each after two crops."""
+    """Kind of each sample: unusual ones evenly spread, at most every third, each after two crops."""
     unusual = max(round(_UNUSUAL_SHARE * count), min(len(_UNUSUAL), count // 3)) if count >= 3 else 0
     kinds = ["crop"] * count
     for i in range(unusual):

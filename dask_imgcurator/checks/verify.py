@@ -21,11 +21,9 @@ Options = Mapping[str, Any] | None
 def verify(
     folder: str, *, storage_options: Options = None, source_options: Options = None
 ) -> Iterator[tuple[str, str | None]]:
-    """Compare curated shards with the tars they were copied from, byte for byte, and the score table with both.
-
-    `folder` is what `curate` left, or holds curated shards; the options are for its file system and for that of the
-    sources. Yields what was looked at, and what is wrong with it: None where it is right.
-    """
+    """Compare curated shards with their source tars, byte for byte, and the score table with both."""
+    # `folder` is `curate`'s, or holds curated shards; the options are for its file system and for the sources'. Yields
+    # what was checked, and what is wrong with it: None if nothing.
     record = files.read_text(files.join(folder, "run.json"), storage_options)
     curated = files.join(folder, "shards") if record is not None else folder
     stems = written_shards(curated, storage_options)

@@ -26,14 +26,14 @@ from .options import (
 @shards_argument
 @threshold_options
 @encoder_options
-@dtype_option("float32, as open_clip's in the comparison; another one is taken on this library's side only")
+@dtype_option("float32, like open_clip's in the comparison; others apply to this library's side only")
 @click.option(
     "--limit",
     metavar="N",
     type=click.IntRange(1),
     default=1000,
     show_default=True,
-    help="Images to compare, at most; spread over the shards.",
+    help="Maximum number of images to compare, spread over the shards.",
 )
 @click.option("--json", "record", metavar="FILE", type=click.Path(), help="File for all figures, as JSON.")
 @quiet_option
@@ -85,7 +85,7 @@ def verify(folder: str, storage_options: dict[str, Any] | None, out_options: dic
 
 @click.command()
 def doctor() -> None:
-    """Say what is installed, what is visible, what would be used, and why not."""
+    """Report what is installed, what is visible, what would be used, and why not."""
     from rich.text import Text
 
     from ..checks.doctor import examine

@@ -17,7 +17,7 @@ _RESUMING = ("curate", "score", "write", "demo")
 
 
 class Failure(click.ClickException):
-    """An error as the user sees it: what, and what to do; no traceback, no usage text."""
+    """An error as the user sees it: what failed and what to do; no traceback, no usage text."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -29,10 +29,7 @@ class Failure(click.ClickException):
 
 @contextlib.contextmanager
 def _plain_errors(resumes: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Turn the errors that a user can mend into a line and an exit code.
-
-    `resumes` says whether the command that failed goes on from what is finished when it is given again.
-    """
+    """Turn errors that a user can fix into a line and an exit code; `resumes`: rerunning the command resumes."""
     from ..engine.backend import BackendError
     from ..engine.run import JobError
     from ..models.weights import WeightsError

@@ -1,4 +1,4 @@
-"""How a run is shown on a terminal."""
+"""A run's progress on a terminal."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from .. import monitor
 
-__all__ = ["make_monitor"]
-
 
 @contextlib.contextmanager
 def make_monitor(console: Console) -> Iterator[monitor.Monitor]:
-    """Make a monitor that draws a live line where the console is a terminal, and prints lines elsewhere."""
+    """Make a monitor that draws a live line on a terminal, and prints lines elsewhere."""
     if not console.is_terminal or console.quiet:
         yield _Lines(console)
         return
@@ -33,7 +31,7 @@ def make_monitor(console: Console) -> Iterator[monitor.Monitor]:
 
 
 class _Lines(monitor.Monitor):
-    """Notes and phases, a line each."""
+    """Notes and phases, one per line."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -59,7 +57,7 @@ class _Lines(monitor.Monitor):
 
 
 class _Live(_Lines):
-    """A line that is drawn anew: images, images/s, kept share, errors, time left."""
+    """A live line: images, images/s, kept share, errors, time left."""
 
     def __init__(self, console: Console, progress: Progress) -> None:
         super().__init__(console)

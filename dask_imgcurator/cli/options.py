@@ -24,7 +24,7 @@ def dtype_option(default: str) -> Callable[[Any], Any]:
     return click.option(
         "--dtype",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        help=f"Of the encoder. [default: {default}]",
+        help=f"Precision of the encoder. [default: {default}]",
     )
 
 
@@ -33,7 +33,7 @@ encoder_options = _group(
         "--model",
         metavar="NAME",
         help="open_clip's name of a model (ViT-L-14, ViT-B-32 …), or 'starter': a preview that needs no download. "
-        "[default: ViT-L-14 of OpenAI; starter where its weights cannot be had]",
+        "[default: ViT-L-14 of OpenAI; the starter if its weights cannot be had]",
     ),
     click.option(
         "--pretrained",
@@ -54,7 +54,7 @@ encoder_options = _group(
         "--weights-dir",
         metavar="DIR",
         type=click.Path(),
-        help="Folder with the heads' published files, looked at before the cache and the network.",
+        help="Folder with the heads' published files, searched before the cache and the network.",
     ),
     click.option(
         "--column",
@@ -70,14 +70,14 @@ encoder_options = _group(
         "--image",
         metavar="EXT",
         multiple=True,
-        help="Extension of the image member (jpg, seg.png …), where a sample has several; may be repeated, the "
-        "preferred one first.",
+        help="Extension of the image member (jpg, seg.png …) if a sample has several; may be repeated, "
+        "preferred first.",
     ),
     click.option(
         "--batch-size",
         metavar="N",
         type=click.IntRange(1),
-        help="Images a forward pass. [default: 16 on a CPU, 512 on a GPU]",
+        help="Images per forward pass. [default: 16 on a CPU, 512 on a GPU]",
     ),
 )
 
@@ -123,13 +123,13 @@ remote_options = _group(
         "--out-options",
         metavar="JSON",
         type=Json(),
-        help="The same for the folder that is written (verify: DIR). [default: as --storage-options]",
+        help="The same for the output folder (verify: DIR). [default: as --storage-options]",
     ),
 )
 
 
 def remote(options: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the options of the output."""
+    """Default the output's options to the input's."""
     return {**options, "out_options": options["out_options"] or options["storage_options"]}
 
 
@@ -145,7 +145,7 @@ _where = _group(
 
 
 def where_options(command: Any) -> Any:
-    """Options that say which images to keep; the command gets them as one expression, `where`."""
+    """Options for which images to keep; the command gets them as one expression, `where`."""
 
     @functools.wraps(command)
     def combined(
@@ -158,7 +158,7 @@ def where_options(command: Any) -> Any:
     return _where(combined)
 
 
-#: The same, each by itself.
+#: The same as separate arguments.
 threshold_options = _where
 
 ranking_options = _group(
@@ -166,10 +166,10 @@ ranking_options = _group(
         "--top",
         metavar="STEP",
         multiple=True,
-        help="Of these, the best: '30% by clip_score', '10000 by aesthetic_score'; may be repeated, one after another.",
+        help="Keep the best: '30% by clip_score', '10000 by aesthetic_score'; may be repeated, applied in order.",
     ),
     click.option(
-        "--sample", metavar="STEP", help="Of what is left, a random part: '10000', '10% seed 1', '20 by cluster'."
+        "--sample", metavar="STEP", help="Keep a random sample of the rest: '10000', '10% seed 1', '20 by cluster'."
     ),
 )
 
@@ -180,30 +180,30 @@ pack_options = _group(
         type=click.IntRange(1),
         default=10_000,
         show_default=True,
-        help="Samples a curated shard, at most.",
+        help="Maximum number of samples per curated shard.",
     ),
     click.option(
         "--max-size",
         metavar="SIZE",
         default="1GB",
         show_default=True,
-        help="Size of a curated shard, at most (500MB, 1GiB).",
+        help="Maximum size of a curated shard (500MB, 1GiB).",
     ),
 )
 
 
 def cluster_options_with(workers: str) -> Callable[[Any], Any]:
-    """Options that say where a command runs; `workers` is what --n-workers defaults to."""
+    """Options for where a command runs; `workers` describes the default of --n-workers."""
     return _group(
         click.option(
             "--backend",
             type=click.Choice(["auto", "cudf", "pandas"]),
-            help="Where to compute. [default: auto, a GPU where there is one]",
+            help="Where to compute. [default: auto: a GPU if there is one]",
         ),
         click.option(
             "--scheduler",
             metavar="ADDRESS",
-            help="Run on a Dask cluster: the address of its scheduler, tcp://host:8786.",
+            help="Run on a Dask cluster: its scheduler's address, tcp://host:8786.",
         ),
         click.option(
             "--n-workers",
@@ -214,14 +214,14 @@ def cluster_options_with(workers: str) -> Callable[[Any], Any]:
     )
 
 
-cluster_options = cluster_options_with("one a GPU; on a CPU one a core with 4 GB")
-light_options = cluster_options_with("none: threads of this process do")
+cluster_options = cluster_options_with("one per GPU; on a CPU one per core with 4 GB")
+light_options = cluster_options_with("none: threads of this process")
 
 resume_option = click.option(
     "--resume/--no-resume",
     default=True,
     show_default=True,
-    help="Take over what an earlier run with the same settings finished.",
+    help="Reuse what an earlier run with the same settings finished.",
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
 shards_argument = click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
@@ -232,7 +232,7 @@ scores_argument = click.argument("scores", nargs=-1, required=True, metavar="SCO
 
 
 def given_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that were given, where to run as one of them; the functions have their own defaults."""
+    """Options that were given, with where to run as `client`; the functions have their own defaults."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
     scheduler, n_workers = given.pop("scheduler", None), given.pop("n_workers", None)
     if scheduler is not None and n_workers is not None:
@@ -243,5 +243,5 @@ def given_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def asked_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The same without flags that were not given."""
+    """The same without flags that were not set."""
     return {name: value for name, value in given_of(options).items() if value is not False}

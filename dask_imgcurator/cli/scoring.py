@@ -35,13 +35,13 @@ from .options import (
 @resume_option
 @quiet_option
 def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
-    """Score shards, keep the images that an expression takes, write them as curated shards.
+    """Score shards, keep the images that match an expression, write them as curated shards.
 
     \b
     dask-imgcurator curate 'laion/{00000..00127}.tar' --out curated \\
         --model ViT-L-14 --pretrained openai --where 'aesthetic_score >= 5 and nsfw_score < 0.5'
 
-    Kept samples keep all their members, byte for byte. Stop it whenever you like: the same command goes on from there.
+    Kept samples keep all their members, byte for byte. Completed work is saved; rerun the same command to resume.
     """
     from ..jobs.curate import curate as run
 
@@ -53,14 +53,14 @@ def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> No
 
 @click.command()
 @shards_argument
-@click.option("--out", required=True, metavar="DIR", help="Folder for the score table: one Parquet file a shard.")
+@click.option("--out", required=True, metavar="DIR", help="Folder for the score table: one Parquet file per shard.")
 @model_options
 @cluster_options
 @remote_options
 @resume_option
 @quiet_option
 def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
-    """Score shards into a table: the expensive half, done once.
+    """Score shards into a table: the expensive part, done once.
 
     \b
     dask-imgcurator score 'laion/*.tar' --out run/scores --model ViT-B-32 --pretrained openai
@@ -119,10 +119,10 @@ def write(
 @cluster_options
 @quiet_option
 def demo(out: str, count: int, quiet: bool, **options: Any) -> None:
-    """Everything on sample images, offline, in about a minute.
+    """Run everything on sample images, offline, in about a minute.
 
     Makes shards of photographs, near-copies, blurred, dark and broken images, scores them with the starter model,
-    keeps the good ones and leaves the result to look at.
+    keeps the good ones and leaves the results for you to inspect.
     """
     from ..checks import samples
     from ..jobs.curate import curate as run

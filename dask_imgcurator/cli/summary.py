@@ -1,4 +1,4 @@
-"""What the command line prints when a run has ended."""
+"""What the command line prints at the end of a run."""
 
 from __future__ import annotations
 
@@ -23,19 +23,6 @@ from ..schema import STATUSES
 from ..select.where import parse_where
 from ..steps.score_table import read_scores
 
-__all__ = [
-    "make_table",
-    "print_duplicates",
-    "print_kinds",
-    "print_parity",
-    "print_run",
-    "print_search",
-    "print_search_index",
-    "print_selection",
-    "stdout",
-    "written_line",
-]
-
 
 def stdout() -> Console:
     return Console()
@@ -49,7 +36,7 @@ def make_table(*columns: str) -> Table:
 
 
 def _numbers(*columns: str) -> Table:
-    """Make a table whose columns after the first hold numbers."""
+    """Make a table with numbers in all columns but the first."""
     table = make_table(*columns)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -115,7 +102,7 @@ def print_selection(selection: Counts, out: str) -> None:
 
 
 def print_kinds(result: RunResult, manifest: Mapping[str, Mapping[str, Any]]) -> None:
-    """Show for the demo what became of each kind of planted image."""
+    """Show, for the demo, what became of each kind of planted image."""
     import pyarrow.parquet as pq
 
     from ..checks.pictures import KINDS
@@ -139,7 +126,7 @@ def print_kinds(result: RunResult, manifest: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _reasons(result: RunResult) -> dict[str, str]:
-    """Why each sample of the demo was dropped: its error, or the first condition that it fails."""
+    """Why each demo sample was dropped: its error, or the first condition it fails."""
     record = json.loads((Path(result.out) / "run.json").read_text())
     frame = read_scores(Path(result.out) / "scores", backend="pandas").compute(scheduler="synchronous")
     reasons = dict(zip(frame["key"], frame["error_message"].fillna(""), strict=True))
@@ -155,7 +142,7 @@ def _reasons(result: RunResult) -> dict[str, str]:
 
 
 def print_parity(result: Parity, console: Console | None = None) -> None:
-    """Show how far this library's way and open_clip's own differ."""
+    """Show how far this library and open_clip differ."""
     console = console or stdout()
 
     def say(text: str) -> None:
@@ -229,7 +216,7 @@ def _decisions(result: Parity) -> Table:
 
 
 def _pair(ours: float | None, theirs: float | None) -> str:
-    """Both values of a score, as long as it takes to tell them apart."""
+    """Both values of a score, with enough digits to tell them apart."""
     if ours is None or theirs is None:
         return f"{ours} here, {theirs} by open_clip"
     digits = next((n for n in range(5, 10) if f"{ours:.{n}g}" != f"{theirs:.{n}g}"), 5)

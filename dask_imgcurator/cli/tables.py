@@ -38,14 +38,14 @@ def select(
     where: str | None,
     **options: Any,
 ) -> None:
-    """Keep the rows of a score table that an expression takes; no image is read.
+    """Keep the rows of a score table that match an expression; no image is read.
 
     \b
     dask-imgcurator select run/scores --where 'aesthetic_score >= 5.5 and width >= 512' --out run/selected
     dask-imgcurator select run/scores --min-aesthetic 5 --top '30% by clip_score' --out run/selected
 
     The expression knows the table's columns, numbers, 'text', + - * / %, comparisons, and, or, not, in (…), is null.
-    A row for which it is unknown (a missing score) is not kept.
+    A row for which the result is unknown (a missing score) is dropped.
     """
     from ..jobs.tables import select_rows as run
 
@@ -57,13 +57,13 @@ def select(
 
 @click.command()
 @scores_argument
-@click.option("--out", metavar="DIR", help="Folder for the rows that are left; without it they are only counted.")
+@click.option("--out", metavar="DIR", help="Folder for the remaining rows; without it they are only counted.")
 @click.option(
     "--tier",
     "tiers",
     multiple=True,
     type=click.Choice(["exact", "perceptual", "semantic"]),
-    help="Which; may be repeated. [default: all whose column the table has]",
+    help="Kind of duplicates; may be repeated. [default: all whose column the table has]",
 )
 @click.option(
     "--eps",
@@ -72,27 +72,38 @@ def select(
     multiple=True,
     default=[0.05],
     show_default=True,
-    help="Semantic duplicates have a cosine of at least 1 - X; may be repeated to count.",
+    help="Semantic duplicates have a cosine of at least 1 - X; repeat to compare counts.",
 )
 @click.option(
-    "--max-distance", metavar="N", type=int, default=4, show_default=True, help="Bits in which hashes may differ."
+    "--max-distance",
+    metavar="N",
+    type=int,
+    default=4,
+    show_default=True,
+    help="Maximum number of bits in which hashes differ.",
 )
 @click.option(
-    "--keep", metavar="COLUMN", help="Of each group, the row with the highest value stays. [default: the first]"
+    "--keep", metavar="COLUMN", help="Keep the row of each group with the highest value. [default: the first]"
 )
-@click.option("--lowest", is_flag=True, help="The row with the lowest value stays.")
+@click.option("--lowest", is_flag=True, help="Keep the row with the lowest value instead.")
 @click.option(
     "--rule",
     type=click.Choice(["components", "semdedup", "nemo"]),
     default="components",
     show_default=True,
-    help="Who goes in the semantic tier.",
+    help="How the semantic tier decides what to drop.",
 )
 @click.option(
-    "--against", metavar="INDEX", help="Also drop what an index holds: a set that exists, or a benchmark's images."
+    "--against",
+    metavar="INDEX",
+    help="Also drop duplicates of what an index holds: an existing dataset, or a benchmark.",
 )
-@click.option("--index", metavar="DIR", help="Save an index of what is left, for --against.")
-@click.option("--groups", metavar="FILE", help="Write the groups to a Parquet file: who, kept by whom, how similar.")
+@click.option("--index", metavar="DIR", help="Save an index of the remaining rows, for --against.")
+@click.option(
+    "--groups",
+    metavar="FILE",
+    help="Write the groups to a Parquet file: which rows, which of them is kept, how similar.",
+)
 @light_options
 @storage_option
 @quiet_option
@@ -100,8 +111,8 @@ def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[floa
     """Drop the duplicates of a score table: same bytes, same look, same content.
 
     \b
-    dask-imgcurator dedup run/scores --eps 0.02 --eps 0.05 --eps 0.1            how many would go
-    dask-imgcurator dedup run/scores --keep aesthetic_score --out run/unique    drop them, the best stays
+    dask-imgcurator dedup run/scores --eps 0.02 --eps 0.05 --eps 0.1            count only
+    dask-imgcurator dedup run/scores --keep aesthetic_score --out run/unique    drop them, keep the best
     dask-imgcurator dedup run/scores --against eval.index --out run/clean       decontaminate
     """
     from ..jobs.tables import drop_duplicates as run
@@ -116,7 +127,7 @@ def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[floa
 @click.command()
 @scores_argument
 @click.option("--out", required=True, metavar="DIR", help="Folder for the larger table.")
-@click.option("--head", "heads", metavar="FILE|NAME", multiple=True, help="Head of your own; may be repeated.")
+@click.option("--head", "heads", metavar="FILE|NAME", multiple=True, help="Your own head; may be repeated.")
 @click.option("--clip-score", is_flag=True, help="Cosine of caption and image.")
 @click.option(
     "--prompt",
@@ -127,10 +138,10 @@ def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[floa
 )
 @click.option("--caption-stats", is_flag=True, help="Words and characters of the caption.")
 @click.option("--language", is_flag=True, help="Language of the caption (needs the extra 'text').")
-@click.option("--aesthetic-head", metavar="NAME", help="A published head, where there is no aesthetic_score yet.")
-@click.option("--nsfw-head", metavar="NAME", help="A published head, where there is no nsfw_score yet.")
+@click.option("--aesthetic-head", metavar="NAME", help="Published head, if there is no aesthetic_score yet.")
+@click.option("--nsfw-head", metavar="NAME", help="Published head, if there is no nsfw_score yet.")
 @click.option("--weights-dir", metavar="DIR", help="Folder with the published heads.")
-@cluster_options_with("none: threads of this process do; for texts as in score")
+@cluster_options_with("none: threads of this process; for texts as in score")
 @storage_option
 @quiet_option
 def add(scores: tuple[str, ...], out: str, quiet: bool, prompts: tuple[str, ...], **options: Any) -> None:
@@ -158,7 +169,7 @@ def add(scores: tuple[str, ...], out: str, quiet: bool, prompts: tuple[str, ...]
 
 
 class _Formats(click.Choice):
-    """The export formats, looked up when the command needs them: that imports much."""
+    """The export formats, looked up lazily: that imports a lot."""
 
     def __init__(self) -> None:
         self.case_sensitive = True
@@ -178,9 +189,9 @@ class _Formats(click.Choice):
     "format_",
     required=True,
     type=_Formats(),
-    help="Whose layout.",
+    help="Target layout.",
 )
-@click.option("--where", metavar="EXPR", help="Only the rows that the expression takes.")
+@click.option("--where", metavar="EXPR", help="Only rows that match the expression.")
 @light_options
 @storage_option
 @quiet_option
@@ -204,21 +215,21 @@ def export_(scores: tuple[str, ...], out: str, format_: str, where: str | None, 
 @click.command()
 @scores_argument
 @click.option("--text", metavar="TEXT", multiple=True, help="What the images show: 'a red car'; may be repeated.")
-@click.option("--image", metavar="FILE", multiple=True, help="Image to find similar ones of; may be repeated.")
+@click.option("--image", metavar="FILE", multiple=True, help="Image to find similar ones to; may be repeated.")
 @click.option(
     "--like",
     metavar="KEY",
     multiple=True,
-    help="Row to find others like; SHARD:KEY where several have the key; may be repeated.",
+    help="Row to find similar ones to; SHARD:KEY if the key is not unique; may be repeated.",
 )
-@click.option("-k", "k", metavar="N", type=click.IntRange(1), default=20, show_default=True, help="Rows for each.")
+@click.option("-k", "k", metavar="N", type=click.IntRange(1), default=20, show_default=True, help="Rows per query.")
 @where_options
 @click.option("--html", metavar="FILE", help="Write a page with the pictures.")
-@click.option("--out", metavar="FILE", help="Write the rows, as its name says: .parquet, .csv or .json.")
+@click.option("--out", metavar="FILE", help="Write the rows, in the format of its extension: .parquet, .csv or .json.")
 @click.option("--index", metavar="DIR", help="Search by an index of this table: faster for millions of rows.")
 @click.option("--build-index", metavar="DIR", help="Build such an index first, and search by it (needs FAISS).")
 @click.option("--model", metavar="NAME", help="Model of the queries. [default: the one that the table names]")
-@click.option("--pretrained", metavar="TAG|PATH", help="Its weights; a path where they are a checkpoint of your own.")
+@click.option("--pretrained", metavar="TAG|PATH", help="Its weights; a path for your own checkpoint.")
 @light_options
 @storage_option
 @quiet_option
@@ -230,7 +241,7 @@ def search(
     where: str | None,
     **options: Any,
 ) -> None:
-    """Find the images of a score table that are most like a text, an image, or one of its rows.
+    """Find the images of a score table most similar to a text, an image, or one of its rows.
 
     \b
     dask-imgcurator search run/scores --text 'a red car' --html cars.html
@@ -306,7 +317,7 @@ def report_(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Show what a selection keeps and throws away, or two selections side by side: a page that needs nothing else.
+    """Show what a selection keeps and drops, or two selections side by side, as a self-contained page.
 
     \b
     dask-imgcurator report run/scores --min-aesthetic 5 --top '30% by clip_score' --out look.html

@@ -23,10 +23,9 @@ from ..engine.backend import Backend, backend_of, local_backend
 from ..engine.frames import meta_of
 from ..schema import kind_of
 from . import hashes
-from .cells import Cells, assign, default_cells, train
+from .cells import TOLERANCE, Cells, assign, default_cells, near_pairs, on_threads, train
 from .components import Forest, Pairs, component_roots, follow, joined, order_rows, strongest
 from .index import Index, open_index
-from .neighbours import TOLERANCE, near_pairs, on_threads
 from .result import Duplicates, Level
 from .rows import Rows, Source, gather
 
@@ -275,7 +274,7 @@ def _semantic(rows: Rows, cells: Cells, options: Options, device: str) -> Pairs:
         if options.central is not None:
             central = cells.central[order] * (1 if options.central == "hard" else -1)
             order = order[np.argsort(central, kind="stable")]
-        cells = cells.ordered(order)
+        cells = Cells(cells.k, cells.rows[order], cells.ours[order], cells.cells[order], cells.central[order])
     how = partial(rows.tensor, device), 1 - max(options.eps) - TOLERANCE, options.sequential
     tasks = (task for cell in cells for task in cell.tasks())
     found = on_threads(lambda task: near_pairs(*task, *how), tasks, device)

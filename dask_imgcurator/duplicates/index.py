@@ -28,8 +28,7 @@ from ..engine.backend import Backend, backend_of, local_backend
 from ..engine.pandas import from_arrow
 from ..select.ranks import IDENTITY
 from ..storage import files
-from .cells import assign, train
-from .neighbours import blocks, most_similar
+from .cells import assign, blocks, most_similar, train
 from .rows import SCHEMA, DedupError, Rows, Source, gather
 
 FORMAT = 2

@@ -1,1 +1,1 @@
-"""The one seam between CPU and GPU, and where work runs."""
+"""The seam between CPU and GPU, and where work runs."""

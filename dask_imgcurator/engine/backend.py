@@ -1,7 +1,7 @@
-"""The one seam between CPU and GPU: which frame, which devices, which cluster.
+"""The one seam between CPU and GPU: frame, devices, cluster. All other code is written against `Backend`.
 
-Everything else in the library is written against `Backend`. Which backend serves a call follows from the type of the
-frame it is given; only where there is no frame yet (`read_webdataset`, `start_client`) is one chosen by name.
+A frame's type decides which backend serves a call; only where there is no frame yet (`read_webdataset`, `start_client`)
+is one chosen by name.
 """
 
 from __future__ import annotations
@@ -21,27 +21,13 @@ from .. import config
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Backend", "BackendError", "backend_of", "get_backend", "gpu_problem", "is_dask", "resolve_name"]
-
 
 class BackendError(RuntimeError):
     """The backend that was asked for cannot work here."""
 
 
 class Backend(Protocol):
-    """What differs between pandas on a CPU and cuDF on a GPU.
-
-    Attributes
-    ----------
-    name : str
-        ``"pandas"`` or ``"cudf"``.
-    device : str
-        torch device of everything between the decoder and the frame.
-    decoder_device : str
-        DALI's device for the image decoder: ``"cpu"`` or ``"mixed"``.
-    decoders : int
-        Batches that are decoded side by side, ahead of the encoder.
-    """
+    """What differs between pandas on a CPU and cuDF on a GPU."""
 
     name: str
     device: str
@@ -57,23 +43,20 @@ class Backend(Protocol):
         ...
 
     def to_host(self, frame: Any, columns: list[str]) -> pa.Table:
-        """Copy a few columns (locators, as a rule) into host memory."""
+        """Copy a few columns (usually locators) into host memory."""
         ...
 
     def matrix_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
-        """Make a ``list<float32>`` column of which the given rows hold the rows of a (m, d) tensor, the others null."""
+        """Make a ``list<float32>`` column with the rows of a (m, d) tensor at the given rows, null elsewhere."""
         ...
 
     def matrix(self, column: Any) -> tuple[torch.Tensor, np.ndarray]:
-        """Return the non-null rows of a list column as a (m, d) float32 tensor on `device`, and their row numbers.
-
-        A null within a vector becomes NaN. Raises TypeError where the column holds no vectors of numbers, ValueError
-        where they differ in length.
-        """
+        """Return a list column's non-null rows as a (m, d) float32 tensor on `device`, and their row numbers."""
+        # A null within a vector becomes NaN. TypeError: no vectors of numbers; ValueError: vectors of several lengths.
         ...
 
     def float_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
-        """Make a float32 column of which the given rows hold the (m,) tensor's values, the others and NaN null."""
+        """Make a float32 column with the values of a (m,) tensor at the given rows, null elsewhere and for NaN."""
         ...
 
     def read_parquet(self, path: str, columns: list[str] | None, storage_options: Mapping[str, Any]) -> Any:
@@ -97,7 +80,7 @@ class Backend(Protocol):
 
 @cache
 def gpu_problem() -> str | None:
-    """Say why the GPU path cannot be used here, and what to do; None where it can."""
+    """Say why the GPU path cannot be used here and how to fix it; None if it can."""
     try:
         import torch
     except ImportError:
@@ -121,20 +104,8 @@ def _installed(module: str) -> bool:
 
 
 def resolve_name(name: str | None = None) -> str:
-    """Turn a backend name or ``auto`` into ``"pandas"`` or ``"cudf"``.
-
-    Parameters
-    ----------
-    name : {"auto", "pandas", "cudf"}, optional
-        None: `imgcurator.backend`; where that is ``auto``, Dask's own `dataframe.backend` counts when it says cudf.
-
-    Raises
-    ------
-    BackendError
-        If cudf is asked for and cannot work here.
-    ValueError
-        If there is no backend of that name.
-    """
+    """Resolve a name, ``auto`` or None (the setting) to ``"pandas"`` or ``"cudf"``; BackendError if unusable."""
+    # On ``auto``, Dask's own `dataframe.backend` counts if it says cudf.
     name = config.get("backend", name)
     if name not in ("auto", "pandas", "cudf"):
         raise ValueError(f"unknown backend {name!r}: use auto, pandas or cudf")
@@ -167,7 +138,7 @@ def get_backend(name: str) -> Backend:
 
 
 def local_backend(backend: Backend) -> Backend:
-    """Return a backend, or pandas' where this process has no card: the frames that it works on may lie on workers."""
+    """Return a backend, or pandas if this process has no card: the frames may live on workers."""
     import torch
 
     return backend if backend.device == "cpu" or torch.cuda.is_available() else get_backend("pandas")
@@ -179,13 +150,7 @@ def is_dask(frame: Any) -> bool:
 
 
 def backend_of(frame: Any) -> Backend:
-    """Return the backend that a frame or column (pandas, cuDF, or Dask over either) belongs to.
-
-    Raises
-    ------
-    TypeError
-        For anything that is not such a frame.
-    """
+    """Return the backend of a frame or column (pandas, cuDF, or Dask over either); TypeError for anything else."""
     found = frame
     if is_dask(frame):
         import dask.dataframe as dd

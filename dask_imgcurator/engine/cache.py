@@ -10,23 +10,22 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-#: How many of each kind a process keeps; the one used longest ago goes first.
+#: How many of each kind a process keeps; the least recently used goes first.
 LIMITS = {"encoder": 2, "text tower": 2, "prompts": 16, "head": 32, "decoder": 8, "language": 1, "turn": 64}
 
 
 class ProcessCache:
-    """Things that are expensive to make, by kind and key.
+    """Things that are expensive to make, by kind and key."""
 
-    One rule: a key holds everything that changes what is made. Making is serialized, because the libraries underneath
-    (open_clip, timm) do not load two models side by side safely.
-    """
+    # A key must hold everything that affects what is made. Making is serialized: the libraries underneath (open_clip,
+    # timm) cannot safely load two models at once.
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._kept: dict[str, OrderedDict[Hashable, Any]] = {kind: OrderedDict() for kind in LIMITS}
 
     def get(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what is kept under a key, or make it."""
+        """Return the entry for a key, making it if needed."""
         with self._lock:
             kept = self._kept[kind]
             if key not in kept:
@@ -37,7 +36,7 @@ class ProcessCache:
 
     @contextmanager
     def lend(self, kind: str, key: Hashable, make: Callable[[], T]) -> Iterator[T]:
-        """Lend something that only one thread can use at a time; another thread gets another one."""
+        """Lend something that one thread at a time can use; another thread gets its own."""
         with self._lock:
             free = self._kept[kind].pop(key, [])
             thing = free.pop() if free else None
@@ -54,7 +53,7 @@ class ProcessCache:
                 self._bound(kind)
 
     def kept(self, kind: str) -> dict[Hashable, Any]:
-        """What is kept of a kind."""
+        """Entries of a kind."""
         with self._lock:
             return dict(self._kept[kind])
 
@@ -69,5 +68,5 @@ class ProcessCache:
             self._kept[kind].popitem(last=False)
 
 
-#: The one of this process.
+#: This process's.
 cache = ProcessCache()

@@ -15,14 +15,14 @@ from .cache import cache
 
 
 class _NoInterrupt(WorkerPlugin):
-    """Leaves Ctrl-C to the client: a terminal sends it to the workers too, who would each print a traceback."""
+    """Leaves Ctrl-C to the client: a terminal also sends it to the workers, each of which would print a traceback."""
 
     def setup(self, worker: Worker) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _OwnerClient(Client):
-    """A client that closes the cluster that was started for it."""
+    """A client that closes the cluster started for it."""
 
     def __init__(self, cluster: Any, **kwargs: Any) -> None:
         self._started_cluster = cluster
@@ -80,9 +80,6 @@ def start_client(
     return _OwnerClient(get_backend(resolve_name(backend)).make_cluster(n_workers, **kwargs))
 
 
-# --- on a worker ----------------------------------------------------------------------------------
-
-
 def _worker() -> Worker | None:
     try:
         return get_worker()
@@ -91,18 +88,16 @@ def _worker() -> Worker | None:
 
 
 def log_event(topic: str, message: Mapping[str, Any]) -> None:
-    """Send an event to the clients that subscribed to a topic."""
+    """Send an event to the clients subscribed to a topic."""
     if (worker := _worker()) is not None:
         worker.log_event(topic, dict(message))
 
 
 @contextmanager
 def turn(needed: bool) -> Iterator[None]:
-    """Let as many tasks compute at a time as the worker has threads; those that wait have read their input already.
-
-    A task that computes gives up its place in the worker's queue, so that the worker is sent the next one, which
-    streams its shard in the meantime and waits here.
-    """
+    """Let only as many tasks compute as the worker has threads; those that wait have already read their input."""
+    # A computing task gives up its place in the worker's queue, so the worker is sent the next one, which streams its
+    # shard in the meantime and waits here.
     worker = _worker() if needed else None
     if worker is None:
         yield

@@ -1,9 +1,9 @@
-"""The GPU half of the seam: cuDF frames, device tensors, a LocalCUDACluster. The only module that imports RAPIDS.
+"""The GPU half of the seam: cuDF frames, device tensors, LocalCUDACluster. The only module that imports RAPIDS.
 
-Written to RAPIDS 26.10. Order on the card: torch, CuPy, RMM and pylibcudf (without CUDF_PER_THREAD_STREAM) all queue on
-the legacy default stream, so what one has queued is seen by the next in order, from whichever thread. That matters,
-because pylibcudf takes a tensor by its ``__cuda_array_interface__`` and does not look at a stream there. DALI alone has
-streams of its own; see `decode.Decoder`.
+Written for RAPIDS 26.10. torch, CuPy, RMM and pylibcudf (without CUDF_PER_THREAD_STREAM) all queue on the legacy
+default stream, so each sees in order what another queued, from any thread. That matters because pylibcudf takes a
+tensor by its ``__cuda_array_interface__`` and ignores the stream there. Only DALI has streams of its own; see
+`decode.Decoder`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from .pandas import importable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CudfBackend"]
-
 
 class CudfBackend:
     """cuDF frames and device memory."""
@@ -40,11 +38,9 @@ class CudfBackend:
     decoders = 2
 
     def from_arrow(self, table: pa.Table) -> Any:
-        """See `Backend.from_arrow`."""
         return cudf.DataFrame.from_arrow(table.replace_schema_metadata(None))
 
     def to_arrow(self, frame: Any) -> pa.Table:
-        """See `Backend.to_arrow`."""
         table = frame.to_arrow(preserve_index=False).replace_schema_metadata(None)
         known = [COLUMNS[f.name] if is_ours(f.name, f.type) else None for f in table.schema]
         fields = [
@@ -54,7 +50,6 @@ class CudfBackend:
         return table.cast(pa.schema(fields))
 
     def to_host(self, frame: Any, columns: list[str]) -> pa.Table:
-        """See `Backend.to_host`."""
         return self.to_arrow(frame[columns])
 
     def matrix_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
@@ -69,7 +64,7 @@ class CudfBackend:
         """See `Backend.matrix`; the column's memory becomes the tensor's."""
         import torch
 
-        # Row numbers are all that comes to the host, and only where rows are missing.
+        # Only row numbers come to the host, and only if rows are missing.
         if column.null_count == 0:
             rows = np.arange(len(column))
         else:
@@ -95,11 +90,10 @@ class CudfBackend:
         return values.float().reshape(len(rows), int(lengths.min())), rows
 
     def float_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
-        """See `Backend.float_column`."""
         if not len(rows):
             return self._series(cudf.Series.from_arrow(pa.nulls(len(index), pa.float32())), index)
         column = plc.Column.from_cuda_array_interface(values.float().contiguous())
-        # As pandas has it: a score that is not a number is none.
+        # As in pandas: a NaN score is null.
         return self._spread(column, rows, index).nans_to_nulls()
 
     @staticmethod
@@ -108,10 +102,10 @@ class CudfBackend:
         return series
 
     def _spread(self, column: Any, rows: np.ndarray, index: Any) -> Any:
-        """Put row i of a column at `rows[i]` of a longer one; the others are null."""
+        """Put row i of a column at `rows[i]` of a longer one; the rest is null."""
         n = len(index)
         if len(rows) != n or not np.array_equal(rows, np.arange(n)):
-            # A gather whose map points outside the source gives null there.
+            # A gather gives null where its map points outside the source.
             take = np.full(n, len(rows), np.int32)
             take[rows] = np.arange(len(rows), dtype=np.int32)
             taken = plc.copying.gather(
@@ -125,7 +119,7 @@ class CudfBackend:
     def read_parquet(
         self, path: str, columns: list[str] | None = None, storage_options: Mapping[str, Any] | None = None
     ) -> Any:
-        """See `Backend.read_parquet`; the file's bytes are fetched as on a CPU and decoded on the card."""
+        """See `Backend.read_parquet`; bytes are fetched as on a CPU and decoded on the card."""
 
         def read() -> bytes:
             with opened(path, storage_options) as file:
@@ -166,7 +160,7 @@ class CudfBackend:
             file.write(sink.getbuffer())
 
     def kmeans(self, values: torch.Tensor, n_cells: int, seed: int) -> np.ndarray:
-        """See `Backend.kmeans`; cuVS's, hierarchical and balanced, which takes no seed."""
+        """See `Backend.kmeans`; cuVS's, hierarchical and balanced, without a seed."""
         import torch
 
         try:
@@ -182,10 +176,7 @@ class CudfBackend:
         return cupy.asnumpy(cupy.asarray(centroids))
 
     def make_cluster(self, n_workers: int | None = None, **kwargs: Any) -> Any:
-        """See `Backend.make_cluster`: one worker process a GPU, the cores shared out among them.
-
-        Memory is set up by `imgcurator.rmm-pool` and its neighbours; keyword arguments of `LocalCUDACluster` go first.
-        """
+        """See `Backend.make_cluster`: one worker process per GPU, sharing the cores; `kwargs` override the settings."""
         import torch
         from dask.system import CPU_COUNT
         from dask_cuda import LocalCUDACluster

@@ -1,8 +1,8 @@
-"""A card's memory and queue, as torch sees them: out of memory, copies that nobody waits for, CUDA graphs.
+"""A card's memory and queue, as torch sees them: out of memory, asynchronous copies, CUDA graphs.
 
-Everything that torch, cuDF and CuPy do here is queued on the default stream (the legacy one), each thread's alike, so
-that one sees what another has queued before it and memory given back is used again in that order; only DALI works on
-streams of its own. The host waits nowhere but where a value is needed on it.
+Everything that torch, cuDF and CuPy do here is queued on the legacy default stream, from every thread, so each sees
+what another queued before it, and freed memory is reused in that order; only DALI has streams of its own. The host
+waits only where it needs a value.
 """
 
 from __future__ import annotations
@@ -18,47 +18,25 @@ from .. import config
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "Graphed",
-    "full_float32",
-    "graphs_problem",
-    "is_out_of_memory",
-    "memory_options",
-    "release",
-    "to_device",
-]
-
-#: How torch, RMM (its ``std::bad_alloc`` comes through torch as a RuntimeError), cuBLAS, cuDNN and DALI say it.
+#: How torch, RMM (its ``std::bad_alloc`` reaches torch as a RuntimeError), cuBLAS, cuDNN and DALI word it.
 _SAY_SO = re.compile(r"out[ _]of[ _]memory|bad_alloc|_ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, so that less at a time may go.
-
-    Parameters
-    ----------
-    error : BaseException
-        From torch, cuDF, RMM, CuPy or DALI.
-    """
+    """Whether an error of torch, cuDF, RMM, CuPy or DALI means out of memory, so that a smaller batch may work."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if not isinstance(error, RuntimeError):
         return False
-    # The recording of a CUDA graph that is broken off by it raises another error on top.
+    # If it interrupts the recording of a CUDA graph, another error is raised on top.
     under = error.__cause__ or error.__context__
     return _SAY_SO.search(str(error)) is not None or (under is not None and is_out_of_memory(under))
 
 
 def release(device: str) -> None:
-    """Wait for what is queued on a device and give back the memory that torch keeps for later.
-
-    Parameters
-    ----------
-    device : str
-        torch device.
-    """
+    """Wait for a device's queue and free the memory that torch caches."""
     import torch
 
     if device.startswith("cuda"):
@@ -67,18 +45,9 @@ def release(device: str) -> None:
 
 
 def to_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """Copy a host tensor to a device without waiting for what is queued there.
-
-    A plain copy from pageable memory would wait for the encoder's batch in front of it. torch keeps the pinned memory
-    until the copy is done.
-
-    Parameters
-    ----------
-    tensor : torch.Tensor
-        In host memory.
-    device : str
-        torch device.
-    """
+    """Copy a host tensor to a device without waiting for the device's queue."""
+    # A plain copy from pageable memory would wait for the encoder's current batch. torch keeps the pinned memory until
+    # the copy is done.
     if not device.startswith("cuda"):
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -86,13 +55,7 @@ def to_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 @contextmanager
 def full_float32(active: bool) -> Iterator[None]:
-    """Keep float32 products in float32: cuDNN would take TF32 (10 bits of mantissa) for convolutions by default.
-
-    Parameters
-    ----------
-    active : bool
-        False: leave everything as it is.
-    """
+    """Keep float32 arithmetic in float32 if `active`: cuDNN's convolutions default to TF32 (10-bit mantissa)."""
     import torch
 
     if not active:
@@ -108,13 +71,7 @@ def full_float32(active: bool) -> Iterator[None]:
 
 
 def graphs_problem(device: str) -> str | None:
-    """Say why CUDA graphs cannot be used in this process; None where they can.
-
-    Parameters
-    ----------
-    device : str
-        torch device.
-    """
+    """Say why CUDA graphs cannot be used in this process; None if they can."""
     import torch
 
     if not device.startswith("cuda"):
@@ -127,19 +84,7 @@ def graphs_problem(device: str) -> str | None:
 
 
 def memory_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the memory options of a `dask_cuda.LocalCUDACluster` that the settings ask for.
-
-    Parameters
-    ----------
-    given : mapping
-        What the caller passes to the cluster himself: it goes before the settings, and options that would contradict
-        it are left out.
-
-    Returns
-    -------
-    dict of str to object
-        Of ``enable_cudf_spill``, ``rmm_pool_size``, ``rmm_maximum_pool_size``, ``rmm_allocator_external_lib_list``.
-    """
+    """Return `LocalCUDACluster`'s memory options from the settings, less what `given` overrides or contradicts."""
     options: dict[str, Any] = {"enable_cudf_spill": bool(config.get("cudf-spill"))}
     if not given.get("rmm_async") and not given.get("rmm_managed_memory"):
         options["rmm_pool_size"] = config.get("rmm-pool") or None
@@ -154,17 +99,10 @@ def memory_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Graphed:
-    """A forward pass that is recorded once for each shape of its input and then replayed by one launch.
+    """A forward pass on a card, recorded once per input shape and replayed with one launch."""
 
-    Parameters
-    ----------
-    forward : callable
-        From a tensor to a tensor, on a card; without anything that the host must wait for.
-
-    Notes
-    -----
-    The result lies in memory that the next call overwrites: whoever keeps it copies it (on the same stream).
-    """
+    # `forward` must not make the host wait. The next call overwrites the result: copy it (on the same stream) to keep
+    # it.
 
     #: Runs before the recording, in which cuBLAS and cuDNN choose their kernels and take their workspace.
     WARM_UP = 3
@@ -175,7 +113,7 @@ class Graphed:
         self._turn = threading.Lock()
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Run the forward pass; see `Notes` of the class."""
+        """Run the forward pass."""
         with self._turn:
             shape = tuple(pixels.shape)
             if shape not in self._recorded:
@@ -197,7 +135,7 @@ class Graphed:
                 self._forward(source)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # The decoder's threads go on allocating: what they do is no part of the recording.
+        # The decoder's threads keep allocating; that is not part of the recording.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = self._forward(source)
         return graph, source, result

@@ -18,7 +18,7 @@ def meta_of(frame: Any) -> Any:
 
 
 def apply_step(frame: Any, function: Callable[[Any, Any], Any], spec: Any, added: pa.Schema) -> Any:
-    """Apply a partition function to a frame of any kind; `added` are the columns that it adds or replaces."""
+    """Apply a partition function to a frame of any kind; `added`: columns that it adds or replaces."""
     if not is_dask(frame):
         return function(frame, spec)
     start = meta_of(frame)

@@ -17,8 +17,6 @@ from ..storage.files import opened, persist, write_whole
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PandasBackend", "from_arrow"]
-
 _NULLABLE = {
     pa.bool_(): pd.BooleanDtype(),
     **{
@@ -30,7 +28,7 @@ _NULLABLE = {
 
 
 def _pandas_dtype(field: pa.Field) -> Any:
-    """Dtype of a column; chosen so that null stays null and numbers keep their width."""
+    """Dtype of a column, chosen so that null stays null and numbers keep their width."""
     type_ = field.type
     if pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_null(type_):
         return pd.StringDtype("pyarrow")
@@ -53,7 +51,7 @@ def from_arrow(table: pa.Table) -> pd.DataFrame:
 
 
 def _arrow(column: pd.Series) -> pa.Array:
-    """Any pandas column as one Arrow array; what pandas takes for missing is null."""
+    """Any pandas column as one Arrow array; what pandas considers missing is null."""
     array = pa.array(column, from_pandas=True)
     if isinstance(array, pa.ChunkedArray):
         array = array.combine_chunks()
@@ -76,11 +74,10 @@ class PandasBackend:
     decoders = 1  # which has all threads
 
     def from_arrow(self, table: pa.Table) -> pd.DataFrame:
-        """See `Backend.from_arrow`."""
         return from_arrow(table)
 
     def to_arrow(self, frame: pd.DataFrame) -> pa.Table:
-        """See `Backend.to_arrow`; types and nullability come from the column table where a column is in it."""
+        """See `Backend.to_arrow`; known columns get their type and nullability from the column table."""
         from ..schema import COLUMNS, is_ours
 
         arrays, fields = [], []
@@ -98,11 +95,9 @@ class PandasBackend:
         return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
     def to_host(self, frame: pd.DataFrame, columns: list[str]) -> pa.Table:
-        """See `Backend.to_host`."""
         return self.to_arrow(frame[columns])
 
     def matrix_column(self, values: torch.Tensor, rows: np.ndarray, index: pd.Index) -> pd.Series:
-        """See `Backend.matrix_column`."""
         n, width = len(index), values.shape[1]
         data = np.ascontiguousarray(values.float().numpy())  # NumPy has no bfloat16
         present = np.zeros(n, bool)
@@ -120,7 +115,6 @@ class PandasBackend:
         return pd.Series(pd.array(array, dtype=pd.ArrowDtype(array.type)), index=index)
 
     def matrix(self, column: pd.Series) -> tuple[torch.Tensor, np.ndarray]:
-        """See `Backend.matrix`."""
         import torch
 
         try:
@@ -129,7 +123,7 @@ class PandasBackend:
             raise TypeError(f"column {column.name!r} cannot be read as vectors of numbers: {err}") from err
         rows = np.flatnonzero(array.is_valid().to_numpy(zero_copy_only=False))
         if not len(rows):
-            # Whatever its type: objects that are all missing have none.
+            # Whatever its type: all-missing objects have none.
             return torch.empty((0, 0)), rows
         if not _holds_vectors(array.type):
             raise TypeError(
@@ -148,7 +142,6 @@ class PandasBackend:
         return torch.from_numpy(values.reshape(len(rows), width)), rows
 
     def float_column(self, values: torch.Tensor, rows: np.ndarray, index: pd.Index) -> pd.Series:
-        """See `Backend.float_column`."""
         out = np.full(len(index), np.nan, np.float32)
         out[rows] = values.float().numpy()
         return pd.Series(out, index=index)
@@ -156,7 +149,6 @@ class PandasBackend:
     def read_parquet(
         self, path: str, columns: list[str] | None = None, storage_options: Mapping[str, Any] | None = None
     ) -> pd.DataFrame:
-        """See `Backend.read_parquet`."""
 
         def read() -> pa.Table:
             with opened(path, storage_options) as file:
@@ -171,14 +163,13 @@ class PandasBackend:
         metadata: Mapping[str, str],
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """See `Backend.write_parquet`."""
         table = self.to_arrow(frame)
         table = table.replace_schema_metadata(dict(metadata))
         with write_whole(path, storage_options) as file:
             pq.write_table(table, file, compression="zstd")
 
     def kmeans(self, values: torch.Tensor, n_cells: int, seed: int) -> np.ndarray:
-        """See `Backend.kmeans`; FAISS's, on one thread: sums that several share out differ in their last digits."""
+        """See `Backend.kmeans`; FAISS's, on one thread: with several, sums differ in their last digits."""
         try:
             faiss: Any = importlib.import_module("faiss")  # which has no types
         except ImportError as err:
@@ -187,9 +178,9 @@ class PandasBackend:
             ) from err
         settings = faiss.ClusteringParameters()
         settings.niter, settings.seed = 10, seed
-        # All of the sample, and no warning where that is little.
+        # Use the whole sample, and do not warn if it is small.
         settings.min_points_per_centroid, settings.max_points_per_centroid = 1, len(values)
-        # k-means++ by a Markov chain: cells of like sizes. Some of random rows' cells are ten times as large as others.
+        # k-means++ by a Markov chain gives cells of similar size; random rows give some ten times as large as others.
         settings.init_method = faiss.ClusteringInitMethod_AFK_MC2
         clustering = faiss.Clustering(values.shape[1], n_cells, settings)
         threads = faiss.omp_get_max_threads()
@@ -201,17 +192,14 @@ class PandasBackend:
         return np.array(faiss.vector_float_to_array(clustering.centroids), np.float32).reshape(n_cells, -1)
 
     def make_cluster(self, n_workers: int | None = None, **kwargs: Any) -> Any:
-        """See `Backend.make_cluster`.
-
-        One task at a time in each worker, because a task keeps all its threads busy by itself (decoder and encoder);
-        workers x threads = cores.
-        """
+        """See `Backend.make_cluster`; workers x threads = cores."""
+        # One task at a time per worker: a task keeps all its threads busy (decoder and encoder).
         from dask.system import CPU_COUNT
         from distributed import LocalCluster
         from distributed.system import MEMORY_LIMIT
 
         if n_workers is None:
-            # A process with torch, a model and its buffers wants a few GB; more workers than that would be killed.
+            # A process with torch, a model and its buffers needs a few GB; more workers would be killed.
             n_workers = max(1, min(CPU_COUNT, int(MEMORY_LIMIT // (4 << 30))))
         threads = str(max(1, CPU_COUNT // n_workers))
         # Dask's own default is one thread for BLAS and OpenMP in each worker.
@@ -222,12 +210,11 @@ class PandasBackend:
             options["dashboard_address"] = ":0"
         else:
             options["dashboard_address"] = None
-        # Dask has its workers give memory back to the system at once. An encoder's buffers are then mapped
-        # anew for every
-        # batch, which takes as long as the arithmetic; so they keep it, for about 0.3 GB more.
+        # Dask makes workers return memory to the system at once. An encoder's buffers are then remapped for every
+        # batch, which takes as long as the arithmetic; keeping them costs about 0.3 GB.
         keep = {"MALLOC_TRIM_THRESHOLD_": 1 << 30, "MALLOC_MMAP_THRESHOLD_": 32 << 20}
         name = "distributed.nanny.pre-spawn-environ"
-        # Python 3.11 can deadlock in Dask's profiler (python/cpython#106883), which nobody asked for.
+        # Python 3.11 can deadlock in Dask's profiler (python/cpython#106883), which nobody needs here.
         with dask.config.set(
             {name: {**dask.config.get(name, {}), **keep}, "distributed.worker.profile.enabled": False}
         ):

@@ -1,8 +1,8 @@
 """Where work runs, and the one way to run it: a Dask DataFrame whose partitions are small results.
 
 A job is a frame that ends in a step with side effects (a file is written) and small results (a row of counts). `run`
-computes such frames, yields each partition's result as soon as it is there, and survives workers that die; `reduce`
-merges the results of all partitions on the workers, `stream` brings larger ones here one after another.
+computes such frames, yields each partition's result as soon as it is there, and survives dying workers; `reduce` merges
+all partitions' results on the workers; `stream` brings larger ones here one by one.
 """
 
 from __future__ import annotations
@@ -43,11 +43,9 @@ class JobError(RuntimeError):
 
 @contextmanager
 def place(where: Place, backend: str, monitor: Monitor, light: bool = False) -> Iterator[Client | None]:
-    """Open the place where a job runs, and make it Dask's default; None: threads of this process.
-
-    Without a place, a `light` job (no model to load, hardly any Python between the calls that let go of the
-    interpreter) runs in threads, any other on a new cluster of processes.
-    """
+    """Open the place where a job runs, and make it Dask's default; None: threads of this process."""
+    # By default a `light` job (no model to load, little Python that holds the GIL) runs in threads, any other on a new
+    # cluster of processes.
     if isinstance(where, Client):
         monitor.started(where)
         with where.as_current():
@@ -77,14 +75,14 @@ def place(where: Place, backend: str, monitor: Monitor, light: bool = False) -> 
 
 @dataclass(frozen=True)
 class Wave:
-    """A graph: a partition for each name, with the result that `results` put there."""
+    """A graph: one named partition per result, as `results` makes them."""
 
     names: Sequence[str]
     frame: dd.DataFrame
 
 
 def waves(names: Sequence[str], build: Callable[[Sequence[str]], dd.DataFrame]) -> Iterator[Wave]:
-    """Cut a job into graphs of `WAVE` partitions."""
+    """Split a job into graphs of `WAVE` partitions."""
     for start in range(0, len(names), WAVE):
         part = names[start : start + WAVE]
         yield Wave(part, build(part))
@@ -93,10 +91,7 @@ def waves(names: Sequence[str], build: Callable[[Sequence[str]], dd.DataFrame]) 
 def results(
     df: dd.DataFrame, function: Callable[..., Any], *args: Any, label: str, each: Sequence[Any] | None = None
 ) -> dd.DataFrame:
-    """Apply a function with a small result to each partition, lazily: a row with one object, for `run` to give out.
-
-    Its arguments are the partition, the partition's own item of `each` where that is given, and `args`.
-    """
+    """Apply a function (partition, its item of `each` if given, *args) lazily: a row with one object, for `run`."""
     meta = _row(None).iloc[:0]
     if each is None:
         return df.map_partitions(_to_row, function, *args, meta=meta, enforce_metadata=False, token=label)
@@ -126,12 +121,10 @@ def run(
     again: Callable[[Sequence[str]], Wave] | None = None,
     label: Callable[[str], str] = str,
 ) -> Generator[tuple[str, Any], None, None]:
-    """Compute graphs, two at a time, and yield the name and result of each partition as it is done.
-
-    A partition whose workers died more often than Dask allows is set aside while the others go on, and then done once
-    more by the graph that `again` makes. Any other error stops the run with a `JobError`: it would meet the other
-    partitions too (a full disk, a missing file). `what` and `label` say what is done to which partition.
-    """
+    """Compute graphs, two at a time, and yield the name and result of each partition as it is done."""
+    # A partition whose workers died more often than Dask allows is set aside while the others go on, then done once
+    # more by the graph that `again` makes. Any other error stops the run with a `JobError`: it would hit the other
+    # partitions too (a full disk, a missing file). `what` and `label` say what is done to which partition.
     if client is None:
         yield from _run_in_threads(waves, what)
         return
@@ -213,10 +206,8 @@ def current_client() -> Client | None:
 
 
 def reduce(df: Any, function: Callable[..., Any], merge: Callable[[list[Any]], Any], *args: Any) -> Any:
-    """Apply a function to each partition and merge the results, a few at a time, where the partitions are.
-
-    `df` is a frame of any kind. `merge` takes a list of results, and must be associative.
-    """
+    """Apply a function to each partition of any frame and merge results in place, a few at a time."""
+    # `merge` must be associative.
     if not is_dask(df):
         return merge([function(df, *args)])
     parts = results(df, function, *args, label="reduce")
@@ -234,10 +225,7 @@ def reduce(df: Any, function: Callable[..., Any], merge: Callable[[list[Any]], A
 
 
 def stream(df: Any, function: Callable[..., Any], *args: Any, each: Sequence[Any] | None = None) -> Iterator[Any]:
-    """Apply a function to each partition and yield what it returns, in order, where that is too much for one place.
-
-    Arguments are as for `results`. A few partitions are computed at a time, so that memory here holds no more of them.
-    """
+    """Like `results`, yielding in order, a few partitions at a time: for results too large to hold together."""
     if not is_dask(df):
         yield function(df, *([] if each is None else each), *args)
         return

@@ -1,1 +1,1 @@
-"""Whole jobs, as the command line calls them."""
+"""Whole jobs, as the command line runs them."""

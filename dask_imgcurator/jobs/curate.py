@@ -34,7 +34,7 @@ from .score import Last, ReadPlan, Run, Scored, measure_files, score_into
 def write_scored(
     client: Client | None, scored: Scored, read: ReadPlan, last: Last, resume: bool, monitor: Monitor
 ) -> list[dict[str, Any]]:
-    """Write the kept samples of a score table: `to_webdataset` of the filtered table, without holding it."""
+    """Write a score table's kept samples: `to_webdataset` of the filtered table, without holding it."""
     assert last.spec is not None
 
     def regroup(groups: Sequence[Group], columns: Sequence[str] | None) -> dd.DataFrame:

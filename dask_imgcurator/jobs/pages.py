@@ -182,7 +182,7 @@ def _title(scores: URLPath) -> str:
 
 
 def _provenance(urls: Sequence[str], storage_options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What a table's scores depend on, and what a reader must know first."""
+    """What a table's scores depend on, and caveats for the reader."""
     made = [file_provenance(url, storage_options) or {} for url in urls]
     # What differs from file to file by nature says nothing of the whole.
     provenance = {k: v for k, v in made[0].items() if all(m.get(k) == v for m in made)}
@@ -200,7 +200,7 @@ def _provenance(urls: Sequence[str], storage_options: Mapping[str, Any]) -> tupl
 def _side(
     item: str | os.PathLike[str], scores: URLPath | None, storage_options: Mapping[str, Any]
 ) -> tuple[comparison.Side, list[str]]:
-    """One selection of two: a score table, or an expression on `scores`."""
+    """One of two selections: a score table, or an expression on `scores`."""
     name, where = os.fspath(item), None
     try:
         urls = score_urls(name, storage_options)

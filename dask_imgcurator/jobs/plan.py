@@ -1,4 +1,4 @@
-"""Settle, before shards are scored, what is done to them: model, heads, columns, and the file of each shard."""
+"""Resolve, before shards are scored, what is done to them: model, heads, columns, and each shard's file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ScoreOptions:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the record of a run tells of them; storage options may hold credentials."""
+        """What a run's record says of them; without storage options, which may hold credentials."""
         return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.endswith("_options")}
 
 
@@ -70,21 +70,21 @@ class ScorePlan:
         return {name: kind_of(type_) for name, type_ in types.items()}
 
     def settled(self, provenance: Mapping[str, Any], topic: str) -> ScorePlan:
-        """Return the plan by which all workers use what the first one has, and tell of their progress."""
+        """Return the plan by which all workers use what the first one has, and report their progress."""
         encoder = replace(self.embed.encoder, dtype=provenance["encoder"]["dtype"])
         embed = replace(self.embed, encoder=encoder, decoder=provenance["decode"]["decoder"], topic=topic)
         return replace(self, embed=embed)
 
     @property
     def isolated(self) -> ScorePlan:
-        """The plan with images decoded in a process of their own."""
+        """The plan with images decoded in a separate process."""
         return replace(self, embed=replace(self.embed, isolate=True))
 
 
 def make_plan(
     urls: Sequence[str], options: ScoreOptions, where: str | None, monitor: Monitor
 ) -> tuple[ScorePlan, Where | None]:
-    """Settle what is done to shards, and read the expression on the columns that they will have."""
+    """Resolve what is done to shards, and parse the expression against the columns they will have."""
     model, pretrained = choose_model(options.model, options.pretrained, monitor)
     read = read_spec(urls, options.columns, options.caption, options.storage_options, options.backend, options.image)
     embed = embed_spec(
@@ -109,7 +109,7 @@ def make_plan(
 
 
 def describe(plan: ScorePlan) -> dict[str, Any]:
-    """Load all that a plan needs, on a worker, and return the provenance of what it will make there."""
+    """Load, on a worker, everything that a plan needs; returns the provenance of its results there."""
     import torch
 
     backend = get_backend(plan.read.backend)
@@ -147,7 +147,7 @@ DEFAULT_MODEL = ("ViT-L-14", "openai")
 
 
 def choose_model(model: str | None, pretrained: str | None, monitor: Monitor) -> tuple[str, str | None]:
-    """Settle the model: the one asked for, or the default where its weights can be had, or the starter."""
+    """Resolve the model: the requested one, else the default if its weights can be had, else the starter."""
     if model is not None:
         return model, pretrained
     if pretrained is not None:
@@ -162,7 +162,7 @@ def choose_model(model: str | None, pretrained: str | None, monitor: Monitor) ->
 
 
 def model_notes(model: str | None, pretrained: str | None) -> list[str]:
-    """What a user must know of scores that a model made."""
+    """Caveats about a model's scores."""
     if model == "starter":
         return [starter.NOTICE]
     if str(pretrained).startswith("random"):
@@ -205,7 +205,7 @@ def _can_have(model: str, tag: str) -> bool:
 
 
 def choose_heads(model: str, pretrained: str | None, options: ScoreOptions, monitor: Monitor) -> tuple[HeadUse, ...]:
-    """Settle which heads a model's embeddings go through; ``auto`` takes the one that was trained on the model."""
+    """Resolve which heads score a model's embeddings; ``auto`` takes the one trained on the model."""
     uses = []
     weights_dir = weights.resolve_dir(options.weights_dir)
     asked_for: dict[heads.Kind, str] = {"aesthetic": options.aesthetic_head, "nsfw": options.nsfw_head}
@@ -231,11 +231,9 @@ def choose_heads(model: str, pretrained: str | None, options: ScoreOptions, moni
 
 
 def score_files(urls: Sequence[str], folder: str, storage_options: Mapping[str, Any] | None) -> dict[str, str]:
-    """Name the score file of each shard.
-
-    A shard gets its stem. Where that name is taken, by another shard of this run or by a file that an earlier run
-    made of another shard, a hash of its URL is added; so a name never changes once it is given.
-    """
+    """Name each shard's score file."""
+    # A shard gets its stem. If that name is taken, by another shard of this run or by an earlier run's file for another
+    # shard, a hash of its URL is appended; so a name never changes once given.
     taken: dict[str, str] = {}
     for url in files.list_files(folder, ".parquet", storage_options):
         provenance = file_provenance(url, storage_options)

@@ -41,7 +41,7 @@ _LOOKS = 16
 
 @dataclass(frozen=True)
 class Target:
-    """A shard's score file, and the provenance that it gets."""
+    """A shard's score file and its provenance."""
 
     shard: str
     url: str
@@ -50,7 +50,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a score file comes to: counts for the user, and numbers for whoever writes its kept samples."""
+    """Totals of a score file: counts for the user, and numbers for whoever writes its kept samples."""
 
     counts: Counts
     kept: Kept | None = None
@@ -58,7 +58,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Last:
-    """What the last step of a partition counts."""
+    """What a partition's last step counts."""
 
     settled: Settled
     spec: WriteSpec | None = None
@@ -72,7 +72,7 @@ class Last:
 
     @property
     def columns(self) -> list[str]:
-        """Columns that are needed to count."""
+        """Columns needed to count."""
         return list(dict.fromkeys([*self.settled.columns, "status", *(LOCATORS if self.spec is not None else ())]))
 
 
@@ -80,7 +80,7 @@ class Last:
 
 
 def score_graph(targets: Sequence[Target], plan: ScorePlan, last: Last) -> dd.DataFrame:
-    """Make the graph that scores shards: index, embed, heads, write, count; one task for each shard."""
+    """Make the graph that scores shards: index, embed, heads, write, count; one task per shard."""
     df = read_groups([(target.shard,) for target in targets], plan.read)
     df = apply_step(df, embed_partition, plan.embed, plan.embed.schema)
     for use in plan.heads:
@@ -96,7 +96,7 @@ def _write(frame: Any, target: Target, plan: ScorePlan, last: Last) -> Measured:
 
 
 def _unreached(frame: Any, url: str) -> int:
-    """Rows that a remote file system's errors cost, as `files.RemoteError` words them; damage to the tar is no such."""
+    """Rows lost to a remote file system's errors, by the wording of `files.RemoteError`; not damaged tars."""
     if files.is_local(url):
         return 0
     messages = host_column(frame[frame["status"] == "read_error"], "error_message")
@@ -104,7 +104,7 @@ def _unreached(frame: Any, url: str) -> int:
 
 
 def measure_files(client: Client | None, urls: Sequence[str], last: Last, plan: ReadPlan) -> dict[str, Measured]:
-    """Count score files, from the columns that it takes."""
+    """Count score files, reading only the columns needed."""
 
     def build(names: Sequence[str]) -> dd.DataFrame:
         df = scores_from_files(names, plan.storage_options, plan.backend)
@@ -126,7 +126,7 @@ class ReadPlan:
 
 @dataclass(frozen=True)
 class Scored:
-    """Score files in the order of their shards, and what each comes to."""
+    """Score files in shard order, and their totals."""
 
     urls: list[str]
     measured: list[Measured]
@@ -182,7 +182,7 @@ def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan
 
 @dataclass(frozen=True)
 class Run:
-    """How a run goes on: whether finished work is taken over, who is told, and what is noted down."""
+    """How a run goes: whether it resumes, its monitor, and its notes."""
 
     resume: bool
     monitor: Monitor
@@ -190,7 +190,7 @@ class Run:
 
 
 def _load(client: Client, plan: ScorePlan) -> dict[str, Any]:
-    """Have all workers load the model, side by side, and return what the first one tells."""
+    """Have all workers load the model concurrently, and return what the first one reports."""
     try:
         client.wait_for_workers(1, timeout=60)
     except TimeoutError:
@@ -223,7 +223,7 @@ def _describe(_: Any, plan: ScorePlan) -> dict[str, Any]:
 def _look(
     urls: Sequence[str], folder: str, plan: ScorePlan, provenance: Mapping[str, Any]
 ) -> dict[str, tuple[Target, bool]]:
-    """Find the score file of each shard, and whether it is there with the same provenance."""
+    """Find each shard's score file, and whether it exists with the same provenance."""
     names = score_files(urls, folder, plan.storage_options)
 
     def look(url: str) -> tuple[Target, bool]:
@@ -238,7 +238,7 @@ def _look(
 
 
 class _Progress:
-    """Adds up events, which come in the client's event loop, and results, which come in the caller's thread."""
+    """Adds up events, which arrive in the client's event loop, and results, which arrive in the caller's thread."""
 
     def __init__(self, monitor: Monitor, total: int) -> None:
         self.state = Progress(total_shards=total)
@@ -248,7 +248,7 @@ class _Progress:
         self._lock = threading.Lock()
 
     def update(self, counts: Mapping[str, Any]) -> None:
-        """Take in an event; a shard that is done again begins at 0."""
+        """Take in an event; a shard that is redone starts at 0."""
         with self._lock:
             before = self._seen.get(counts["shard"], {})
             if before.get("finished"):

@@ -1,4 +1,4 @@
-"""Search a score table, and show what was found as a page."""
+"""Search a score table, and show the results as a page."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ from ..storage import files
 
 @dataclass(frozen=True)
 class Table:
-    """An open score table: its files, how they are read, and a lazy frame with a partition for each of them."""
+    """An open score table: its files, how they are read, and a lazy frame with one partition per file."""
 
     urls: list[str]
     backend: str
@@ -80,7 +80,7 @@ def opened(
 
 
 def targets_of(table: Table, out: str | os.PathLike[str]) -> list[str]:
-    """Files of a result, named as those of the table."""
+    """Files of a result, named after the table's."""
     folder = os.fspath(out)
     targets = [files.join(folder, url.rpartition("/")[2]) for url in table.urls]
     if set(targets) & set(table.urls):
@@ -93,7 +93,7 @@ def targets_of(table: Table, out: str | os.PathLike[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Target:
-    """A file of a result, and the file of the table that it comes from."""
+    """A result file, and the table's file that it comes from."""
 
     source: str
     url: str
@@ -106,7 +106,7 @@ def write_table(
     note: Mapping[str, Any],
     settled: Settled | None = None,
 ) -> list[Counts]:
-    """Write the kept rows of each partition as a file, and count what was there, in order."""
+    """Write each partition's kept rows as a file, and count the input, in order."""
     pairs = {str(i): Target(*pair) for i, pair in enumerate(zip(table.urls, targets, strict=True))}
     if settled is not None:  # the rest of the kept rows is read when it is known which they are
         df = df[[name for name in settled.columns if name in df.columns] or list(df.columns[:1])]
@@ -197,7 +197,7 @@ def select_rows(
 
 
 def steps_of(top: str | Sequence[str], sample: str | None) -> list[Step]:
-    """Read the steps of a selection that rank or draw; mistakes in what is written are told before anything starts."""
+    """Parse a selection's steps that rank or draw, reporting mistakes before anything starts."""
     steps: list[Step] = [parse_top(t) for t in ([top] if isinstance(top, str) else top)]
     return steps if sample is None else [*steps, parse_sample(sample)]
 

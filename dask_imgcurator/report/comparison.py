@@ -24,7 +24,7 @@ _KINDS = (Kind("in", KEPT, "in both"), Kind("own", OWN, "only in A"), Kind("out"
 
 @dataclass(frozen=True)
 class Side:
-    """One of two selections, by the name that the user gave it: a folder, or an expression."""
+    """One of two selections, under the user's name for it: a folder, or an expression."""
 
     name: str
     urls: Sequence[str]  # of the files of its score table
@@ -33,7 +33,7 @@ class Side:
     made_by: Sequence[str] = ()  # steps by which the table itself was selected, as far as it says
 
     def kept(self, columns: set[str], storage_options: Mapping[str, Any]) -> Iterator[pa.Table]:
-        """Stream the rows that it keeps, with `columns` and those that tell rows apart."""
+        """Stream the rows it keeps, with `columns` and those that identify rows."""
         wanted = {*columns, *_IDENTITY, "status", *self.settled.columns}
         for table in read_batches(self.urls, wanted, storage_options):
             yield table.filter(pa.array(self.settled.judge(table).kept))
@@ -76,10 +76,8 @@ def _walls(rank: Rank | None) -> dict[str, Wall]:
 
 
 def compare_sides(a: Side, b: Side, storage_options: Mapping[str, Any] | None = None) -> Compared:
-    """Find what two selections have in common, and what not; of a row in both, the scores that `a` has count.
-
-    Each table is streamed twice, without embeddings; in memory are 8 bytes a row that is kept.
-    """
+    """Find what two selections share and what not; a row in both counts with the scores of `a`."""
+    # Each table is streamed twice, without embeddings; memory holds 8 bytes per kept row.
     options = storage_options or {}
     ids = [np.sort(np.concatenate([np.zeros(0, np.uint64), *map(row_ids, s.kept(set(), options))])) for s in (a, b)]
     numbers = [name for s in (a, b) for name in numbers_of(s.schema)]

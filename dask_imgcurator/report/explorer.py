@@ -44,7 +44,7 @@ _QUIET = 0.25  # seconds without a move, before pictures are read
 
 @dataclass(frozen=True)
 class Spread:
-    """How the values of a column are spread, and rows to show of it."""
+    """How a column's values are spread, and rows to show of it."""
 
     values: np.ndarray  # (m,) float64, ascending: the values there are
     counts: np.ndarray  # (m,) int64: rows that have them
@@ -59,11 +59,11 @@ class Spread:
         return int(self.counts.sum()) + self.missing
 
     def below(self, value: float) -> int:
-        """Count the rows whose value is below another one."""
+        """Count the rows whose value is below a given one."""
         return int(self.counts[: np.searchsorted(self.values, value, side="left")].sum())
 
     def beside(self, value: float, n: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Return the n rows next below a value, and the n next from it up, the nearest first."""
+        """Return the n rows just below a value, and the n from it up, nearest first."""
         at = int(np.searchsorted(self.near, value, side="left"))
         low = self.rows.slice(max(0, at - n), min(n, at)).to_pylist()[::-1]
         return low, self.rows.slice(at, n).to_pylist()
@@ -75,11 +75,8 @@ class Spread:
 
 
 def spread(df: Any, column: str, shown: Sequence[str] = (), *, values: int = _EXACT, rows: int = _ROWS) -> Spread:
-    """Read how a column of numbers is spread, in one pass over it and the columns shown.
-
-    At most so many different `values` are counted one by one, and so many `rows` kept to be shown. SelectionError if
-    the column is missing or not of numbers.
-    """
+    """Read the spread of a numeric column in one pass; SelectionError if it is missing or not numeric."""
+    # At most so many distinct `values` are counted one by one, and so many `rows` kept to be shown.
     value_order(df, column)  # raises
     columns = list(dict.fromkeys((column, *shown)))
     quota = max(64, 4 * rows // df.npartitions) if is_dask(df) else rows
@@ -115,12 +112,12 @@ def _merge(found: Sequence[Spread], values: int, rows: int) -> Spread:
 
 
 def _even(n: int, most: int) -> np.ndarray:
-    """Places of at most so many of n, the first and the last among them."""
+    """At most so many of n positions, evenly spaced, with the first and last."""
     return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(np.int64)
 
 
 def _coarsened(found: Spread, most: int) -> Spread:
-    """Round values towards 0 by more and more of their last bits until there are few enough."""
+    """Round values towards 0, dropping more and more low bits until few enough remain."""
     values, counts, exact, bits = found.values, found.counts, found.exact, 0
     while len(values) > most:
         bits += 1
@@ -249,7 +246,7 @@ class Explorer:
 
     @property
     def _bound(self) -> float:
-        """What the value is compared as: an expression makes a float32 of it for a float32 column."""
+        """What the value is compared as: an expression makes it float32 for a float32 column."""
         return float(self._dtype.type(self._value))
 
     @property
@@ -279,7 +276,7 @@ class Explorer:
             self.value = change["new"]
 
     def _round(self, share: float) -> float:
-        """Return the value at a share of the axis, with no more digits than a step of the slider tells."""
+        """Return the value at a share of the axis, with no more digits than a slider step resolves."""
         exact, beside = self._axis.value(share), self._axis.value(share + _STEP)
         step = abs(beside - exact)
         return round(exact, 1 - math.floor(math.log10(step))) if step else exact
@@ -303,7 +300,7 @@ class Explorer:
         self._words.value = frame(words)
 
     def _coloured(self, cut: float) -> Iterator[tuple[str, float, float, float]]:
-        """Yield the bars, cut in two where the cut is: colour, place, width and height."""
+        """Yield the bars, split at the cut: colour, place, width and height."""
         width, peak = _WIDTH / _BARS, self._bars.max()
         for i in np.flatnonzero(self._bars):
             left, right, height = i * width, (i + 1) * width - 0.8, max(self._bars[i] / peak * _HEIGHT, 0.6)
@@ -312,7 +309,7 @@ class Explorer:
                     yield "in" if above == (self.keep == ">=") else "out", begin, end - begin, height
 
     def _schedule(self) -> None:
-        """Show pictures once the slider rests, where there is a loop to wait in; else now."""
+        """Show pictures once the slider rests, if there is an event loop to wait in; else now."""
         if self._later is not None:
             self._later.cancel()
         try:

@@ -130,7 +130,7 @@ def _values(df: Any, sort_by: str | None, columns: Sequence[str] | None) -> list
 
 @dataclass
 class _InOrder:
-    """Rows in the order of the frame; of a Dask frame, each partition is read once, and none before it is needed."""
+    """Rows in frame order; each partition of a Dask frame is read once, when needed."""
 
     df: Any
     columns: list[str]
@@ -153,7 +153,7 @@ class _InOrder:
 
 @dataclass
 class _Sorted:
-    """Rows in the order of a column, those without a value last, equal ones in the order of the frame."""
+    """Rows sorted by a column, missing values last, ties in frame order."""
 
     df: Any
     columns: list[str]
@@ -214,7 +214,7 @@ class Pictures:
 
 
 def widgets_of(what: str) -> Any:
-    """Import ipywidgets for something; ModuleNotFoundError has the remedy."""
+    """Import ipywidgets for a feature; ModuleNotFoundError says how to install it."""
     try:
         return importlib.import_module("ipywidgets")
     except ModuleNotFoundError as error:

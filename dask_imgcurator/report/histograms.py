@@ -23,7 +23,7 @@ _TRIED = 120  # cuts that the slider offers, at most
 
 @dataclass(frozen=True)
 class Scale:
-    """Values to positions and back, and values where a tick may stand, the preferred ones first."""
+    """Values to positions and back, and candidate tick values, preferred ones first."""
 
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[float], float]
@@ -67,7 +67,7 @@ LOWER_IS_BETTER = frozenset(column.name for column in COLUMNS.values() if column
 
 
 def scale_of(column: str) -> Scale:
-    """Return the scale on which a column is shown."""
+    """Return the scale of a column."""
     return _SCALES[COLUMNS[column].scale] if column in COLUMNS else LINEAR
 
 
@@ -82,11 +82,11 @@ class Axis:
     margin: int = 0
 
     def share(self, value: float) -> float:
-        """Where a value stands, 0 to 1."""
+        """Position of a value, 0 to 1."""
         return (self.scale.position(value) - self.low) / (self.high - self.low)
 
     def value(self, share: float) -> float:
-        """Return the value that stands at a share of the axis."""
+        """Return the value at a share of the axis."""
         return self.scale.inverse(self.low + share * (self.high - self.low))
 
     def x(self, position: float) -> float:
@@ -98,7 +98,7 @@ class Axis:
         return self.x(self.scale.position(value))
 
     def ticks(self) -> list[tuple[float, float]]:
-        """Return where ticks stand, and their values: as many as have room for a number."""
+        """Return positions and values of ticks: as many as have room for a number."""
         placed: list[tuple[float, float]] = []
         for value in self.scale.ticks(self.scale.inverse(self.low), self.scale.inverse(self.high)):
             x = self.at(value)
@@ -107,7 +107,7 @@ class Axis:
         return placed
 
     def anchor(self, x: float) -> str:
-        """Return the side from which a number at a tick begins, so that none is cut off."""
+        """Return the text anchor of a tick's number, so that none is cut off."""
         return "start" if x < 20 else "end" if x > self.width - 20 else "middle"
 
 
@@ -127,11 +127,10 @@ class Mark:
 
 @dataclass
 class Histogram:
-    """Counts in fine bins of one width; the width doubles when a value lies outside, so one pass is enough.
+    """Counts in fine bins of equal width, doubled when a value lies outside: one pass is enough."""
 
-    `counts` is (3, bins) int64: images dropped by a condition on something else, dropped by conditions on this column
-    alone, and kept.
-    """
+    # `counts` is (3, bins) int64: images dropped by a condition on something else, by conditions on this column alone,
+    # and kept.
 
     scale: Scale
     counts: np.ndarray = field(default_factory=lambda: np.zeros((3, 4096), np.int64))
@@ -146,7 +145,7 @@ class Histogram:
         return int(self.counts.sum())
 
     def add(self, values: np.ndarray, fates: np.ndarray) -> None:
-        """Count values, (n,) float64, and what becomes of their images, (n,) of 0, 1, 2 as in `counts`."""
+        """Count values, (n,) float64, by the fate of their images, (n,) of 0, 1, 2 as in `counts`."""
         finite = np.isfinite(values)
         self.missing += int((~finite).sum())
         if not finite.any():
@@ -169,7 +168,7 @@ class Histogram:
         self.counts += np.bincount(fates * bins + place, minlength=3 * bins).reshape(3, bins)
 
     def median(self) -> float:
-        """Return the value in the middle, to the width of a bin."""
+        """Return the middle value, to the width of a bin."""
         where = np.searchsorted(np.cumsum(self.counts.sum(0)), (self.total + 1) // 2)
         return self.scale.inverse(self.low + (float(where) + 0.5) * self.step)
 
@@ -191,7 +190,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Kind:
-    """What is counted in one colour: a place in `Histogram.counts`, and words for it."""
+    """What one colour counts: a place in `Histogram.counts`, and words for it."""
 
     colour: str
     fate: int
@@ -200,7 +199,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar: the range of values that it stands for, where it is drawn, and its row of the figure's table."""
+    """A bar: its range of values, where it is drawn, and its row of the figure's table."""
 
     span: str
     x: float
@@ -210,11 +209,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Figure:
-    """What `figure.html.j2` shows of a histogram.
+    """What `figure.html.j2` shows of a histogram."""
 
-    `kinds` are its colours, from the floor up; none where nothing was selected. With `cuts` it has a slider to try
-    other cuts on, and its table says what they keep.
-    """
+    # `kinds` are its colours, from the bottom up; none if nothing was selected. With `cuts` it has a slider to try
+    # other cuts, and its table says what they keep.
 
     name: str
     histogram: Histogram
@@ -244,7 +242,7 @@ class Figure:
         return self.marks[0].below if self.marks else self.name in LOWER_IS_BETTER
 
     def show(self, value: float, finer: int = 0) -> str:
-        """Write a value with enough digits to tell one edge from the next; probabilities near 1 need them most."""
+        """Format a value with enough digits to tell one edge from the next; probabilities near 1 need the most."""
         digits, (edges, _) = 3 + finer, self.view
         if self.histogram.scale is LINEAR:
             step = (edges[1] - edges[0]) / 10**finer
@@ -252,7 +250,7 @@ class Figure:
         return number(value, 9 if self.histogram.scale is PROBABILITY and value > 0.99 else digits)
 
     def bars(self) -> Iterator[Bar]:
-        """Yield the bars that are not empty."""
+        """Yield the non-empty bars."""
         (edges, counts), axis = self.view, self.axis
         shown = [self.show(self.histogram.scale.inverse(edge)) for edge in edges]
         columns = [counts.sum(0), *(counts[kind.fate] for kind in self.kinds)]
@@ -264,7 +262,7 @@ class Figure:
             yield Bar(f"{shown[i]} to {shown[i + 1]}", x, width, [int(column[i]) for column in columns])
 
     def tries(self) -> tuple[list[tuple[str, str, str, str]], int]:
-        """What the slider says at each place, and the place where it begins."""
+        """What the slider says at each position, and its initial position."""
         positions, counts = self.histogram.bars([m.number for m in self.marks], _TRIED)
         sums = np.stack([counts.sum(0), counts[OWN] + counts[KEPT]])  # alone, and with the other conditions
         kept = np.hstack([np.zeros((2, 1), np.int64), np.cumsum(sums, 1)])

@@ -1,8 +1,8 @@
 """Self-contained HTML from the templates beside this module, and texts and numbers as pages show them.
 
 Captions, keys, paths and messages come from strangers. Whatever a template prints is therefore escaped, shortened and
-rid of signs that hide or move text; a template that means HTML says so. A page's own policy forbids everything from
-outside the file, and every script but the one that it names by its hash.
+stripped of characters that hide or move text; a template that means HTML says so. A page's own policy forbids
+everything from outside the file, and every script but the one whose hash it names.
 """
 
 from __future__ import annotations
@@ -36,11 +36,8 @@ _UNSAFE = {
 } | dict.fromkeys((9, 10, 13), " ")
 
 
-# --- texts and numbers ----------------------------------------------------------------------------
-
-
 def plain(value: Any, most: int = 300) -> str:
-    """Any value as text on one line that hides nothing and moves no cursor, for pages and terminals; None is empty."""
+    """Any value as one line of text that hides nothing and moves no cursor, for pages and terminals; None is empty."""
     shown = str("" if value is None else value).encode("utf-8", "replace").decode().translate(_UNSAFE)
     return shown if len(shown) <= most else shown[: most - 1] + "…"
 
@@ -60,17 +57,14 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def _value(value: Any) -> str:
-    """A value of any column, in few characters.
-
-    A score has more digits than one reads, so that what a cut at 5 drops does not look like a 5.
-    """
+    """A column's value, short, but with enough digits that what a cut at 5 drops does not read as 5."""
     if isinstance(value, bool) or not isinstance(value, int | float | None):
         return plain(value, 80)
     return "< 0.0001" if value is not None and 0 < value < 1e-4 else number(value, 5)
 
 
 def grouped(count: int) -> str:
-    """A count, its thousands told apart."""
+    """A count with thousands separators."""
     return f"{count:,}"
 
 
@@ -91,12 +85,9 @@ def _credit(row: Mapping[str, Any]) -> str:
 def _pictured(
     rows: Iterable[Mapping[str, Any]], images: Mapping[tuple[str, int], str]
 ) -> list[tuple[Mapping[str, Any], str]]:
-    """Rows with their pictures, those that have one; `images` are of `make_thumbnails`."""
+    """Rows that have a picture, with it; `images` are of `make_thumbnails`."""
     found = [(row, images.get((row.get("shard", ""), row.get("offset", -1)))) for row in rows]
     return [(row, uri) for row, uri in found if uri is not None]
-
-
-# --- templates ------------------------------------------------------------------------------------
 
 
 @cache
@@ -137,7 +128,7 @@ def render(template: str, **context: Any) -> str:
 
 
 def page(template: str, kind: str, title: str, notes: Sequence[str], script: str = "", **context: Any) -> str:
-    """Make a page that needs nothing else: what it is, of what, what stands first, and the script that may run."""
+    """Make a self-contained page: kind, title, notes, and the one script that may run."""
     code = render(script) if script else ""
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() if code else ""
     now = datetime.now(UTC)
@@ -145,5 +136,5 @@ def page(template: str, kind: str, title: str, notes: Sequence[str], script: str
 
 
 def frame(content: str) -> str:
-    """Put HTML into a scope of its own, so that its styles change nothing else in a notebook."""
+    """Wrap HTML in its own scope, so that its styles change nothing else in a notebook."""
     return render("frame.html.j2", content=content)

@@ -1,4 +1,4 @@
-"""The page about a score table: counts, funnel, histograms, pictures, duplicates, errors, how it was made."""
+"""The page about a score table: counts, funnel, histograms, pictures, duplicates, errors, provenance."""
 
 from __future__ import annotations
 
@@ -128,11 +128,9 @@ def render_report(
     source_options: Mapping[str, Any] | None = None,
     groups: pd.DataFrame | None = None,
 ) -> str:
-    """Make the page of a surveyed table, a few MB at most.
-
-    The files `urls` are read again for the rows of `groups` only (a table as `Duplicates.groups` makes it). Thumbnails
-    are made from the source shards, by `source_options`; the page counts those that cannot be made.
-    """
+    """Make the page of a surveyed table, a few MB at most."""
+    # The files `urls` are reread only for the rows of `groups` (a table like `Duplicates.groups`). Thumbnails are made
+    # from the source shards, by `source_options`; the page counts those that fail.
     selected = subject.kept is not None
     upright = bool(subject.provenance.get("decode", {}).get("adjust_orientation"))
     walls = {w.title if selected else w.unselected: w for w in found.walls.values() if w.rows}
@@ -167,10 +165,7 @@ def write_run_report(
     storage_options: Mapping[str, Any],
     source_options: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write ``report.html`` of a run into its folder, from its score files; returns the page's URL.
-
-    `where` is the expression that rows were kept by, besides ``status == 'ok'``.
-    """
+    """Write a run's ``report.html`` from its score files; returns its URL; `where` is what selected the rows."""
     schema = file_schema(tables[0], storage_options) if tables else pa.schema([])
     found = survey(tables, schema, settled_where(parse_where(where) if where else None), storage_options)
     title = folder.rstrip("/").rpartition("/")[2] or folder

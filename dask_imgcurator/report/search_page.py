@@ -1,4 +1,4 @@
-"""What a search found, as a page: each query, and under it the pictures it found."""
+"""Search results as a page: each query, and below it the pictures found."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_NBYTES = 64_000_000
 
 @dataclass(frozen=True)
 class Answers:
-    """What a search found for its queries, in their order; `own` has the rows that queries are, by their number."""
+    """Search results per query, in order; `own` has the rows that queries are, by number."""
 
     found: pd.DataFrame
     queries: Sequence[Query]
@@ -35,7 +35,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class _Answer:
-    """A query, the row that it is or the thumbnail of its image, and the rows that were found, the best first."""
+    """A query, its row or its image's thumbnail, and the rows found, best first."""
 
     kind: str
     label: str

@@ -46,7 +46,7 @@ _BOUNDS = (
 
 
 def _mark(condition: Condition, part: int) -> Mark | None:
-    """The bound that a condition is, if it is one: ``column >= number``, or where a rank came to lie."""
+    """The bound that a condition sets, if it is one: ``column >= number``, or the bound of a rank."""
     order = condition.order
     if isinstance(condition.step, Where):
         for pattern in _BOUNDS:
@@ -65,7 +65,7 @@ def _mark(condition: Condition, part: int) -> Mark | None:
 
 @dataclass(frozen=True)
 class Rank:
-    """The column by which images are the best and the worst."""
+    """The column by which images are best and worst."""
 
     column: str
 
@@ -81,10 +81,9 @@ class Rank:
 
 @dataclass
 class Wall:
-    """The rows with the smallest order values, at most `limit`: pairs of value and row, in order.
+    """The rows with the smallest order values, at most `limit`: pairs of value and row, in order."""
 
-    `unselected` is its title on a page where nothing was selected; None: it is not shown there.
-    """
+    # `unselected` is its title on a page where nothing was selected; None: it is not shown there.
 
     title: str
     note: str
@@ -98,7 +97,7 @@ class Wall:
         return [row for _, row in self.rows]
 
     def offer(self, order: np.ndarray, among: np.ndarray, row: Callable[[int], dict[str, Any]]) -> None:
-        """Take those of a batch in that belong on the wall: (n,) order values, (n,) bool, and a way to a row."""
+        """Add a batch's rows that belong on the wall: (n,) order values, (n,) bool, and a getter for a row."""
         worst = self.rows[-1][0] if len(self.rows) == self.limit else np.inf
         with np.errstate(invalid="ignore"):
             found = np.flatnonzero(among & np.isfinite(order) & (order < worst))
@@ -108,13 +107,13 @@ class Wall:
 
 
 def histograms_of(columns: Iterable[str], numbers: Iterable[str]) -> dict[str, Histogram]:
-    """Return empty histograms of those columns that are numbers."""
+    """Return empty histograms of the numeric columns."""
     among = set(numbers)
     return {name: Histogram(scale_of(name)) for name in dict.fromkeys(columns) if name in among}
 
 
 def numbers_of(schema: pa.Schema) -> list[str]:
-    """Names of the columns of numbers."""
+    """Names of the numeric columns."""
     return [f.name for f in schema if kind_of(f.type) == "number"]
 
 
@@ -122,7 +121,7 @@ def numbers_of(schema: pa.Schema) -> list[str]:
 
 
 class Survey:
-    """Everything that a page takes from a score table, besides the pictures."""
+    """Everything that a page takes from a score table, except pictures."""
 
     def __init__(self, schema: pa.Schema, settled: Settled) -> None:
         self.settled = settled
@@ -158,7 +157,7 @@ class Survey:
         return walls
 
     def add(self, table: pa.Table) -> None:
-        """Take in some rows of a score file."""
+        """Add some rows of a score file."""
         verdict = self.settled.judge(table)
         ok, kept = verdict.ok, verdict.kept
         self.counts = Counts.sum([self.counts, counts_of(self.settled, verdict, _statuses(table))])
@@ -216,12 +215,12 @@ def _statuses(table: pa.Table) -> dict[str, int]:
 
 
 def row_of(table: pa.Table, i: int, columns: Sequence[str]) -> dict[str, Any]:
-    """Return what a card shows of a row, and some columns more."""
+    """Return what a card shows of a row, and a few more columns."""
     return {name: table[name][i].as_py() for name in (*ROW, *columns) if name in table.column_names}
 
 
 def floats(table: pa.Table, name: str) -> np.ndarray:
-    """A column as (n,) float64, NaN where it has no value; all NaN where the table lacks it."""
+    """A column as (n,) float64, NaN where it has no value; all NaN if the table lacks it."""
     if name not in table.column_names:
         return np.full(table.num_rows, np.nan)
     return np.asarray(table[name].cast(pa.float64(), safe=False).to_numpy(), np.float64)
@@ -230,7 +229,7 @@ def floats(table: pa.Table, name: str) -> np.ndarray:
 def read_batches(
     urls: Sequence[str], columns: set[str], storage_options: Mapping[str, Any] | None = None
 ) -> Iterator[pa.Table]:
-    """Stream score files, some thousand rows at a time, with those of the columns that each has."""
+    """Stream score files, a few thousand rows at a time, with those of the columns that each has."""
     for url in urls:
         with files.opened(url, storage_options or {}) as file:
             parquet = pq.ParquetFile(file)
@@ -242,7 +241,7 @@ def read_batches(
 def survey(
     urls: Sequence[str], schema: pa.Schema, settled: Settled, storage_options: Mapping[str, Any] | None = None
 ) -> Survey:
-    """Go once through a score table; columns of `schema` that a file lacks count as missing there."""
+    """Stream once through a score table; columns of `schema` that a file lacks count as missing."""
     found = Survey(schema, settled)
     for table in read_batches(urls, found.wanted, storage_options):
         found.add(table)

@@ -1,4 +1,4 @@
-"""What an expression of ``--where`` means: evaluated on an Arrow table, so that it is the same for every library."""
+"""What a ``--where`` expression means: evaluated on an Arrow table, so it is the same for every library."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KINDS = {
 
 
 def _numpy(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
-    """Compute what Arrow has not (a remainder that is exact and has the sign of the divisor), or less exactly."""
+    """Compute what Arrow lacks (an exact remainder with the divisor's sign) or computes less exactly."""
     left, right = (np.float64(v) if isinstance(v, float) else v.to_numpy(zero_copy_only=False) for v in (left, right))
     with np.errstate(all="ignore"):
         result = operation(left, right)
@@ -49,7 +49,7 @@ _FUNCTIONS = (
 
 
 def kind_of_value(value: Any) -> str:
-    """The kind of a column, or of a constant."""
+    """Kind of a column or constant."""
     if _is_constant(value):
         return {str: "string", bool: "boolean"}.get(type(value), "number")
     return "unknown" if pa.types.is_null(value.type) else kind_of(_plain(value.type))
@@ -60,22 +60,21 @@ def _is_constant(value: Any) -> bool:
 
 
 def _plain(type_: pa.DataType) -> pa.DataType:
-    """A type without its encoding."""
+    """A type without its dictionary encoding."""
     return type_.value_type if pa.types.is_dictionary(type_) else type_
 
 
 class Evaluator:
-    """Evaluates a tree on a table, and finds mistakes on the way, for which a table without rows will do.
+    """Evaluates a tree on a table, which need not have rows to find mistakes."""
 
-    A value is an Arrow array, where NaN has become null; of a constant, the number, text or truth value itself.
-    """
+    # A value is an Arrow array, with NaN made null; of a constant, the number, text or truth value itself.
 
     def __init__(self, text: str, table: pa.Table) -> None:
         self.text, self.table, self.names = text, table, set(table.column_names)
         self.column = cache(partial(_column, table))
 
     def fail(self, message: str, at: ast.expr, sign: str = "", note: str = "") -> WhereError:
-        """Make an error at a part, or at a sign that follows it."""
+        """Make an error at a part, or at an operator that follows it."""
         start, end = span(at)
         start = self.text.index(sign, end) if sign else start
         return WhereError(message, self.text, start, start + 1 if sign else end, note)
@@ -156,7 +155,7 @@ class Evaluator:
         return self.fail(f"unknown column {clip(node.id)!r}{hint}", node, note=note)
 
     def wanted(self, node: ast.expr, kinds: str, message: str) -> tuple[Any, str]:
-        """Evaluate a part that must be of one of some kinds, where its kind is known."""
+        """Evaluate a part that must be of one of some kinds, if its kind is known."""
         value = self.value(node)
         kind = kind_of_value(value)
         if kind == "unknown" or kind in kinds.split():
@@ -169,7 +168,7 @@ class Evaluator:
         raise self.fail(message.format(self.shown(node), KINDS[kind][0]) + end, node)
 
     def truth(self, node: ast.expr, user: str = "") -> Any:
-        """Evaluate a part that `user`, or the whole expression, wants to be true or false."""
+        """Evaluate a part that `user`, or the whole expression, needs as true or false."""
         whole = "the expression is {1}, but it must be true or false"
         value, kind = self.wanted(node, "boolean", f"{user} wants a condition, but {{}} is {{}}" if user else whole)
         if _is_constant(value):
@@ -177,7 +176,7 @@ class Evaluator:
         return value if kind == "boolean" else value.cast(pa.bool_())
 
     def number(self, node: ast.expr, sign: str) -> Any:
-        """Evaluate a part that arithmetic wants to be a number; a column becomes float64."""
+        """Evaluate a part that arithmetic needs as a number; a column becomes float64."""
         value = self.wanted(node, "number", f"`{sign}` wants numbers, but {{}} is {{}}")[0]
         return value if _is_constant(value) else _float64(value)
 
@@ -224,7 +223,7 @@ class Evaluator:
         return _FUNCTIONS[sign](left, right)
 
     def found(self, node: ast.expr, listed: ast.expr) -> Any:
-        """Tell where a value is in a list."""
+        """Whether a value is in a list."""
         elements = listed.elts if isinstance(listed, ast.Tuple | ast.List) else [listed]
         if not elements:
             raise self.refused(listed)
@@ -257,7 +256,7 @@ class Evaluator:
         return _null_where(pc.is_null(value), among)
 
     def rounded(self, value: Any, beside: ast.expr) -> Any:
-        """Round a number to the type of the column beside it, where that has a value for it; else make it a float64."""
+        """Round a number to the type of the column beside it if it is in range; else make it float64."""
         if not _is_constant(value):
             return value
         type_ = _plain(self.table.schema.field(beside.id).type) if isinstance(beside, ast.Name) else pa.float64()
@@ -300,7 +299,7 @@ def _null_where(condition: Any, values: Any) -> Any:
 
 
 def _without_nan(values: Any) -> Any:
-    """Put null in the place of NaN."""
+    """Replace NaN with null."""
     dtype = np.dtype(values.type.to_pandas_dtype())
     for chunk in values.chunks if isinstance(values, pa.ChunkedArray) else [values]:
         # Looking at the bare numbers costs a fifth of what Arrow takes to find NaN, and there hardly ever is one.

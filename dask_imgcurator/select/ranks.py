@@ -1,9 +1,9 @@
 """The row of a given rank in a distributed column, exactly, without sorting or shuffling: a radix select.
 
-Every row's value becomes a 64-bit unsigned key whose order is that of the rows. A pass counts, in each partition, the
-rows by the first 16 bits of their keys; the sums tell in which bucket the wanted rank lies, and the next pass counts
-within it by the next bits, or by all that are left once few enough rows are in it. Between workers move counts only:
-at most 65,536 for each rank, or as many as there are rows in the last bucket.
+Every row's value becomes a 64-bit unsigned key that sorts like the rows. A pass counts each partition's rows by the
+first 16 bits of their keys; the sums tell which bucket holds the wanted rank, and the next pass counts within it by the
+next bits, or by all that are left once few enough rows are in it. Only counts move between workers: at most 65,536 per
+rank, or as many as there are rows in the last bucket.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ class SelectionError(ValueError):
 
 @dataclass(frozen=True)
 class ValueOrder:
-    """The order of a column of numbers; null and NaN have no place in it, and -0.0 is 0.0.
+    """The order of a numeric column; null and NaN have no place in it, and -0.0 is 0.0."""
 
-    `dtype` (``f8``, ``i8`` or ``u8``) is that in which values are compared: every value of the column is exact in it.
-    """
+    # Values are compared as `dtype` (``f8``, ``i8`` or ``u8``), which holds every value of the column exactly.
 
     column: str
     dtype: str
@@ -50,7 +49,7 @@ class ValueOrder:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns that make the keys."""
+        """Columns that the keys come from."""
         return (self.column,)
 
     def keys(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +78,7 @@ class ValueOrder:
         return (~keys if self.largest else keys), known
 
     def value(self, key: int) -> float | int:
-        """Return the value that has a key."""
+        """Return the value of a key."""
         bits = np.array([key], np.uint64)
         if self.largest:
             bits = ~bits
@@ -92,14 +91,14 @@ class ValueOrder:
 
 @dataclass(frozen=True)
 class RandomOrder:
-    """A random order that depends on the seed and on what a row is known by, not on where it is."""
+    """A random order that depends on the seed and on a row's identity, not on where it is."""
 
     identity: tuple[str, ...]
     seed: int = 0
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns that make the keys."""
+        """Columns that the keys come from."""
         return self.identity
 
     def keys(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
@@ -115,12 +114,12 @@ Order = ValueOrder | RandomOrder
 
 
 def arrow_type(df: Any, column: str) -> pa.DataType:
-    """Arrow type of a column by a frame's dtypes; null where they do not tell (Python objects)."""
+    """Arrow type of a column from a frame's dtypes; null if they do not tell (Python objects)."""
     return backend_of(df).to_host(meta_of(df), [column]).schema.field(column).type
 
 
 def value_order(df: Any, column: str, largest: bool = False) -> ValueOrder:
-    """Settle how the values of a column are compared."""
+    """Resolve how a column's values are compared."""
     if column not in df.columns:
         raise SelectionError(f"there is no column {column!r} (there are: {', '.join(map(str, df.columns))})")
     type_ = arrow_type(df, column)
@@ -131,7 +130,7 @@ def value_order(df: Any, column: str, largest: bool = False) -> ValueOrder:
 
 
 def random_order(df: Any, seed: int, why: str) -> RandomOrder:
-    """Settle by which columns rows are known."""
+    """Resolve the columns that identify rows."""
     identity = tuple(name for name in IDENTITY if name in df.columns)
     if not identity:
         raise SelectionError(
@@ -142,7 +141,7 @@ def random_order(df: Any, seed: int, why: str) -> RandomOrder:
 
 
 def _hashes(array: pa.ChunkedArray, repeated: bool) -> np.ndarray:
-    """Hash numbers or text: (n,) uint64, the same in every process and for every way to store them."""
+    """Hash numbers or text: (n,) uint64, the same in every process and for every storage type."""
     if pa.types.is_integer(array.type):
         return array.fill_null(-1).cast(pa.int64()).to_numpy().view(np.uint64)
     array = array.cast(pa.string()).combine_chunks()
@@ -169,7 +168,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Bracket:
-    """Keys among which a rank (from 1) lies: those whose first bits are `key`, with `low` bits still unknown."""
+    """Keys that contain a rank (from 1): those whose first bits are `key`, with `low` bits still unknown."""
 
     rank: int
     key: int
@@ -183,7 +182,7 @@ class Bracket:
         return self.key, self.low, 0 if self.equal <= _GATHER else max(0, self.low - _DIGIT)
 
     def narrowed(self, low: int, buckets: np.ndarray, counts: np.ndarray) -> Bracket:
-        """Return the bracket within the rows that begin with `key`, counted down to the bit `low`."""
+        """Return the bracket within the rows that begin with `key`, counted down to bit `low`."""
         ends = self.before + np.cumsum(counts)
         at = int(np.searchsorted(ends, self.rank))
         equal = int(counts[at])
@@ -198,11 +197,8 @@ _Counts = list[tuple[np.ndarray, np.ndarray]]
 
 
 def find_ranks(df: Any, keys: Keys, ranks_of: Callable[[int], Iterable[int]]) -> tuple[int, dict[int, Bracket]]:
-    """Find keys by rank.
-
-    `ranks_of` gets the number of rows that take part and returns the ranks to look for, from 1 to that number. Returns
-    that number, and for each rank the key that has it, with the number of rows that have it or come before.
-    """
+    """Find keys by rank; returns how many rows take part, and per rank its key and the rows up to that key."""
+    # `ranks_of` gets the number of rows that take part and returns the ranks to find, from 1 to that number.
     low = 64 - _DIGIT
     ((buckets, counts),) = _ask(df, keys, [(0, 64, low)])
     n = int(counts.sum())

@@ -50,10 +50,7 @@ Steps = str | Step | Iterable[str | Step]
 
 
 def settle(df: Any, steps: Steps, *, ok_only: bool = True, alone: bool = False) -> Settled:
-    """Find the bounds that the conditions of a selection come to on a frame; expressions are split at ``and``.
-
-    `alone`: also the bounds that each step comes to by itself.
-    """
+    """Find the bounds of a selection on a frame, splitting expressions at ``and``; `alone`: also per step."""
     return begin(df, _conditions(steps), ok_only).run(alone)
 
 
@@ -62,7 +59,7 @@ def _conditions(steps: Steps) -> list[Step]:
 
 
 def count(df: Any, settled: Settled) -> Counts:
-    """Count what a selection leaves of a frame."""
+    """Count what a selection keeps of a frame."""
     columns = [name for name in settled.columns if name in df.columns]
     return reduce(df[columns or list(df.columns[:1])], settled.count, Counts.sum)
 

@@ -1,8 +1,8 @@
-"""The conditions of a selection settled on rows: then each row passes or not by itself, in whatever partition it is.
+"""A selection's conditions settled on rows: each row then passes or not by itself, in whatever partition it is.
 
 A row's part in a selection is small: whether it is readable, whether it meets each expression, and a 64-bit key for
-each step that ranks. One pass over the table makes these digests, which stay in memory where the partitions are; every
-bound is found on them. Ties at a bound take one more pass, for the order that breaks them.
+each step that ranks. One pass over the table makes these digests, which stay in memory where the partitions are; all
+bounds are found on them. Ties at a bound take one more pass, for the order that breaks them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NONE = -1
 
 @dataclass(frozen=True)
 class Bound:
-    """Where a ranking step came to lie: the last key that is kept, and the last key among the ties that have it."""
+    """Bound of a ranking step: the last key kept, and the last key among its ties."""
 
     last: int
     last_tied: int = _ALL
@@ -40,14 +40,14 @@ class Bound:
 
 @dataclass(frozen=True, eq=False)
 class GroupBounds:
-    """Where a sample of each group came to lie: the last key that is kept, by group; all rows of groups not named."""
+    """Bounds of a sample of each group: the last key kept, by group; groups not named are kept whole."""
 
     bounds: pd.Series
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition of a selection: an expression, or a step that ranks, with its bounds once they are settled."""
+    """One condition: an expression, or a step that ranks, with its bounds once settled."""
 
     step: Step
     order: Order | None = None
@@ -70,7 +70,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a selection makes of some rows; each array tells of every row: (n,) bool."""
+    """A selection's verdict on some rows; each array is (n,) bool."""
 
     ok: np.ndarray  # readable
     passed: list[np.ndarray]  # for each condition, by its bound in its turn
@@ -84,7 +84,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Settled:
-    """A selection whose bounds are settled; works on any part of the rows, and can be pickled."""
+    """A selection with settled bounds; works on any part of the rows, and can be pickled."""
 
     conditions: tuple[Condition, ...] = ()
     ok_only: bool = True  # rows whose ``status`` is not ``ok`` are dropped first, where there is a status
@@ -92,17 +92,17 @@ class Settled:
 
     @property
     def columns(self) -> list[str]:
-        """Columns that are needed to judge a row (``status`` where there is one)."""
+        """Columns needed to judge a row (``status`` if there is one)."""
         names = [name for condition in self.conditions for name in condition.columns]
         tied = self.tied.columns if self.tied is not None else ()
         return list(dict.fromkeys([*(["status"] if self.ok_only else []), *names, *tied]))
 
     def judge(self, table: pa.Table) -> Verdict:
-        """Tell which rows of an Arrow table are kept, and by what."""
+        """Judge the rows of an Arrow table."""
         return self.judge_digest(_digest(table, self))
 
     def judge_frame(self, frame: Any) -> Verdict:
-        """Tell which rows of a partition are kept, and by what."""
+        """Judge the rows of a partition."""
         there = [name for name in self.columns if name != "status" or name in frame.columns]
         if not there:
             n = len(frame)
@@ -110,7 +110,7 @@ class Settled:
         return self.judge(to_arrow(frame, there))
 
     def judge_digest(self, digest: pd.DataFrame) -> Verdict:
-        """Tell the same from the digests of rows."""
+        """Judge rows by their digests."""
         passed = [_passed(digest, i, c, c.bound) for i, c in enumerate(self.conditions)]
         alone = [
             mask if c.alone is None or c.alone is c.bound else _passed(digest, i, c, c.alone)
@@ -119,7 +119,7 @@ class Settled:
         return Verdict(digest["ok"].to_numpy(), passed, alone)
 
     def count(self, frame: Any) -> Counts:
-        """Count what a partition's rows come to."""
+        """Count a partition's rows."""
         verdict = self.judge_frame(frame)
         statuses: dict[str, int] = {}
         if "status" in frame.columns:
@@ -128,7 +128,7 @@ class Settled:
         return counts_of(self, verdict, statuses)
 
     def filter(self, df: Any) -> Any:
-        """Keep rows of a Dask, pandas or cuDF frame, lazily if it is; of a score table, only what is needed is read."""
+        """Filter a Dask, pandas or cuDF frame, lazily if it is; of a score table, only what is needed is read."""
         used = [name for name in self.columns if name in df.columns]
         if not used:
             return df
@@ -138,7 +138,7 @@ class Settled:
         return df[narrow.map_partitions(self.mask, meta=self.mask(meta_of(narrow)), enforce_metadata=False)]
 
     def mask(self, frame: Any) -> Any:
-        """Tell which rows of a partition are kept: a Series of bool, of its library and index."""
+        """Which rows of a partition are kept: a bool Series of its library and index."""
         schema = pa.schema([pa.field("keep", pa.bool_(), nullable=False)])
         table = pa.Table.from_arrays([pa.array(self.judge_frame(frame).kept)], schema=schema)
         column = backend_of(frame).from_arrow(table)["keep"]
@@ -147,13 +147,13 @@ class Settled:
 
 
 def settled_where(where: Where | None, ok_only: bool = True) -> Settled:
-    """Return a selection by an expression alone: there is nothing to settle."""
+    """Return a selection by an expression alone, which needs no settling."""
     parts = where.conjuncts() if where is not None else []
     return Settled(tuple(Condition(part) for part in parts), ok_only)
 
 
 def counts_of(settled: Settled, verdict: Verdict, by_status: dict[str, int]) -> Counts:
-    """Count what a verdict says, alone and in turn."""
+    """Count a verdict, each condition alone and in turn."""
     left, funnel = verdict.ok, []
     for condition, passed, alone in zip(settled.conditions, verdict.passed, verdict.alone, strict=True):
         left = left & passed
@@ -202,7 +202,7 @@ def _check_groups(by: str, type_: pa.DataType) -> None:
 
 
 def _passed(digest: pd.DataFrame, i: int, condition: Condition, bound: Any) -> np.ndarray:
-    """Tell which rows meet a condition: (n,) bool."""
+    """Which rows meet a condition: (n,) bool."""
     if condition.order is None:
         return digest[f"{i}"].to_numpy()
     keys, known = digest[f"{i}"].to_numpy(), digest[f"{i} known"].to_numpy()
@@ -227,7 +227,7 @@ class _NeedsTies(Exception):
 
 @dataclass
 class Settling:
-    """A selection on its way: the digests of all rows, on which bounds are found one after another."""
+    """A selection being settled: the digests of all rows, on which bounds are found one by one."""
 
     df: Any
     settled: Settled
@@ -238,7 +238,7 @@ class Settling:
         self.settled = replace(self.settled, conditions=(*self.settled.conditions, condition))
 
     def digest(self) -> Any:
-        """Make the digests of all rows: one pandas frame, or a persisted Dask one where a cluster has the rows."""
+        """Make all rows' digests: one pandas frame, or a persisted Dask one if a cluster has the rows."""
         narrow = self.df[self.settled.columns]
         if not is_dask(narrow):
             return _digest_frame(narrow, self.settled)
@@ -247,7 +247,7 @@ class Settling:
         return lazy.persist() if current_client() is not None else lazy.compute().reset_index(drop=True)
 
     def run(self, alone: bool) -> Settled:
-        """Find all bounds, also by themselves if `alone`; reads the needed columns once, or twice for ties."""
+        """Find all bounds, also each alone if `alone`; reads the needed columns once, or twice for ties."""
         if all(c.order is None for c in self.settled.conditions):
             return self.settled
         self.digests = self.digest()
@@ -274,7 +274,7 @@ class Settling:
         self.settled = replace(self.settled, conditions=conditions)
 
     def _bound(self, before: Settled, i: int, condition: Condition) -> Bound | GroupBounds:
-        """Find the bound of a ranking step on the rows that the conditions before it left."""
+        """Find a ranking step's bound on the rows left by the conditions before it."""
         step = condition.step
         assert isinstance(step, Top | Sample)
         if isinstance(step, Sample) and step.by is not None:
@@ -326,7 +326,7 @@ class Settling:
 
 
 def begin(df: Any, steps: Sequence[Step], ok_only: bool) -> Settling:
-    """Prepare a selection on a frame; mistakes are told now."""
+    """Prepare a selection on a frame; mistakes are reported now."""
     backend_of(df)  # raises for anything that is no frame
     conditions = []
     for step in steps:
@@ -356,7 +356,7 @@ def _eligible(digest: pd.DataFrame, before: Settled, i: int) -> np.ndarray:
 
 
 def keys_of(digest: pd.DataFrame, before: Settled, i: int) -> np.ndarray:
-    """Keys of the rows that conditions before a ranking step left: (m,) uint64."""
+    """Keys of the rows left by the conditions before a ranking step: (m,) uint64."""
     return digest[f"{i}"].to_numpy()[_eligible(digest, before, i)]
 
 

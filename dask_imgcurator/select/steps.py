@@ -1,4 +1,4 @@
-"""The steps of a selection as data, and their text: ``top 30% by clip_score``, ``sample 10000 seed 1``."""
+"""A selection's steps as data, and their text: ``top 30% by clip_score``, ``sample 10000 seed 1``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAME = r"[^\W\d]\w*+"
 
 
 def share(fraction: Any, name: str = "fraction") -> Fraction:
-    """Read a fraction as the decimal number that is written, and check it."""
+    """Parse and validate a fraction, as the decimal number written."""
     try:
         share = Fraction(str(fraction))
     except (ValueError, ZeroDivisionError):
@@ -39,7 +39,7 @@ def _quoted(column: str) -> str:
 
 @dataclass(frozen=True)
 class Amount:
-    """So many rows, or such a share of them."""
+    """A number of rows, or a share of them."""
 
     n: int | None = None
     fraction: Any = None
@@ -53,7 +53,7 @@ class Amount:
             raise SelectionError(f"n={self.n!r}: give a whole number of rows, 0 or more")
 
     def of(self, rows: int) -> int:
-        """How many of so many rows that is."""
+        """The amount, of so many rows."""
         return min(int(self.n), rows) if self.n is not None else math.floor(share(self.fraction) * rows)
 
     def __str__(self) -> str:
@@ -178,7 +178,7 @@ def parse_step(text: str) -> Step:
 
 
 def parse_top(text: str, largest: bool = True, at: int = 0) -> Top:
-    """Read what follows ``top`` (or ``bottom``): ``30% by clip_score ties include among width >= 512``."""
+    """Parse what follows ``top`` (or ``bottom``): ``30% by clip_score ties include among width >= 512``."""
     found = _read(fold(text), at, _TOP, f"{'top' if largest else 'bottom'} 30% by clip_score")
     among = parse_where(found["among"]) if found["among"] is not None else None
     ties: Any = (found["rule"] or "exact").lower()
@@ -186,7 +186,7 @@ def parse_top(text: str, largest: bool = True, at: int = 0) -> Top:
 
 
 def parse_sample(text: str, at: int = 0) -> Sample:
-    """Read what follows ``sample``: ``10000``, ``1%``, ``10000 seed 1``, ``100 by cluster``."""
+    """Parse what follows ``sample``: ``10000``, ``1%``, ``10000 seed 1``, ``100 by cluster``."""
     found = _read(fold(text), at, _SAMPLE, "sample 100 by cluster seed 1")
     seed = int(found["number2"] or found["number1"] or 0)
     return Sample(seed=seed, by=found["name"] or found["quoted"], **_amount(found))
@@ -219,7 +219,7 @@ def _amount(found: re.Match[str]) -> dict[str, Any]:
 
 
 def expand_steps(steps: str | Step | Iterable[str | Step]) -> Iterator[Step]:
-    """Yield all steps, those in text read, `among` as a step of its own."""
+    """Yield all steps, texts parsed, `among` as its own step."""
     for item in [steps] if isinstance(steps, str | Step) else steps:
         step = item if isinstance(item, Step) else parse_step(item)
         if isinstance(step, Top) and isinstance(step.among, Where):

@@ -1,7 +1,7 @@
-"""The ``--where`` language as text: an expression becomes a tree of Python's own `ast`, mistakes are shown in place.
+"""The ``--where`` language as text: an expression becomes a tree of Python's `ast`; mistakes are shown in place.
 
-Only the tree is Python's. Columns and constants reach its parser as blanks of their own length, so positions in the
-tree are positions in the text, no value is read by Python's rules, and messages do not change with its version.
+Only the tree is Python's. Columns and constants reach its parser as blanks of the same length, so positions in the tree
+are positions in the text, no value is read by Python's rules, and messages do not change with its version.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class WhereError(ValueError):
 
 
 def _cells(text: str) -> int:
-    """Width in a terminal, where a CJK character takes two cells and a combining mark none."""
+    """Width in a terminal: a CJK character takes two cells and a combining mark none."""
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
@@ -105,7 +105,7 @@ def clip(text: str, most: int = 40) -> str:
 
 
 def fold(text: str) -> str:
-    """Put an expression on one line: white space outside quotes becomes one space."""
+    """Put an expression on one line, collapsing white space outside quotes."""
     return _FOLD.sub(lambda match: match[1] or " ", text).strip()
 
 
@@ -118,7 +118,7 @@ class _Token(NamedTuple):
 
 @lru_cache(maxsize=64)
 def parse(text: str) -> tuple[ast.expr, tuple[str, ...]]:
-    """Return the tree of a folded expression, where `ast.Name` is a column, and the columns in order of appearance."""
+    """Return the tree of a folded expression, with columns as `ast.Name`, and the columns in order of appearance."""
     if not text:
         raise WhereError("the expression is empty; write a condition such as `aesthetic_score >= 5`")
     tokens = _tokens(text)
@@ -139,7 +139,7 @@ def parse(text: str) -> tuple[ast.expr, tuple[str, ...]]:
 
 
 class _Fill(ast.NodeTransformer):
-    """Puts columns and constants in the place of blanks."""
+    """Puts columns and constants in place of blanks."""
 
     def __init__(self, operands: Mapping[int, ast.expr]) -> None:
         self.operands = operands
@@ -153,7 +153,7 @@ def _depth(node: ast.AST) -> int:
 
 
 def _tokens(text: str) -> list[_Token]:
-    """Take an expression apart, and check what does not depend on the order of the parts."""
+    """Tokenize an expression, and check whatever does not depend on the order of the parts."""
     broken = re.search("[\ud800-\udfff]", text)
     if broken:  # bytes of a command line that are not UTF-8 arrive as these, and Arrow cannot hold them
         raise WhereError("this text is not valid UTF-8", text, *broken.span())
@@ -177,7 +177,7 @@ def _tokens(text: str) -> list[_Token]:
 
 
 def _operand(text: str, match: re.Match[str]) -> ast.Name | ast.Constant | None:
-    """Read a column or a constant; None for what stands between them, an error for what is neither."""
+    """Parse a column or constant; None for what stands between them, an error for neither."""
     raw, (start, end) = match[0], match.span()
     hint = _HINTS.get(raw, "")
     shown = f"`{clip(raw)}`" if raw.isprintable() else f"the character U+{ord(raw):04X}"
@@ -217,7 +217,7 @@ def _no_operator(raw: str) -> str:
 
 
 def _misplaced(text: str, tokens: list[_Token], offset: int) -> WhereError:
-    """Say why Python cannot read an expression: as a rule, values and operators do not take turns."""
+    """Say why Python cannot parse an expression: usually, values and operators do not alternate."""
     previous = ""
     value_wanted = True
     for start, end, raw, operand in tokens:
@@ -238,5 +238,5 @@ def _misplaced(text: str, tokens: list[_Token], offset: int) -> WhereError:
 
 
 def span(node: ast.expr) -> tuple[int, int]:
-    """Where a part of an expression stands."""
+    """Position of a part of an expression."""
     return node.col_offset, node.end_col_offset or node.col_offset + 1

@@ -1,7 +1,7 @@
 """The closed expression language of ``--where``: ``aesthetic_score >= 5 and width >= 512``.
 
-An expression is data, not code: nothing is called or looked up but the columns, and its size is bounded, so one from an
-untrusted source can at worst be refused. docs/reference/where.md has the language and its rules.
+An expression is data, not code: nothing is called, only columns are looked up, and its size is bounded, so the worst
+that an untrusted one can do is be refused. docs/reference/where.md describes the language.
 """
 
 from __future__ import annotations
@@ -92,10 +92,7 @@ def parse_where(text: str, kinds: Mapping[str, str] | None = None) -> Where:
 
 
 def combine(where: str | None = None, min_aesthetic: float | None = None, max_nsfw: float | None = None) -> str | None:
-    """Join an expression and the two shorthands, ``aesthetic_score >= X`` and ``nsfw_score < X``, by `and`.
-
-    None where nothing is given. Raises `WhereError` for a mistake, ValueError for a threshold that is not finite.
-    """
+    """Join an expression, ``aesthetic_score >= X`` and ``nsfw_score < X`` by `and`; None if none is given."""
     parts = []
     for condition, value in (("aesthetic_score >=", min_aesthetic), ("nsfw_score <", max_nsfw)):
         if value is not None and not math.isfinite(value):
@@ -135,11 +132,8 @@ def filter_frame(frame: Any, where: str | Where) -> Any:
 
 
 def kinds_of(frame: Any) -> dict[str, str]:
-    """How each column of a frame behaves in an expression; of a Dask frame only the types are looked at.
-
-    ``"number"``, ``"string"``, ``"boolean"``, ``"list"`` or ``"other"``; and ``"unknown"`` for a column without a value
-    to tell by (Arrow's null type, or an object column where all is missing).
-    """
+    """Kind of each column of a frame in an expression; of a Dask frame only the dtypes are looked at."""
+    # ``"unknown"`` for a column without a value to tell by (Arrow's null type, or an all-missing object column).
     names = [name for name in frame.columns if isinstance(name, str)]
     kinds = {name: kind_of_value(c) for name, c in zip(names, to_arrow(meta_of(frame), names).columns, strict=True)}
     for name, kind in kinds.items():

@@ -1,1 +1,1 @@
-"""One partition in, one partition out; each with its public function beside it."""
+"""One partition in, one partition out; each next to its public function."""

@@ -1,4 +1,4 @@
-"""What captions say: as vectors, how well they fit their images, their length and language. No image is decoded."""
+"""Captions: as vectors, how well they fit their images, length and language. No image is decoded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCK = 65_536
 
 @dataclass(frozen=True)
 class TextUse:
-    """Which text is embedded by which model, and where the result goes."""
+    """Which text is embedded by which model, and the output column."""
 
     encoder: EncoderSpec
     caption: str = "caption"
@@ -39,7 +39,7 @@ class TextUse:
 
 
 def texts_of(backend: Backend, frame: Any, column: str) -> list[str | None]:
-    """Texts of a column, in host memory; TypeError where it holds something else."""
+    """Texts of a column, in host memory; TypeError if it holds anything else."""
     values = backend.to_host(frame, [column])[column]
     type_ = values.type
     if pa.types.is_dictionary(type_):
@@ -52,7 +52,7 @@ def texts_of(backend: Backend, frame: Any, column: str) -> list[str | None]:
 
 
 def embed_text_partition(frame: Any, use: TextUse) -> Any:
-    """Embed the captions of a partition; an empty caption is a text like any other."""
+    """Embed a partition's captions; an empty caption is a text like any other."""
     backend = backend_of(frame)
     texts = texts_of(backend, frame, use.caption)
     rows = np.array([i for i, text in enumerate(texts) if text is not None], np.int64)
@@ -65,7 +65,7 @@ def embed_text_partition(frame: Any, use: TextUse) -> Any:
 
 
 def clip_score_partition(frame: Any, use: TextUse) -> Any:
-    """Compare each image of a partition with its own caption."""
+    """Compare each image of a partition with its caption."""
     backend = backend_of(frame)
     texts = texts_of(backend, frame, use.caption)
     values, rows = backend.matrix(frame[use.embedding])
@@ -95,7 +95,7 @@ def check_width(values: torch.Tensor, encoder: TextEncoder, column: str) -> None
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Cosine of each row with its own counterpart."""
+    """Row-wise cosine."""
     import torch
 
     pairs = zip(a.split(BLOCK), b.split(BLOCK), strict=True)
@@ -103,7 +103,7 @@ def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def encoder_of(model: str, pretrained: str | None, dtype: str | None, step: str) -> EncoderSpec:
-    """Settle the model whose text tower a step needs."""
+    """Resolve the model whose text tower a step needs."""
     spec = resolve_encoder(model, pretrained, dtype)
     require_text_tower(spec, step)
     return spec
@@ -221,13 +221,13 @@ def score_clip(
 
 # --- length and language --------------------------------------------------------------------------
 
-#: Characters of a text whose language is detected; more do not change the answer.
+#: Characters used to detect a text's language; more do not change the answer.
 _MAX_CHARS = 3_000
 
 
 @dataclass(frozen=True)
 class CaptionUse:
-    """What is measured of which column of text."""
+    """What is measured of which text column."""
 
     caption: str = "caption"
     language: bool = False
@@ -235,7 +235,7 @@ class CaptionUse:
 
     @property
     def schema(self) -> pa.Schema:
-        """Arrow schema of the columns that are added."""
+        """Arrow schema of the added columns."""
         fields = [(f"{self.caption}_words", pa.int32()), (f"{self.caption}_chars", pa.int32())]
         if self.language:
             fields.append((f"{self.caption}_language", pa.string()))
@@ -244,7 +244,7 @@ class CaptionUse:
 
 
 def caption_stats_partition(frame: Any, use: CaptionUse) -> Any:
-    """Measure the captions of a partition; all null where there is no caption."""
+    """Measure a partition's captions; all null where there is none."""
     backend = backend_of(frame)
     texts = texts_of(backend, frame, use.caption)
     columns: list[Sequence[Any]] = [
@@ -263,18 +263,15 @@ def caption_stats_partition(frame: Any, use: CaptionUse) -> Any:
 
 
 def language_problem() -> str | None:
-    """Say why languages cannot be detected here, and what to do; None where they can."""
+    """Say why languages cannot be detected here and how to fix it; None if they can."""
     if find_spec("py3langid") is None:
         return 'detecting languages needs py3langid: pip install "dask-imgcurator[text]"'
     return None
 
 
 def detect_languages(texts: Sequence[str | None], min_confidence: float = 0.2) -> list[tuple[str | None, float | None]]:
-    """Detect the language of each text and its probability among the 140 that py3langid's own model knows.
-
-    The code (ISO 639-1, or 639-3 where there is no other) is None where it is undetermined: too short or too mixed to
-    tell, or no language at all. Both are None for a text that is missing or blank.
-    """
+    """Detect each text's language (of py3langid's 140) and its probability; both None for missing or blank text."""
+    # The code (ISO 639-1, else 639-3) is None if undetermined: too short or too mixed to tell, or no language.
     classify = cache.get("language", None, _load_classifier)
     found: list[tuple[str | None, float | None]] = []
     for text in texts:
@@ -293,7 +290,7 @@ def _load_classifier() -> Callable[[str], tuple[str, float]]:
         raise ImportError(problem)
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    # An instance of its own: the package's functions share one that any code may restrict to other languages.
+    # Our own instance: the package's functions share one that any code may restrict to other languages.
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     classify: Callable[[str], tuple[str, float]] = identifier.classify
     return classify

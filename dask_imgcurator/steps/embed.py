@@ -28,7 +28,7 @@ _LOCATORS = ["shard", "offset", "nbytes", "status", "error_message"]
 
 @dataclass(frozen=True)
 class EmbedSpec:
-    """How rows get their embedding; `topic` takes events of progress, `isolate` decodes in another process."""
+    """How rows get their embedding; `topic`: where progress events go, `isolate`: decode in another process."""
 
     encoder: EncoderSpec
     batch_size: int | None = None
@@ -43,7 +43,7 @@ class EmbedSpec:
 
     @property
     def schema(self) -> pa.Schema:
-        """Arrow schema of the columns that are added or replaced."""
+        """Arrow schema of the added or replaced columns."""
         added = columns_of("embed", "measure") if self.measures else columns_of("embed")
         schema = arrow_schema(["status", "error_message", *(c.name for c in added)])
         at = schema.get_field_index("embedding")
@@ -51,10 +51,8 @@ class EmbedSpec:
 
 
 def embed_partition(frame: Any, spec: EmbedSpec) -> Any:
-    """Read, decode and embed the images of a partition's rows, in any order and number.
-
-    Each shard among them is read once, in the order of its bytes. Rows that were not ``ok`` before keep what they had.
-    """
+    """Read, decode and embed the images of a partition's rows, in any order and number."""
+    # Each shard is read once, in byte order. Rows that were not ``ok`` keep what they had.
     backend = backend_of(frame)
     host = backend.to_host(frame, _LOCATORS).to_pydict()
     rows = _Rows(host)
@@ -76,7 +74,7 @@ def embed_partition(frame: Any, spec: EmbedSpec) -> Any:
 
 
 class _Rows:
-    """What is told of each row in host memory."""
+    """Per-row results in host memory."""
 
     def __init__(self, host: Mapping[str, list[Any]]) -> None:
         n = len(host["shard"])
@@ -87,7 +85,7 @@ class _Rows:
         self.sha256: list[str | None] = [None] * n
 
     def todo(self) -> list[int]:
-        """Rows to embed: shards in the order of their first appearance, then by the bytes, one pass over each file."""
+        """Rows to embed: by shard in order of first appearance, then by offset; one pass over each file."""
         rank = {url: i for i, url in enumerate(dict.fromkeys(self._host["shard"]))}
         todo = [i for i, status in enumerate(self.status) if status == "ok"]
         return sorted(todo, key=lambda i: (rank[self._host["shard"][i]], self._host["offset"][i]))
@@ -123,7 +121,7 @@ class _Embedded:
 
     @property
     def _kept(self) -> np.ndarray:
-        # What was computed in the place of a failed image is left out here, once for all batches.
+        # What was computed in place of failed images is dropped here, once for all batches.
         return np.delete(np.arange(len(self._rows)), self._failed)
 
     @property
@@ -178,7 +176,7 @@ def _columns(frame: Any, spec: EmbedSpec, rows: _Rows, embedded: _Embedded) -> d
 
 
 def _progress(topic: str | None, urls: list[str]) -> Callable[[int, int], None]:
-    """Return a function that tells the client of more rows that are done, and how many of them failed."""
+    """Return a function that reports finished rows to the client, and how many of them failed."""
     if topic is None or not urls:
         return lambda done, errors: None
     counts: dict[str, Any] = {"shard": urls[0], "rows": len(urls), "done": 0, "errors": 0}
@@ -201,7 +199,7 @@ def embed_spec(
     measures: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> EmbedSpec:
-    """Settle, on the client, how rows get their embedding."""
+    """Resolve, on the client, how rows get their embedding."""
     batch_size = config.get("batch-size", batch_size)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: it must be at least 1")

@@ -39,7 +39,7 @@ class HeadUse:
 
 
 def score_partition(frame: Any, use: HeadUse) -> Any:
-    """Apply a published head to the embeddings of a partition; null where there is no embedding."""
+    """Apply a published head to a partition's embeddings; null where there is none."""
     import torch
 
     backend = backend_of(frame)
@@ -73,7 +73,7 @@ def resolve_head(head: str | os.PathLike[str] | HeadFile) -> HeadFile:
 
 @dataclass(frozen=True)
 class OwnHeadUse:
-    """Which head of a user is applied to which column."""
+    """Which user head is applied to which column."""
 
     head: HeadFile
     embedding: str
@@ -103,7 +103,7 @@ def _function(name: Activation | Output) -> Any:
 
 
 def own_head_partition(frame: Any, use: OwnHeadUse) -> Any:
-    """Apply a user's head to the embeddings of a partition, as they are; null where the result is not a number."""
+    """Apply a user's head to a partition's raw embeddings; null where the result is NaN."""
     import torch
 
     backend = backend_of(frame)

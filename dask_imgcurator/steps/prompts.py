@@ -1,4 +1,4 @@
-"""Scores of images against texts that say what to look for: `score_prompts`."""
+"""Scores of images against texts that describe what to look for: `score_prompts`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One zero-shot score: what it is for, and the two sets of texts that are compared."""
+    """One zero-shot score: its name, and the two sets of texts to compare."""
 
     name: str
     positive: tuple[str, ...]
@@ -45,7 +45,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptUse:
-    """Which prompts are scored, by which model and formula; `score_prompts` says what they mean."""
+    """Which prompts are scored, by which model and formula; see `score_prompts`."""
 
     encoder: EncoderSpec
     prompts: tuple[Prompt, ...]
@@ -55,7 +55,7 @@ class PromptUse:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a score table records of them, beside the text tower's own provenance."""
+        """What a score table records of them, besides the text tower's provenance."""
         return {
             "method": self.method,
             "temperature": self.temperature,
@@ -66,7 +66,7 @@ class PromptUse:
 def parse_prompts(
     prompts: Mapping[str, Sequence[str] | Mapping[str, Sequence[str]]], negative: Sequence[str] = NEGATIVE
 ) -> tuple[Prompt, ...]:
-    """Check prompts and fix them as values; `negative` is the set of those that name none."""
+    """Validate and freeze prompts; `negative` is the set for those that name none."""
     if not isinstance(prompts, Mapping) or not prompts:
         raise PromptError(f"prompts={prompts!r}: give a mapping, such as {{'watermark': ['a photo with a watermark']}}")
     parsed = []
@@ -94,7 +94,7 @@ def _texts(value: Any, what: str) -> tuple[str, ...]:
 
 
 def check_method(method: str, temperature: float | None) -> Method:
-    """Check how prompts are to be scored."""
+    """Validate the scoring method."""
     if method not in get_args(Method):
         raise PromptError(f"unknown method {method!r}: use softmax or margin")
     if temperature is not None and (method == "margin" or not 0 < temperature < float("inf")):
@@ -120,7 +120,7 @@ def _prompt_embeddings(encoder: EncoderSpec, prompts: tuple[Prompt, ...], device
 
 
 def prompts_partition(frame: Any, use: PromptUse) -> Any:
-    """Score the images of a partition against prompts; null where there is no embedding."""
+    """Score a partition's images against prompts; null where there is no embedding."""
     import torch
 
     backend = backend_of(frame)

@@ -28,13 +28,13 @@ _JSON_TYPES = {int: "int64", float: "float64", bool: "bool"}
 
 _EXTENT_COLUMNS = ("offset", "nbytes", "sample_offset", "sample_nbytes")
 
-#: Shards that are looked at for the types of JSON fields, at most.
+#: Maximum number of shards inspected for the types of JSON fields.
 _PEEK_SHARDS = 8
 
 
 @dataclass(frozen=True)
 class ReadSpec:
-    """How a shard becomes rows; `fields` pairs names with keys of `FIELD_TYPES`, `image` lists extensions by choice."""
+    """How a shard becomes rows; `fields` pairs names with keys of `FIELD_TYPES`, `image` lists preferred extensions."""
 
     backend: str = "pandas"
     caption: str | None = None
@@ -44,7 +44,7 @@ class ReadSpec:
 
     @property
     def schema(self) -> pa.Schema:
-        """Arrow schema of the rows: chosen fields stand before ``status``."""
+        """Arrow schema of the rows: chosen fields come before ``status``."""
         names = [c.name for c in columns_of("read")]
         at = names.index("status")
         names[at:at] = [name for name, _ in self.fields]
@@ -84,7 +84,7 @@ def _row(url: str, sample: Sample, file: IO[bytes], spec: ReadSpec) -> dict[str,
         "key": sample.key,
         "shard": url,
         "sample_offset": sample.offset,
-        # Links alone are nothing that could be copied.
+        # Links alone cannot be copied.
         "sample_nbytes": sample.end - sample.offset if sample.members else 0,
         "offset": 0,
         "nbytes": 0,
@@ -112,7 +112,7 @@ def _row(url: str, sample: Sample, file: IO[bytes], spec: ReadSpec) -> dict[str,
 
 
 def _as_type(value: Any, type_: str) -> Any:
-    """Bring a JSON value to a column's type; null where it is of another kind."""
+    """Convert a JSON value to a column's type; null if it is of another kind."""
     if value is None:
         return None
     if type_ == "string":
@@ -134,11 +134,9 @@ def _as_type(value: Any, type_: str) -> Any:
 def peek_fields(
     urls: Sequence[str], names: Sequence[str], storage_options: Mapping[str, Any] | None = None, samples: int = 32
 ) -> dict[str, str]:
-    """Find the types of JSON fields from the first samples of the first shard that has any of them.
-
-    Whole numbers are ``int64``, mixed with fractions ``float64``, true and false ``bool``, everything else ``string``
-    (lists and objects as JSON text).
-    """
+    """Infer types of JSON fields from the first samples of the first shard that has any of them."""
+    # Whole numbers are ``int64``, mixed with fractions ``float64``, true and false ``bool``, everything else ``string``
+    # (lists and objects as JSON text).
     seen: dict[str, set[str]] = {name: set() for name in names}
     for url in urls[:_PEEK_SHARDS]:
         with contextlib.suppress(OSError):
@@ -221,7 +219,7 @@ def read_webdataset(
 
 
 def read_groups(groups: Sequence[tuple[str, ...]], spec: ReadSpec) -> dd.DataFrame:
-    """Make a lazy frame of shards, a partition for each group of them."""
+    """Make a lazy frame of shards, one partition per group."""
     meta = get_backend(spec.backend).from_arrow(spec.schema.empty_table())
     return dd.from_map(index_partition, groups, spec=spec, meta=meta, label="read-webdataset", enforce_metadata=False)
 
@@ -234,7 +232,7 @@ def read_spec(
     backend: str | None,
     image: str | Sequence[str] = (),
 ) -> ReadSpec:
-    """Settle, on the client, how shards become rows."""
+    """Resolve, on the client, how shards become rows."""
     taken = [name for name in columns if name in COLUMNS]
     if taken:
         raise ValueError(

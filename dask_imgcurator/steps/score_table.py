@@ -21,7 +21,7 @@ METADATA_KEY = "imgcurator"
 
 
 class RowFilter(Protocol):
-    """Which rows of a partition are wanted, told by some of its columns."""
+    """Which rows of a partition are wanted, judging by some of its columns."""
 
     @property
     def columns(self) -> list[str]: ...
@@ -31,7 +31,7 @@ class RowFilter(Protocol):
 
 @dataclass(frozen=True)
 class ScoreFiles:
-    """How score files are read; `keep` leaves rows out before their other columns are read."""
+    """How score files are read; `keep` drops rows before their other columns are read."""
 
     backend: str
     columns: tuple[str, ...]
@@ -40,7 +40,7 @@ class ScoreFiles:
 
 
 def read_score_files(urls: Sequence[str], spec: ScoreFiles, columns: Sequence[str] | None = None) -> Any:
-    """Read score files as one partition; Dask's optimizer sets `columns` to those that are used later."""
+    """Read score files as one partition; Dask's optimizer sets `columns` to those used later."""
     wanted = list(spec.columns if columns is None else columns)
     frames = [_read_file(url, spec, wanted) for url in urls]
     if len(frames) == 1:
@@ -58,7 +58,7 @@ def _read_file(url: str, spec: ScoreFiles, wanted: list[str]) -> Any:
 
 
 def read_kept(url: str, spec: ScoreFiles, frame: Any, mask: Any) -> Any:
-    """Read the rest of the rows that a mask keeps; `frame` has the columns that were read to tell."""
+    """Read the remaining columns of rows kept by a mask; `frame` has those already read."""
     backend = get_backend(spec.backend)
     if not mask.any():
         schema = file_schema(url, spec.storage_options)
@@ -89,7 +89,7 @@ def file_schema(url: str, storage_options: Mapping[str, Any] | None = None) -> p
 
 
 def file_provenance(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """Return what a score file says of its making; None where it is missing, damaged or not of this library."""
+    """Return a score file's provenance; None if it is missing, damaged or not this library's."""
     try:
         metadata = file_schema(url, storage_options).metadata or {}
         return json.loads(metadata[METADATA_KEY.encode()])
@@ -98,7 +98,7 @@ def file_provenance(url: str, storage_options: Mapping[str, Any] | None = None) 
 
 
 def in_shard_order(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Sort score files by the URL of the shard that they describe; files of other origin by their own."""
+    """Sort score files by their shard's URL; files of other origin by their own."""
 
     def order(url: str) -> tuple[str, str]:
         provenance = file_provenance(url, storage_options) or {}
@@ -136,7 +136,7 @@ def read_scores(
 
 
 def score_urls(urlpath: URLPath, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Files of a score table, in the order of their shards."""
+    """Files of a score table, in shard order."""
     items = [urlpath] if isinstance(urlpath, str | os.PathLike) else list(urlpath)
     urls: list[str] = []
     for item in [os.fspath(i) for i in items]:
@@ -156,7 +156,7 @@ def scores_from_files(
     backend: str | None = None,
     keep: RowFilter | None = None,
 ) -> dd.DataFrame:
-    """Read score files as partitions, in the order given: one file each, or several."""
+    """Read score files as partitions, in the order given, one or several files each."""
     groups = [(item,) if isinstance(item, str) else tuple(item) for item in urls]
     name = resolve_name(backend)
     schema = file_schema(groups[0][0], storage_options)

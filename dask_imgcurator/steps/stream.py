@@ -34,7 +34,7 @@ _HASHERS = 4
 
 @dataclass(frozen=True)
 class Piece:
-    """A batch of images before it is decoded: row numbers, bytes (or why there are none), and their sha256."""
+    """A batch of images before decoding: row numbers, bytes (or why there are none), sha256."""
 
     numbers: list[int]
     data: list[bytes | BadImage]
@@ -43,7 +43,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A batch of images as the encoder takes it."""
+    """A batch of images ready for the encoder."""
 
     numbers: list[int]
     digests: list[str | None]
@@ -53,7 +53,7 @@ class Decoded:
 def stream_images(
     locators: Mapping[str, list[Any]], todo: list[int], spec: EmbedSpec, preprocess: Preprocess, backend: Backend
 ) -> Iterator[Decoded]:
-    """Yield the images of the rows `todo`, a batch at a time; the next ones are read and decoded meanwhile."""
+    """Yield the images of the rows `todo` in batches; the next ones are read and decoded meanwhile."""
     batch_size = batch_size_of(spec, backend)
     with contextlib.ExitStack() as stack:
         decoders = [
@@ -65,14 +65,14 @@ def stream_images(
 
 
 def batch_size_of(spec: EmbedSpec, backend: Backend) -> int:
-    """Images per forward pass: larger batches leave a processor's caches, smaller ones leave a card idle."""
+    """Images per forward pass: larger batches spill a CPU's caches, smaller ones leave a GPU idle."""
     return spec.batch_size or (16 if backend.device == "cpu" else 512)
 
 
 def _read(
     locators: Mapping[str, list[Any]], todo: list[int], batch_size: int, storage_options: Mapping[str, Any]
 ) -> Iterator[Piece]:
-    """Read and hash a batch at a time."""
+    """Read and hash batch by batch."""
     blobs = _blobs(locators, todo, storage_options)
     with ThreadPoolExecutor(_HASHERS, thread_name_prefix="hash") as pool:
         for start in range(0, len(todo), batch_size):
@@ -88,14 +88,14 @@ def _digest(data: bytes | BadImage) -> str | None:
 def _blobs(
     locators: Mapping[str, list[Any]], todo: list[int], storage_options: Mapping[str, Any]
 ) -> Iterator[bytes | BadImage]:
-    """Yield the bytes of each image, shard by shard; `BadImage` in place of those that cannot be read."""
+    """Yield each image's bytes, shard by shard; `BadImage` for those that cannot be read."""
     by_shard: dict[str, list[int]] = {}
     for i in todo:
         by_shard.setdefault(locators["shard"][i], []).append(i)
     for url, numbers in by_shard.items():
         extents = [(locators["offset"][i], locators["nbytes"][i]) for i in numbers]
         done = 0
-        # For a part of a shard (a filtered frame), ranges cost less than all of it.
+        # For part of a shard (a filtered frame), ranges cost less than the whole.
         whole = 2 * sum(nbytes for _, nbytes in extents) >= max(offset + nbytes for offset, nbytes in extents)
         pieces = read_extents(url, extents, storage_options, whole)
         try:
@@ -121,7 +121,7 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _decoded(pieces: Iterator[Piece], decoders: Sequence[Any], device: str) -> Iterator[Decoded]:
-    """Decode ahead of the caller, each decoder in a thread, and yield in the order of the pieces."""
+    """Decode ahead of the caller, one thread per decoder, and yield in order."""
     free: SimpleQueue[Any] = SimpleQueue()
     for decoder in decoders:
         free.put(decoder)
@@ -146,7 +146,7 @@ def _decoded(pieces: Iterator[Piece], decoders: Sequence[Any], device: str) -> I
 
 
 def _decode_in_parts(decoder: Any, data: Sequence[bytes | BadImage], device: str) -> list[Batch]:
-    """Decode a batch, in halves where memory runs out."""
+    """Decode a batch, in halves if memory runs out."""
     try:
         return [decoder(data)]
     except Exception as err:
@@ -161,7 +161,7 @@ def _decode_in_parts(decoder: Any, data: Sequence[bytes | BadImage], device: str
 def _lend_decoder(
     spec: EmbedSpec, preprocess: Preprocess, backend: Backend, batch_size: int
 ) -> Iterator[Decoder | IsolatedDecoder]:
-    """Lend a decoder of this process: building a pipeline costs more than a small partition does."""
+    """Lend one of this process's decoders: building a pipeline costs more than a small partition."""
     import torch
 
     kind = settle_decoder(spec.decoder, backend.decoder_device)
@@ -186,11 +186,9 @@ def _lend_decoder(
 
 
 def settle_decoder(name: str, device: str) -> Literal["dali", "pillow"]:
-    """Turn ``auto`` into a decoder: DALI on a card, Pillow on a CPU; `device` is the backend's `decoder_device`.
-
-    On a CPU both take the same time (most of it libjpeg's and the resize's), Pillow's pixels are open_clip's to the
-    last bit, and no native pipeline can take the process with it.
-    """
+    """Resolve ``auto``: DALI on a card, Pillow on a CPU; `device` is the backend's `decoder_device`."""
+    # On a CPU both take equally long (mostly libjpeg and resizing); Pillow's pixels are bit-identical to open_clip's,
+    # and no native pipeline can crash the process.
     if name not in ("auto", "dali", "pillow"):
         raise ValueError(f"unknown decoder {name!r}: use auto, dali or pillow")
     if name == "pillow" or (name == "auto" and device == "cpu"):

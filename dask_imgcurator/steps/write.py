@@ -1,9 +1,9 @@
 """Write kept samples as curated shards: `to_webdataset`.
 
-Samples keep the order of their rows. The client plans with a few numbers for each partition: neighbouring partitions
-whose kept samples fit into one curated shard together are one task and one shard; a partition with more than that is a
-task that cuts its samples into several. A key stands once in a shard (readers of webdataset would take two neighbours
-with one key for one sample), so a task cuts before a key that comes again.
+Samples keep row order. The client plans with a few numbers per partition: neighbouring partitions whose kept samples
+fit into one curated shard are one task and one shard; a larger partition is a task that splits its samples over
+several. A key is unique within a shard (webdataset readers would merge two neighbours with one key), so a task cuts
+before a repeated key.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def write_spec(
     storage_options: Mapping[str, Any] | None,
     source_options: Mapping[str, Any] | None,
 ) -> WriteSpec:
-    """Check, on the client, how curated shards are written."""
+    """Validate, on the client, how curated shards are written."""
     if max_count < 1:
         raise ValueError(f"max_count={max_count}: it must be at least 1")
     return WriteSpec(
@@ -55,7 +55,7 @@ def write_spec(
 
 
 def parse_size(text: str | int) -> int:
-    """Read a size in bytes: ``500MB``, ``1GiB``, ``250000``."""
+    """Parse a size in bytes: ``500MB``, ``1GiB``, ``250000``."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", str(text), re.IGNORECASE)
     nbytes = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if nbytes <= 0:
@@ -68,7 +68,7 @@ def parse_size(text: str | int) -> int:
 
 @dataclass(frozen=True)
 class Kept:
-    """What the kept rows of a partition come to: numbers, and the range of their keys."""
+    """Totals of a partition's kept rows, and the range of their keys."""
 
     rows: int
     nbytes: int
@@ -80,14 +80,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Group:
-    """Partitions whose samples one task writes, and how many curated shards they make; None: not known yet."""
+    """Partitions whose samples one task writes, and the number of curated shards; None: not known yet."""
 
     partitions: tuple[int, ...]
     tars: int | None = 1
 
 
 def measure_partition(frame: Any, spec: WriteSpec) -> Kept:
-    """Tell what the rows of a partition come to; those that stand for no sample are left out."""
+    """Measure a partition's rows, without those that stand for no sample."""
     rows = _rows(frame)
     if not rows:
         return Kept(0, 0, 0)
@@ -98,7 +98,7 @@ def measure_partition(frame: Any, spec: WriteSpec) -> Kept:
 
 
 def plan_groups(kept: Sequence[Kept], spec: WriteSpec) -> list[Group]:
-    """Gather neighbouring partitions that fit into one curated shard together."""
+    """Group neighbouring partitions that fit into one curated shard."""
     groups: list[list[int]] = []
     rows = nbytes = 0
     for i, part in enumerate(kept):
@@ -115,7 +115,7 @@ def plan_groups(kept: Sequence[Kept], spec: WriteSpec) -> list[Group]:
 
 
 def _known_tars(parts: Sequence[Kept]) -> int | None:
-    """How many shards some partitions make; None where a key may stand in two of them."""
+    """Number of shards that some partitions make; None if a key may be in two of them."""
     if len(parts) == 1:
         return parts[0].tars
     ranges = sorted((part.first, part.last) for part in parts)
@@ -134,7 +134,7 @@ def _sizes(rows: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def cut(keys: Sequence[str | None], sizes: Sequence[int], spec: WriteSpec) -> list[slice]:
-    """Cut samples into curated shards, each as full as it gets."""
+    """Split samples into curated shards, each as full as possible."""
     cuts, start, nbytes_here = [], 0, 0
     keys_here: set[str | None] = set()
     for i, (key, nbytes) in enumerate(zip(keys, sizes, strict=True)):
@@ -152,7 +152,7 @@ def _cuts(rows: Sequence[Mapping[str, Any]], spec: WriteSpec) -> list[slice]:
 
 
 def count_tars(frame: Any, spec: WriteSpec) -> int:
-    """Count the curated shards that a group's rows make."""
+    """Count the curated shards of a group's rows."""
     return len(_cuts(_rows(frame), spec))
 
 
@@ -160,7 +160,7 @@ def count_tars(frame: Any, spec: WriteSpec) -> int:
 
 
 def write_partition(frame: Any, first: tuple[int, int], spec: WriteSpec, resume: bool) -> list[dict[str, Any]]:
-    """Write the rows of a group as curated shards; `first` is the number of the first one, and how many there are."""
+    """Write a group's rows as curated shards; `first`: the number of its first shard, and their count."""
     frame = frame[frame["sample_nbytes"] > 0]
     backend, (number, planned) = backend_of(frame), first
     cuts = _cuts(_rows(frame), spec)
@@ -171,7 +171,7 @@ def write_partition(frame: Any, first: tuple[int, int], spec: WriteSpec, resume:
 
 # --- the job --------------------------------------------------------------------------------------
 
-#: Makes a lazy frame in which each group of partitions is one partition; with some columns, or all.
+#: Makes a lazy frame with one partition per group of partitions; with some columns, or all.
 Regroup = Callable[[Sequence[Group], Sequence[str] | None], dd.DataFrame]
 
 
@@ -200,7 +200,7 @@ class WritePlan:
 def plan_write(
     client: Client | None, kept: Sequence[Kept], regroup: Regroup, spec: WriteSpec, resume: bool
 ) -> WritePlan:
-    """Plan the curated shards of measured partitions; where a key may come twice, the locators are read again."""
+    """Plan the curated shards of measured partitions; locators are reread where a key may repeat."""
     if clash := next((part.overwritten for part in kept if part.overwritten), None):
         check_sources(spec.folder, [clash])
     groups = plan_groups(kept, spec)
@@ -216,7 +216,7 @@ def plan_write(
 
 
 def run_write(client: Client | None, plan: WritePlan) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Write; yields each group's number with the ``_stats.json`` of its curated shards, as it is done."""
+    """Write, yielding each group's number and its shards' ``_stats.json`` as it finishes."""
     files.make_folder(plan.spec.folder)
     firsts = plan.firsts
     graphs = waves([str(i) for i in range(len(plan.groups))], lambda names: plan.frame([int(name) for name in names]))
@@ -305,7 +305,7 @@ def to_webdataset(
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    """Raise what a partition raised, not what a job makes of it."""
+    """Raise what a partition raised, not the `JobError` around it."""
     try:
         yield
     except JobError as err:
@@ -336,7 +336,7 @@ def _finish(groups: Sequence[list[dict[str, Any]]], spec: WriteSpec) -> list[dic
 
 
 def _regroup(df: dd.DataFrame) -> Regroup:
-    """Bring the partitions of each group together."""
+    """Bring each group's partitions together."""
     parts, meta = df.to_delayed(), meta_of(df)
     together = dask.delayed(_together, pure=False)
 

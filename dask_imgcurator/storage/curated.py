@@ -26,7 +26,7 @@ from .urls import fingerprint
 #: Columns that the writer needs.
 LOCATORS = ("key", "shard", "sample_offset", "sample_nbytes")
 
-#: Columns by which it checks, where they are there, that an image is still the one that was scored.
+#: Columns by which it checks, if present, that an image is still the one scored.
 _CHECKS = ("offset", "nbytes", "sha256")
 
 _STATS = "_stats.json"
@@ -36,7 +36,7 @@ _NAME = re.compile(r"(\d{5,})(\.tar|\.parquet|\.idx|_stats\.json)")
 
 @dataclass(frozen=True)
 class WriteSpec:
-    """Where curated shards go, and how large they may be (a single larger sample gets a shard of its own)."""
+    """Where curated shards go, and their maximum size (a larger single sample gets its own shard)."""
 
     folder: str
     max_count: int = 10_000
@@ -46,7 +46,7 @@ class WriteSpec:
 
 
 def write_shard(number: int, tables: Sequence[pa.Table], spec: WriteSpec, resume: bool = True) -> dict[str, Any]:
-    """Write rows as a curated shard with what stands beside it; a finished one of the same content is left as it is."""
+    """Write rows as a curated shard and its companion files; a finished one with the same content is left alone."""
     stem = f"{number:05d}"
     table = concat_tables(tables)
     rows = table.select([name for name in (*LOCATORS, *_CHECKS) if name in table.column_names]).to_pylist()
@@ -74,7 +74,7 @@ def write_shard(number: int, tables: Sequence[pa.Table], spec: WriteSpec, resume
             "sources": sources,
             "content": content,
         }
-        # An older tar would seem to be the one that the new statistics speak of.
+        # An older tar would look like the one that the new statistics describe.
         files.remove(urls[".tar"], spec.storage_options)
         _write(urls[_STATS], json.dumps(stats, indent=1, ensure_ascii=False).encode() + b"\n", spec)
         _write(urls[".parquet"], parquet, spec)
@@ -92,16 +92,16 @@ def _write(url: str, data: Any, spec: WriteSpec) -> None:
 
 
 def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:
-    """One table in one piece, whose bytes do not tell how the rows were cut into partitions."""
+    """One table in one piece, whose bytes do not depend on how the rows were partitioned."""
     plain = []
     for table in tables:
         for i, column in enumerate(table.schema):
             if pa.types.is_dictionary(column.type):
-                # Each partition of a categorical column may number its categories in another way.
+                # Each partition of a categorical column may number its categories differently.
                 values = table.column(i).cast(column.type.value_type)
                 table = table.set_column(i, column.with_type(values.type), values)
         plain.append(table.replace_schema_metadata(None))
-    # A user's column that is all null in one partition has no type there.
+    # A user's column that is all null in a partition has no type there.
     return pa.concat_tables(plain, promote_options="permissive").combine_chunks()
 
 
@@ -112,7 +112,7 @@ def _to_parquet(table: pa.Table) -> pa.Buffer:
 
 
 def _content(parquet: pa.Buffer, sources: Iterable[str], source_options: Mapping[str, Any]) -> str:
-    """Hash of all that decides what the shard's files hold: the rows, and the versions of their sources."""
+    """Hash of everything that decides the shard's content: the rows, and the versions of their sources."""
     digest = hashlib.sha256()
     for url in sources:
         digest.update(f"{url} {fingerprint(url, source_options)}\n".encode())
@@ -124,7 +124,7 @@ def _content(parquet: pa.Buffer, sources: Iterable[str], source_options: Mapping
 
 
 def check_sources(folder: str, sources: Iterable[str]) -> None:
-    """Raise `WriteError` if a shard that is read lies in the folder, under a name that a curated shard may get."""
+    """Raise `WriteError` if a source shard lies in the folder under a name that a curated shard may get."""
     for url in sources:
         if overwrites(folder, url):
             raise WriteError(f"{url} is read, and lies in the folder that is to be written: choose another folder")
@@ -136,7 +136,7 @@ def overwrites(folder: str, url: str) -> bool:
 
 
 def files_there(folder: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Names of the files in a folder that are called like those of a curated shard, whoever wrote them."""
+    """Names of files in a folder that look like a curated shard's, whoever wrote them."""
     names = (url.rpartition("/")[2] for url in files.list_files(folder, "", storage_options))
     return [name for name in names if _NAME.fullmatch(name)]
 
@@ -149,7 +149,7 @@ def written_shards(folder: str, storage_options: Mapping[str, Any] | None = None
 
 
 def remove_surplus(folder: str, count: int, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Remove this library's curated shards beyond the first `count`: those of an earlier, larger selection."""
+    """Remove this library's curated shards beyond the first `count`, left from an earlier, larger selection."""
     surplus = [stem for stem in written_shards(folder, storage_options) if int(stem) >= count]
     for stem in surplus:
         for suffix in _SUFFIXES:  # the statistics last: they say whose the others are

@@ -1,4 +1,4 @@
-"""Small file chores on any fsspec URL: join, list, read, write whole or not at all; with patience for the network."""
+"""Small file operations on any fsspec URL: join, list, read, write whole or not at all; with retries."""
 
 from __future__ import annotations
 
@@ -16,31 +16,11 @@ from typing import IO, Any, TypeVar
 
 import fsspec
 
-__all__ = [
-    "ATTEMPTS",
-    "RemoteError",
-    "exists",
-    "file_system",
-    "is_local",
-    "join",
-    "list_files",
-    "local_path",
-    "make_folder",
-    "opened",
-    "persist",
-    "read_text",
-    "remove",
-    "remove_partial",
-    "scratch_folder",
-    "temporary_name",
-    "write_whole",
-]
-
 T = TypeVar("T")
 
 _PARTIAL = ".partial-"
 
-#: How often a request to a remote file system is made, besides what the file system tries itself.
+#: Attempts per request to a remote file system, besides the file system's own retries.
 ATTEMPTS = 5
 
 
@@ -52,12 +32,12 @@ class RemoteError(OSError):
 
 
 def is_local(url: str) -> bool:
-    """Whether a URL names a file of this machine."""
+    """Whether a URL names a local file."""
     return "://" not in url or url.startswith(("file://", "local://"))
 
 
 def local_path(url: str) -> Path:
-    """Return the absolute path of a local URL; links are kept."""
+    """Return a local URL's absolute path; links are kept."""
     return Path(os.path.abspath(Path(url.split("://", 1)[-1]).expanduser()))  # noqa: PTH100  (resolve() would follow links)
 
 
@@ -70,14 +50,7 @@ def join(folder: str, name: str) -> str:
 
 
 def file_system(url: str, storage_options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL and the path in it.
-
-    Raises
-    ------
-    ValueError
-        For a protocol that fsspec does not know, options that its file system does not take, or one whose package is
-        not installed (which is named).
-    """
+    """Return the fsspec file system and path of a URL; ValueError if fsspec cannot (the message says why)."""
     try:
         fs, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
     except (ImportError, ValueError) as err:
@@ -87,7 +60,7 @@ def file_system(url: str, storage_options: Mapping[str, Any] | None = None) -> t
     return fs, path
 
 
-#: Errors of requests that would be the same the next time. The names are of packages that need not be installed.
+#: Errors that a retry would only repeat. By name, because their packages may not be installed.
 _PERMANENT = (
     FileNotFoundError,
     PermissionError,
@@ -107,7 +80,7 @@ _NETWORK = {"aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "r
 
 def _is_transient(err: BaseException | None) -> bool:
     if isinstance(err, FileNotFoundError) and type(err.__cause__).__module__.startswith("aiohttp"):
-        # What fsspec makes of any failure when it asks a web server for a file's size.
+        # What fsspec raises for any failure to get a file's size from a web server.
         err = err.__cause__
     if not isinstance(err, Exception) or isinstance(err, _PERMANENT) or type(err).__name__ in _PERMANENT_NAMES:
         return False
@@ -118,22 +91,9 @@ def _is_transient(err: BaseException | None) -> bool:
 
 
 def persist(url: str, action: Callable[[], T]) -> T:
-    """Do something with a remote file; again, after a pause, where the network or the server fails.
-
-    Parameters
-    ----------
-    url : str
-        What it is done with, for the message.
-    action : callable
-        May be called up to `ATTEMPTS` times.
-
-    Raises
-    ------
-    FileNotFoundError, PermissionError, …
-        At once, where another attempt would come to the same.
-    RemoteError
-        Where every attempt failed. File systems raise errors of many kinds; here all are `OSError`.
-    """
+    """Run an action on a remote file, retrying after a pause; RemoteError once all `ATTEMPTS` failed."""
+    # File systems raise many kinds of errors; here all are `OSError`. Where a retry cannot help (FileNotFoundError,
+    # PermissionError …), the error is raised at once. `url` is for the message.
     # A library's retry objects hold a `threading.local` each. Python 3.11 deadlocks when one is collected as garbage
     # while a Dask worker's profiler asks for the frames of all threads (python/cpython#106883).
     for attempt in range(1, ATTEMPTS + 1):
@@ -171,7 +131,7 @@ def make_folder(url: str) -> None:
 
 
 def exists(url: str, storage_options: Mapping[str, Any] | None = None) -> bool:
-    """Whether there is a file."""
+    """Whether a file exists."""
     if is_local(url):
         return local_path(url).exists()
     fs, path = file_system(url, storage_options)
@@ -184,14 +144,14 @@ def exists(url: str, storage_options: Mapping[str, Any] | None = None) -> bool:
 
 
 def list_files(folder: str, suffix: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """URLs of the files in a folder whose name ends so, sorted; none for a folder that does not exist."""
+    """Sorted URLs of the files in a folder with this ending; none if the folder does not exist."""
     if is_local(folder):
         names = local_path(folder).glob(f"*{suffix}") if local_path(folder).is_dir() else []
         return sorted(str(p) for p in names if not p.name.startswith("."))
     fs, path = file_system(folder, storage_options)
 
     def look() -> list[str]:
-        # What other processes have written since would be missing.
+        # A cached listing would lack what other processes wrote since.
         fs.invalidate_cache()
         return list(fs.glob(f"{path.rstrip('/')}/*{suffix}"))
 
@@ -216,7 +176,7 @@ def opened(url: str, storage_options: Mapping[str, Any] | None = None) -> Iterat
 
 
 def read_text(url: str, storage_options: Mapping[str, Any] | None = None) -> str | None:
-    """Content of a small text file; None where there is none."""
+    """Content of a small text file; None if it does not exist."""
     try:
         if is_local(url):
             return local_path(url).read_text()
@@ -227,7 +187,7 @@ def read_text(url: str, storage_options: Mapping[str, Any] | None = None) -> str
 
 
 def remove(url: str, storage_options: Mapping[str, Any] | None = None) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file if it exists."""
     if is_local(url):
         local_path(url).unlink(missing_ok=True)
         return
@@ -237,14 +197,14 @@ def remove(url: str, storage_options: Mapping[str, Any] | None = None) -> None:
 
 
 def temporary_name(url: str) -> str:
-    """Name beside a local file under which it is written; hidden, so that no glob for results finds it."""
+    """Temporary name beside a local file; hidden, so that no glob for results finds it."""
     path = local_path(url)
     process = f"{os.uname().nodename}-{os.getpid()}"
     return str(path.with_name(f"{_PARTIAL}{process}-{uuid.uuid4().hex[:8]}-{path.name}"))
 
 
 def remove_partial(folder: str) -> int:
-    """Remove what processes of this machine that are no more left half written; returns how many files those were."""
+    """Remove what dead processes of this machine left half-written; returns the number of files."""
     if not is_local(folder) or not local_path(folder).is_dir():
         return 0
     prefix = f"{_PARTIAL}{os.uname().nodename}-"
@@ -269,11 +229,9 @@ def _is_alive(pid: int) -> bool:
 
 @contextlib.contextmanager
 def write_whole(url: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears under its name only when it is whole.
-
-    Local files are written under a temporary name and renamed. Remote ones are written to a temporary file of this
-    machine and uploaded from there when they are complete, so that an upload that fails can be begun again.
-    """
+    """Open a file for writing that appears under its name only once complete."""
+    # Local files are written under a temporary name and renamed. Remote ones are written to a local temporary file and
+    # then uploaded, so that a failed upload can be retried.
     if is_local(url):
         temporary = Path(temporary_name(url))
         try:

@@ -1,9 +1,9 @@
-"""Remote shards: a whole one streamed once to a temporary file, or only the ranges that are wanted.
+"""Remote shards: streamed whole, once, to a temporary file; or only the ranges that are wanted.
 
-A shard that is scored is read from its first to its last byte, so it is streamed, in order and once, to an unnamed
-temporary file, from which the headers, captions and images are then taken as from any local tar. Memory holds one piece
-of it at a time; the file's space is free again as soon as nobody holds it, however the process ends. Where only some
-samples are wanted (kept ones are copied, a filtered frame is embedded), their ranges are fetched and nothing else.
+A shard that is scored is read from first to last byte, so it is streamed, in order and once, to an unnamed temporary
+file, from which headers, captions and images are read as from any local tar. Memory holds one piece at a time; the
+file's space is freed once nobody holds it, however the process ends. Where only some samples are wanted (kept ones are
+copied, a filtered frame is embedded), only their ranges are fetched.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from dask.base import tokenize
 
 from .files import RemoteError, file_system, persist, scratch_folder
 
-__all__ = ["find_copy", "hold_copy", "open_remote", "read_ranges", "version"]
-
-#: Bytes asked for at once when a whole shard is streamed.
+#: Bytes per request when a whole shard is streamed.
 PIECE = 16 << 20
-#: Ranges nearer to each other than this are fetched as one; a request costs more than these bytes.
+#: Ranges closer than this (bytes) are fetched as one; a request costs more than these bytes.
 GAP = 16 << 10
-#: Bytes of ranges that are fetched side by side.
+#: Bytes of ranges fetched concurrently.
 GROUP = 32 << 20
 
 
@@ -41,14 +39,14 @@ class _Copy:
 
     def open(self) -> IO[bytes]:
         assert self.file is not None
-        # A handle with a position of its own; the file has no name any more.
+        # A handle with its own position; the file no longer has a name.
         return open(f"/proc/self/fd/{self.file.fileno()}", "rb")  # noqa: PTH123
 
 
 _copies: OrderedDict[str, _Copy] = OrderedDict()
 _lock = threading.Lock()
 
-#: Copies that are kept though nobody holds them: the next step on the same partition finds them.
+#: Copies kept though nobody holds them, for the next step on the same partition.
 _IDLE = 1
 
 
@@ -58,15 +56,8 @@ def _key(url: str, storage_options: Mapping[str, Any] | None) -> str:
 
 @contextlib.contextmanager
 def hold_copy(url: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Have a whole remote shard on this machine; `open_remote` then reads the copy.
-
-    Threads that want the same shard share one copy. After the last of them it stays until another shard comes.
-
-    Raises
-    ------
-    OSError
-        If the shard cannot be read to its end, or there is no room for it.
-    """
+    """Hold a copy of a whole remote shard on this machine, shared by threads; `open_remote` then reads the copy."""
+    # After the last holder leaves, it stays until another shard comes.
     key = _key(url, storage_options)
     with _lock:
         copy = _copies.setdefault(key, _Copy())
@@ -77,7 +68,7 @@ def hold_copy(url: str, storage_options: Mapping[str, Any] | None = None) -> Ite
         with copy.lock:
             now = version(url, storage_options)
             if copy.file is not None and copy.version != now and copy.holders == 1:
-                # Nobody else reads the copy of what the shard was before.
+                # Nobody else reads the copy of the shard's old version.
                 copy.file.close()
                 copy.file = None
             if copy.file is None:
@@ -99,18 +90,12 @@ def _drop_idle(keep: int) -> None:
             copy.file.close()
 
 
-#: What file systems call the mark of a version, the surest first.
+#: File systems' names for a version mark, the most reliable first.
 _CHANGED = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
 
 
 def version(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
-    """Return what identifies a version of a remote file: its size, and its ETag or time of change.
-
-    Raises
-    ------
-    OSError
-        If it cannot be reached.
-    """
+    """Return what identifies a version of a remote file: its size, and its ETag or modification time."""
     fs, path = file_system(url, storage_options)
     info = persist(url, lambda: fs.info(path, **({"refresh": True} if "s3" in fs.protocol else {})))
     changed = next((str(info[k]) for k in _CHANGED if info.get(k)), "")
@@ -118,7 +103,7 @@ def version(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
 
 
 def find_copy(url: str, storage_options: Mapping[str, Any] | None = None) -> IO[bytes] | None:
-    """Open the copy of a remote shard, if somebody holds one."""
+    """Open the copy of a remote shard, if there is one."""
     with _lock:
         copy = _copies.get(_key(url, storage_options))
         return copy.open() if copy is not None and copy.file is not None and copy.holders else None
@@ -143,7 +128,7 @@ def _download(url: str, storage_options: Mapping[str, Any] | None) -> IO[bytes]:
         try:
             _in_pieces(fs, path, url, target)
         except ValueError:
-            # A web server without ranges: in one go, from the beginning each time it is cut.
+            # A web server without ranges: in one go, restarting from the beginning when cut off.
             persist(url, lambda: _in_one_go(fs, path, url, target))
         target.flush()
     except BaseException as err:
@@ -157,7 +142,7 @@ def _download(url: str, storage_options: Mapping[str, Any] | None) -> IO[bytes]:
 
 
 def _in_pieces(fs: Any, path: str, url: str, target: IO[bytes]) -> None:
-    # No cache: each piece is asked for once, and a piece that was cut is asked for again.
+    # No cache: each piece is requested once, and again if it was cut off.
     source = persist(url, lambda: fs.open(path, "rb", block_size=PIECE, cache_type="none"))
     with source:
         position = 0
@@ -165,7 +150,7 @@ def _in_pieces(fs: Any, path: str, url: str, target: IO[bytes]) -> None:
         def piece() -> bytes:
             source.seek(position)
             data: bytes = source.read(PIECE)
-            # Some servers close a slow connection as if the answer were complete.
+            # Some servers close a slow connection as if the response were complete.
             if len(data) < PIECE and size is not None and position + len(data) < size:
                 raise EOFError(f"the answer ends at byte {position + len(data):,} of {size:,}")
             return data
@@ -195,33 +180,14 @@ def _in_one_go(fs: Any, path: str, url: str, target: IO[bytes]) -> None:
 def read_ranges(
     url: str, extents: Sequence[tuple[int, int]], storage_options: Mapping[str, Any] | None = None
 ) -> Iterator[bytes]:
-    """Fetch pieces of a remote file, only these; neighbours in one request, several requests side by side.
-
-    Parameters
-    ----------
-    url : str
-        The file.
-    extents : sequence of (int, int)
-        Offset and length of each piece, bytes.
-    storage_options : mapping, optional
-        For fsspec.
-
-    Yields
-    ------
-    bytes
-        Of each extent, in order. At most `GROUP` bytes (or one piece) are in memory.
-
-    Raises
-    ------
-    OSError
-        If they cannot be read.
-    """
+    """Yield pieces (offset, length) of a remote file, in order, with at most `GROUP` bytes (or one piece) in memory."""
+    # Neighbours share a request; several requests run side by side.
     fs, path = file_system(url, storage_options)
     probed = not url.startswith("http")
     for group in _groups(extents):
         requests = _merge(group)
         if not probed:
-            # A web server that knows no ranges answers with the whole file: then one copy serves all.
+            # A web server without ranges responds with the whole file: then one copy serves all.
             first, probed = requests[0], True
             data = persist(url, lambda first=first: fs.cat_file(path, *first))  # type: ignore[misc]
             if len(data) > first[1] - first[0]:
@@ -269,7 +235,7 @@ def _groups(extents: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]
 
 
 def _merge(extents: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Start and end of the requests for some extents; those that follow one another closely become one."""
+    """Start and end of the requests for some extents; neighbouring extents share one."""
     out: list[tuple[int, int]] = []
     for offset, nbytes in extents:
         if out and out[-1][0] <= offset <= out[-1][1] + GAP:

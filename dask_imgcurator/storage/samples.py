@@ -1,6 +1,6 @@
-"""Samples of a tar: a run of members that share a key, as in webdataset.
+"""Samples of a tar: runs of members that share a key, as in webdataset.
 
-The key is a member's path up to the first dot of its last component, the extension (lower case) is what follows.
+The key is a member's path up to the first dot of its last component; the rest (lower case) is the extension.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NOTES = re.compile(r"__[^/]*__/")
 
 @dataclass(frozen=True)
 class Member:
-    """One file in a tar and where its data lie; `pieces`: offset and length of what the tar holds of a sparse file."""
+    """One file in a tar and where its data lie; `pieces`: offset and length of a sparse file's stored parts."""
 
     name: str
     ext: str
@@ -27,11 +27,11 @@ class Member:
 
     @property
     def stored(self) -> int:
-        """Bytes that the tar holds of it, from `offset` on."""
+        """Bytes that it takes in the tar, from `offset` on."""
         return self.nbytes if self.pieces is None else sum(nbytes for _, nbytes in self.pieces)
 
     def expand(self, data: bytes) -> bytes:
-        """Content of the file, from the bytes that the tar holds of it."""
+        """Content of the file, from the bytes stored in the tar."""
         if self.pieces is None:
             return data
         out, position = bytearray(self.nbytes), 0
@@ -43,7 +43,7 @@ class Member:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What has a sample's key, but cannot be one of its members: a link, say."""
+    """What has a sample's key but cannot be a member: a link, say."""
 
     ext: str
     reason: str
@@ -100,12 +100,10 @@ class ShardIndex:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    r"""Split a member's name into key and lower-case extension; None for a name that belongs to no sample.
-
-    The rules are webdataset's: the key runs to the first dot after the last slash; names without an extension, hidden
-    files and what lies under ``__…__/`` (notes on the shard) are left out. Bytes of a name that are no UTF-8 stand as
-    ``\xe9`` in the key, since a string column cannot hold them.
-    """
+    """Split a member's name into key and lower-case extension, by webdataset's rules; None if it is in no sample."""
+    # The key runs to the first dot after the last slash; names without an extension, hidden files and anything below
+    # ``__…__/`` (notes on the shard) are left out. Bytes that are not UTF-8 become ``\xe9`` in the key: a string column
+    # cannot hold them.
     folder, slash, base = name.rpartition("/")
     stem, dot, ext = base.partition(".")
     if not stem or not dot or _NOTES.match(name):
@@ -117,18 +115,14 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def as_utf8(name: str) -> str:
-    # tarfile decodes with "surrogateescape", so that odd bytes survive.
+    # tarfile decodes with "surrogateescape", which preserves odd bytes.
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def format_idx(samples: Iterable[Sample]) -> str | None:
-    """Write an index in the format of DALI's ``wds2idx``, version 1.2.
-
-    A header line, then for each sample a line with ``ext offset size name`` for each member.
-
-    Returns None when a name holds white space or bytes that are no UTF-8, or a member is sparse: the format cannot
-    express these.
-    """
+    """Write an index in the format of DALI's ``wds2idx`` 1.2; None if it cannot express a name or a sparse member."""
+    # A header line, then per sample a line with ``ext offset size name`` for each member. Names must be UTF-8 without
+    # white space.
     lines = []
     for sample in samples:
         parts: list[str] = []

@@ -1,10 +1,9 @@
 """Copy samples from tars to a tar, byte for byte.
 
-A written tar holds the members of the samples, names and bytes as in the source, in the order of the rows. Its headers
-are made anew with fixed owner, mode and time, so the same selection gives the same file on every machine.
-
-Nothing is extracted: a member called ``../x.jpg`` in the source is called so in the copy, and whoever extracts one must
-guard against that (Python's ``filter="data"`` and GNU tar do).
+A written tar holds the samples' members, names and bytes as in the source, in row order. Headers are new, with fixed
+owner, mode and time, so the same selection gives the same file on every machine. Nothing is extracted: a member called
+``../x.jpg`` in the source keeps that name, and whoever extracts must guard against it (as Python's ``filter="data"``
+and GNU tar do).
 """
 
 from __future__ import annotations
@@ -29,11 +28,9 @@ class WriteError(RuntimeError):
 
 
 def sample_sizes(urls: Sequence[str], offsets: Sequence[int], extents: Sequence[int]) -> list[int]:
-    """Bytes that samples take in a curated shard, by their extents (source, offset and length) in their sources.
-
-    Extents that overlap (the members of a sample do not follow each other) share what they cover together, evenly,
-    since each of them may span the whole tar.
-    """
+    """Bytes that samples will take in a curated shard, from their extents (source, offset, length)."""
+    # Overlapping extents (a sample's members are not adjacent) share evenly what they cover together, since each may
+    # span the whole tar.
     sizes: dict[tuple[str, int, int], int] = {}
     for (url, start), group in _overlapping(set(zip(urls, offsets, extents, strict=True))):
         left = max(offset + nbytes for offset, nbytes in group) - start
@@ -47,7 +44,7 @@ def sample_sizes(urls: Sequence[str], offsets: Sequence[int], extents: Sequence[
 def _overlapping(
     extents: Iterable[tuple[str, int, int]],
 ) -> Iterator[tuple[tuple[str, int], list[tuple[int, int]]]]:
-    """Gather extents (source, offset, length) that overlap; most stand alone."""
+    """Group overlapping extents (source, offset, length); most stand alone."""
     group: list[tuple[int, int]] = []
     key, end = ("", 0), 0
     for url, offset, nbytes in sorted(extents):
@@ -64,7 +61,7 @@ def _overlapping(
 
 @dataclass(frozen=True)
 class Copied:
-    """A tar that was written."""
+    """A finished tar."""
 
     nbytes: int
     sha256: str
@@ -81,7 +78,7 @@ def write_tar(rows: list[dict[str, Any]], file: IO[bytes], source_options: Mappi
 
 
 class _Counted(io.RawIOBase):
-    """A sink that counts and hashes what passes through."""
+    """A sink that counts and hashes what is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.nbytes, self.digest = file, 0, hashlib.sha256()
@@ -96,11 +93,9 @@ class _Counted(io.RawIOBase):
 
 
 def source_members(rows: list[dict[str, Any]], source_options: Mapping[str, Any]) -> Iterator[list[tuple[str, bytes]]]:
-    """Yield names and bytes of each row's members; a source is opened once for each run of rows that it holds.
-
-    An extent is read in one piece, with what lies in it. Where that would be others' members, over and over (all images
-    of a tar stand before all captions, say), the members are read one by one, by an index of the source.
-    """
+    """Yield names and bytes of each row's members, opening a source once per run of rows that it holds."""
+    # An extent is read in one piece with everything in it. Where that would read others' members over and over (all
+    # images before all captions, say), members are read one by one, by an index of the source.
     wanted = _scattered(rows)
     known: dict[str, _Known] = {}
     start = 0
@@ -122,7 +117,7 @@ def source_members(rows: list[dict[str, Any]], source_options: Mapping[str, Any]
 
 
 def _scattered(rows: Iterable[Mapping[str, Any]]) -> dict[str, set[int]]:
-    """Sources in which extents overlap or are very long, with the offsets of all samples that are wanted of them."""
+    """Sources with overlapping or very long extents, with the offsets of all samples wanted from them."""
     offsets: dict[str, set[int]] = {}
     for row in rows:
         offsets.setdefault(row["shard"], set()).add(row["sample_offset"])
@@ -146,7 +141,7 @@ def _in_one_piece(
 
 @dataclass(frozen=True)
 class _Known:
-    """What the index of a source says of some of its samples, by their offsets."""
+    """What a source's index says of some of its samples, by offset."""
 
     samples: dict[int, Sample]
     error: str | None
@@ -171,7 +166,7 @@ def _one_by_one(
 
 
 def _checked(row: Mapping[str, Any], sample: Sample | None, error: str | None, base: int = 0) -> Sample:
-    """Return the sample that was found where a row says; raise `WriteError` if it is not the row's."""
+    """Return the sample found where a row says; raise `WriteError` if it is not the row's."""
     if sample is None:
         raise _changed(row, error or "no sample begins there")
     if sample.key != row["key"]:
@@ -182,7 +177,7 @@ def _checked(row: Mapping[str, Any], sample: Sample | None, error: str | None, b
 
 
 def _expanded(row: Mapping[str, Any], sample: Sample, stored: list[bytes], base: int = 0) -> list[tuple[str, bytes]]:
-    """Names and contents of a sample's members; raise `WriteError` if its image is not the one that was scored."""
+    """Names and contents of a sample's members; raise `WriteError` if its image is not the one scored."""
     for member, data in zip(sample.members, stored, strict=True):
         if len(data) < member.stored:
             raise _changed(row, f"{member.name!r} is cut off")

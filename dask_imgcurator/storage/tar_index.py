@@ -32,13 +32,13 @@ def open_shard(url: str, storage_options: Mapping[str, Any] | None = None) -> IO
 
 
 def hold_shard(url: str, storage_options: Mapping[str, Any] | None = None) -> contextlib.AbstractContextManager[None]:
-    """While this is entered, a remote shard is on this machine: what is read of it is read there."""
+    """Within this context, a remote shard is on this machine and read from there."""
     return contextlib.nullcontext() if is_local(url) else hold_copy(url, storage_options)
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A file in a tar: where its header (extension headers included) and its data begin, and what follows them."""
+    """A file in a tar: where its header (with extension headers) and data begin, and what follows."""
 
     name: str
     header: int
@@ -50,7 +50,7 @@ class _Entry:
 
 
 class _Grouper:
-    """Gathers members into samples: by key, and a repeated extension begins a new sample of the same key."""
+    """Groups members into samples by key; a repeated extension begins a new sample of the same key."""
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
@@ -75,10 +75,7 @@ class _Grouper:
 
 
 def index_shard(url: str, storage_options: Mapping[str, Any] | None = None) -> ShardIndex:
-    """Find the samples of a shard; never raises for a damaged or missing tar.
-
-    What is whole is listed, and `error` says what is wrong.
-    """
+    """List the whole samples of a shard; `error` tells of damage or absence, nothing is raised."""
     try:
         with hold_shard(url, storage_options), open_shard(url, storage_options) as file:
             return index_tar(file)
@@ -111,11 +108,8 @@ def index_tar(file: IO[bytes], extent: bool = False) -> ShardIndex:
 
 
 def entries(file: IO[bytes], extent: bool = False) -> Iterator[_Entry]:
-    """Yield each file and link; raise `ShardError` where the tar is damaged.
-
-    tarfile reads the headers that are in some way special; the others are read here, since it takes most of the time
-    of indexing to read them with tarfile.
-    """
+    """Yield each file and link; raise `ShardError` where the tar is damaged."""
+    # tarfile reads special headers only: reading the ordinary ones with it takes most of the indexing time.
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     # On damaged headers tarfile raises not only its own errors, but ValueError, OverflowError, MemoryError and
@@ -146,7 +140,7 @@ def entries(file: IO[bytes], extent: bool = False) -> Iterator[_Entry]:
         # Without this, tarfile keeps every header of a large shard in memory.
         tar.members = []  # type: ignore[attr-defined]
         if info.size < 0 or tar.offset <= position:
-            # Older Pythons take a negative size, go back and read the same headers for ever.
+            # Older Pythons accept a negative size, seek back and read the same headers forever.
             raise ShardError(f"the tar is damaged at byte {position:,}: impossible size of {info.name!r}")
         position, name = tar.offset, info.name
         if info.isreg() or info.issym() or info.islnk():
@@ -155,7 +149,7 @@ def entries(file: IO[bytes], extent: bool = False) -> Iterator[_Entry]:
 
 
 def _special_entry(info: tarfile.TarInfo, end: int) -> _Entry:
-    """Take over what tarfile read: a file, sparse or not, or a link."""
+    """Convert what tarfile read: a file, sparse or not, or a link."""
     pieces = reason = None
     if info.issparse():
         sparse: Any = info.sparse  # offsets and lengths, whatever the stubs say
@@ -191,12 +185,12 @@ _ORDINARY = re.compile(
     rb"([0x]).{100}ustar.{67}" + _NUMBER * 2 + rb"\0.{166}",
     re.DOTALL,
 )
-#: A pax extension that says no more than when the file was changed: webdataset's own writer puts one before each file.
+#: A pax extension with nothing but the modification time: webdataset's own writer puts one before each file.
 _TIME = re.compile(rb"(\d\d) mtime=\d+(?:\.\d+)?\n")
 
 
 def _ordinary_entry(file: IO[bytes], position: int) -> _Entry | None:
-    """Read the entry whose header is there; None for all that tarfile had better look at."""
+    """Read the entry whose header is here; None for anything better left to tarfile."""
     file.seek(position)
     head = file.read(3 * BLOCK)
     offset = BLOCK
@@ -223,7 +217,7 @@ def _ordinary_header(block: bytes) -> re.Match[bytes] | None:
     return match
 
 
-#: How compressed files begin, what they are compressed with, and what unpacks them.
+#: How compressed files begin, their format, and what unpacks them.
 _COMPRESSIONS = {
     b"\x1f\x8b": ("gzip", "gunzip"),
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
@@ -242,11 +236,8 @@ def _compression_hint(file: IO[bytes]) -> str:
 
 
 def _check_end(file: IO[bytes], position: int) -> str | None:
-    """Tell an ended tar from a damaged one: tarfile stops in silence at either.
-
-    Nothing but zeros may stand where the headers stop, and something must: a tar that was cut between two members is
-    whole in every other way.
-    """
+    """Tell a finished tar from a damaged one: tarfile stops silently at either."""
+    # Where headers stop there must be zeros, and only zeros: a tar cut between two members is otherwise intact.
     if file.seek(0, io.SEEK_END) == position:
         return (
             f"the tar has no end mark: it may have been cut at byte {position:,}; all members before are whole, but "

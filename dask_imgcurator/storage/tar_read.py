@@ -12,7 +12,7 @@ from .remote import hold_copy, read_ranges
 from .samples import Member, split_name
 from .tar_index import ShardError, entries, open_shard
 
-#: Larger text and JSON members are left unread (bytes): a caption has no gigabytes, and a worker no room for them.
+#: Bytes above which text and JSON members are left unread: no caption has gigabytes, and no worker room for them.
 TEXT_LIMIT = 64 << 20
 
 
@@ -22,11 +22,8 @@ def read_extents(
     storage_options: Mapping[str, Any] | None = None,
     whole: bool = False,
 ) -> Iterator[bytes]:
-    """Yield pieces of a shard, by offset and length, in the order given; shorter where the file ends early.
-
-    Ascending offsets read it once, in sequence. `whole`: a remote shard is streamed as a whole, for when most of it is
-    wanted; else only the pieces are fetched.
-    """
+    """Yield pieces of a shard (offset, length) in the order given; short where the file ends early."""
+    # Ascending offsets read it once, sequentially. `whole`: stream a remote shard whole, for when most of it is wanted.
     if is_local(url):
         source: Any = contextlib.nullcontext()
     elif whole:
@@ -41,10 +38,7 @@ def read_extents(
 
 
 def read_text(file: IO[bytes], member: Member) -> str | None:
-    """Read a text member; bytes that are no UTF-8 become U+FFFD, and a byte order mark is dropped.
-
-    None where it is larger than `TEXT_LIMIT`.
-    """
+    """Read a text member, without its BOM, non-UTF-8 bytes as U+FFFD; None if larger than `TEXT_LIMIT`."""
     if member.nbytes > TEXT_LIMIT:
         return None
     file.seek(member.offset)
@@ -52,7 +46,7 @@ def read_text(file: IO[bytes], member: Member) -> str | None:
 
 
 def read_json(file: IO[bytes], member: Member) -> dict[str, Any]:
-    """Read a JSON member; an empty dict where it is not a JSON object, or larger than `TEXT_LIMIT`."""
+    """Read a JSON member; an empty dict if it is not a JSON object, or larger than `TEXT_LIMIT`."""
     try:
         value = json.loads(read_text(file, member) or "")
     except (ValueError, RecursionError):  # the latter: thousands of brackets
@@ -61,7 +55,7 @@ def read_json(file: IO[bytes], member: Member) -> dict[str, Any]:
 
 
 def first_json(url: str, count: int, storage_options: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the first JSON members of a shard, reading no further than it must; fewer where it is damaged."""
+    """Yield a shard's first JSON members, reading no further than needed; fewer if it is damaged."""
     with open_shard(url, storage_options) as file, contextlib.suppress(ShardError):
         for entry in entries(file):
             parts = split_name(entry.name)

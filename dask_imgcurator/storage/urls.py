@@ -20,12 +20,9 @@ def expand(
     urlpath: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     storage_options: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Turn paths, globs, brace notation, folders and lists of them into absolute paths or full URLs of shards.
-
-    Lists and braces keep their order, globs and folders are sorted, and a shard that is named twice is taken once.
-    Raises FileNotFoundError if a pattern matches nothing, or if none of the local shards exists; a single missing shard
-    among others is reported in its row.
-    """
+    """Expand paths, globs, braces, folders and lists of them to absolute paths or URLs of shards, each once."""
+    # Lists and braces keep their order; globs and folders are sorted. FileNotFoundError if a pattern matches nothing,
+    # or no local shard exists; a single missing shard among others is reported in its row.
     items = [urlpath] if isinstance(urlpath, str | os.PathLike) else list(urlpath)
     if not items:
         raise FileNotFoundError("no shards were given: name at least one tar, glob or folder")
@@ -86,10 +83,7 @@ def _expand_folder(path: str) -> list[str]:
 
 
 def fingerprint(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
-    """Return what identifies a version of a shard without reading it: its size, and its ETag or time of change.
-
-    A shard that cannot be reached has the fingerprint ``"unreadable"``.
-    """
+    """Identify a shard's version without reading it: size, and ETag or modification time; or ``"unreadable"``."""
     try:
         if is_local(url):
             stat = local_path(url).stat()
