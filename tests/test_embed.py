@@ -320,25 +320,34 @@ def test_an_empty_partition_has_the_same_columns(frame: pd.DataFrame, spec: Embe
     pd.testing.assert_series_equal(empty.dtypes, full.dtypes)
 
 
-def test_progress_counts_every_row_once(frame: pd.DataFrame, spec: EmbedSpec, made: Shards) -> None:
-    calls: list[tuple[int, int]] = []
-    embed_partition(frame, spec, lambda done, failed: calls.append((done, failed)))
-    assert sum(done for done, _ in calls) == len(frame) == 42
-    assert sum(failed for _, failed in calls) == sum(status != "ok" for status in made.status.values()) == 15
+def test_progress_counts_every_row_once(
+    frame: pd.DataFrame, spec: EmbedSpec, made: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(
+        "dask_imgcurator.steps.embed.log_event",
+        lambda topic, counts: events.append((counts["rows"], counts["done"], counts["errors"])),
+    )
+    spec = replace(spec, topic="progress")
+    embed_partition(frame, spec)
+    assert events[-1] == (42, 42, sum(status != "ok" for status in made.status.values())) == (42, 42, 15)
     # The rows without an image at once, then batches of four.
-    assert calls[0] == (3, 3)
-    assert [done for done, _ in calls[1:]] == [4] * 9 + [3]
-    calls.clear()
-    embed_partition(frame.iloc[:0], spec, lambda done, failed: calls.append((done, failed)))
-    assert calls == []
+    assert [done for _, done, _ in events] == [3, *(3 + 4 * i for i in range(1, 10)), 42]
+    events.clear()
+    embed_partition(frame.iloc[:0], spec)
+    assert events == []
 
 
-def test_an_interrupted_partition_leaves_the_next_one_whole(frame: pd.DataFrame, spec: EmbedSpec, made: Shards) -> None:
-    def stop(_done: int, _failed: int) -> None:
+def test_an_interrupted_partition_leaves_the_next_one_whole(
+    frame: pd.DataFrame, spec: EmbedSpec, made: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        embed_partition(frame, spec, stop)
+    with monkeypatch.context() as patched:
+        patched.setattr("dask_imgcurator.steps.embed.log_event", stop)
+        with pytest.raises(KeyboardInterrupt):
+            embed_partition(frame, replace(spec, topic="progress"))
     check(embed_partition(frame, spec), frame, made)
 
 
