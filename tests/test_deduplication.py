@@ -393,6 +393,27 @@ def test_each_tier_works_on_what_the_one_before_left() -> None:
     assert staying(found.drop(frame)) == ["00000", "00004"]
 
 
+def test_groups_of_the_light_tiers_tell_the_similarity_too() -> None:
+    """Vectors are read for them alone, and where there are any."""
+    frame = signed(300)
+    df = dd.from_pandas(frame, npartitions=3)
+    table = find_duplicates(df, ["exact", "perceptual"]).groups()
+    there = frame["embedding"].notna()
+    x = dict(zip(frame["key"][there], frame["embedding"][there], strict=True))
+    expected = [
+        float(np.dot(x[a], x[b])) if a in x and b in x else np.nan
+        for a, b in zip(table["key"], table["kept_key"], strict=True)
+    ]
+    assert len(table) > 40
+    np.testing.assert_allclose(table["similarity"], expected, atol=1e-6)
+    half, reference = frame.iloc[:150], frame.iloc[150:]
+    for against, known in ((reference, True), (reference.drop(columns="embedding"), False)):
+        table = find_duplicates(half, ["exact"], against=against).groups()
+        own = table[~table["kept"]]
+        assert len(own) > 5
+        assert own["similarity"].notna().all() == known
+
+
 def test_marks_say_at_which_eps_a_row_goes() -> None:
     angles = np.radians([0, 5, 20])
     frame = frame_of(np.c_[np.cos(angles), np.sin(angles)])

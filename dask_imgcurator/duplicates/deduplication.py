@@ -11,7 +11,7 @@ stays from a total order: the result depends on neither threads, partitions, wor
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -146,9 +146,7 @@ def find_duplicates(
     """
     names = {"sha256": sha256, "phash": phash, "embedding": embedding}
     options = _settle(df, Options(tiers, eps, max_distance, keep, lowest, rule, n_cells, probe, seed, names))
-    # The embedding in any case, for the similarity in the table of groups.
-    used = [*(_NEEDS[tier][0] for tier in options.tiers), "embedding"]
-    columns = {column: name for column, name in names.items() if column in used and name in df.columns}
+    columns = {column: names[column] for column in (_NEEDS[tier][0] for tier in options.tiers)}
     sources, index = [Source(df, columns, options.keep, lowest)], None
     if isinstance(against, str | os.PathLike):
         against = open_index(against, storage_options)
@@ -159,12 +157,21 @@ def find_duplicates(
         )
     elif against is not None:
         _tiers(against.columns, options.tiers, names, " in the reference too (against=)")
-        sources.append(Source(against, {c: name for c, name in columns.items() if name in against.columns}))
-    rows = gather(sources)
-    if index is not None:
+        sources.append(Source(against, columns))
+
+    def gathered(only: np.ndarray | None = None) -> Rows:
+        """All rows; or some, and then with their vectors, for the similarity in the table of groups."""
+        read = sources
+        if only is not None:
+            more = [{"embedding": embedding} if embedding in source.frame.columns else {} for source in sources]
+            read = [replace(s, columns={**s.columns, **m}) for s, m in zip(sources, more, strict=True)]
+        rows = gather(read, only)
+        if index is None:
+            return rows
         index.check(rows.width, provenance)
-        rows = rows.joined([(part.rows, part.vectors) for part in index.parts], index.about["width"])
-    return _decide(sources[0].identity, rows, options, index, local_backend(backend_of(df)))
+        return rows.joined([(part.rows, part.vectors) for part in index.parts], index.about["width"])
+
+    return _decide(gathered, sources[0].identity, options, index, local_backend(backend_of(df)))
 
 
 def _settle(df: Any, asked: Options) -> Options:
@@ -222,10 +229,10 @@ def _tiers(
 
 
 def _decide(
-    identity: tuple[str, ...], rows: Rows, options: Options, index: Index | None, backend: Backend
+    gathered: Callable[..., Rows], identity: tuple[str, ...], options: Options, index: Index | None, backend: Backend
 ) -> Duplicates:
     """Go through the tiers, each on what the one before left."""
-    found: dict[str, Pairs] = {}
+    rows, found = gathered(), dict[str, Pairs]()
     if "exact" in options.tiers:
         found["exact"] = hashes.exact_pairs(rows)
     if "perceptual" in options.tiers:
@@ -240,7 +247,8 @@ def _decide(
         cells, device = _cells(rows, there, options, index, backend), backend.device
         found["semantic"] = _semantic(rows, cells, options, device)
         check = cells.check(partial(rows.tensor, device), device, options.eps) if cells.k > 1 else None
-    return Duplicates(identity, rows, *_levels(rows, found, options), check)
+    again = None if "semantic" in options.tiers else gathered
+    return Duplicates(identity, rows, *_levels(rows, found, options), check, again)
 
 
 def _cells(rows: Rows, there: np.ndarray, options: Options, index: Index | None, backend: Backend) -> Cells:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..engine.frames import apply_step
 from ..engine.pandas import from_arrow
 from ..select.ranks import IDENTITY
 from .cells import CellCheck
-from .rows import Rows, host_rows, row_ids, text
+from .rows import OF_REFERENCE, Rows, host_rows, row_ids, text
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +46,11 @@ class Duplicates:
         numbers: np.ndarray,
         levels: list[Level],
         cells: CellCheck | None,
+        again: Callable[[np.ndarray], Rows] | None,
     ) -> None:
         self.cells = cells
         self._identity, self._rows, self._numbers, self._levels = identity, rows, numbers, levels
+        self._again = again  # reads rows of some ids with their vectors, where no tier needed these
         self._ref = numbers >= rows.ours
 
     def counts(self) -> pd.DataFrame:
@@ -86,7 +89,7 @@ class Duplicates:
         table = self._table(self._level(eps))
         a, b = self._numbers[table.pop("at")], self._numbers[table.pop("root")]
         out = table.drop(columns="id").rename(columns={"of": "kept_key", "of_shard": "kept_shard"})
-        out["similarity"] = self._rows.cosines(a, b)
+        out["similarity"] = self._similarity(a, b)
         hashes = self._rows.table["phash"]
         known = hashes.is_valid().to_numpy()[a] & hashes.is_valid().to_numpy()[b]
         bits = np.bitwise_count(hashes.fill_null(0).to_numpy()[a] ^ hashes.fill_null(0).to_numpy()[b])
@@ -148,6 +151,15 @@ class Duplicates:
         if eps not in tried:
             raise ValueError(f"eps={eps} was not tried: there are {', '.join(map(str, tried)) or 'none'}")
         return next(level for level in self._levels if level.eps == eps)
+
+    def _similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        rows, ids = self._rows, self._rows.ids
+        if self._again is not None and len(a):
+            own = np.r_[ids[a], ids[b]]
+            rows = self._again(np.unique(np.r_[own, own ^ OF_REFERENCE]))
+            order = np.argsort(rows.ids)
+            a, b = (order[np.searchsorted(rows.ids[order], ids[side])] for side in (a, b))
+        return rows.cosines(a, b)
 
     def _gone(self, level: Level) -> np.ndarray:
         return (level.root != np.arange(len(level.root))) & ~self._ref

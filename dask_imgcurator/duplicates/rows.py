@@ -44,7 +44,7 @@ SCHEMA = pa.schema(
 LEAST_BITS = 8
 
 #: A row that is compared with a saved copy of itself is a duplicate of it, and no row twice.
-_OF_REFERENCE = np.uint64(0x9E3779B97F4A7C15)
+OF_REFERENCE = np.uint64(0x9E3779B97F4A7C15)
 
 
 class DedupError(ValueError):
@@ -93,14 +93,15 @@ def host_rows(frame: Any, columns: Iterable[str | None] = ()) -> tuple[pa.Table,
 
 
 def take_rows(
-    frame: Any, columns: Mapping[str, str], keep: str | None, lowest: bool
+    frame: Any, columns: Mapping[str, str], keep: str | None, lowest: bool, only: np.ndarray | None
 ) -> tuple[pa.Table, np.ndarray, np.ndarray]:
     """Take the rows that are compared out of a partition, vectors that have a direction, and the rows' numbers."""
     sha256, phash, embedding = (columns.get(name) for name in ("sha256", "phash", "embedding"))
     table, chosen = host_rows(frame, [sha256, phash, keep])
-    there, n = table.column_names, len(table)
+    there, n, ids = table.column_names, len(table), row_ids(table)
+    chosen &= True if only is None else is_in(ids, only)
     found = [
-        row_ids(table),
+        ids,
         text(table["shard"]).fill_null("") if "shard" in there else [""] * n,
         text(table["key"]),
         table["sample_offset"] if "sample_offset" in there else np.zeros(n, np.int64),
@@ -238,10 +239,11 @@ class Rows:
         return Rows(pa.concat_tables(tables), self.ours, self.width or width, np.concatenate(slots), pieces)
 
 
-def gather(sources: Sequence[Source]) -> Rows:
+def gather(sources: Sequence[Source], only: np.ndarray | None = None) -> Rows:
     """Bring the rows of frames here, in one pass over each; those of all but the first are of the reference.
 
-    Their vectors are in a file in Dask's ``temporary-directory``, without a name, so that it goes when they do.
+    `only` are sorted ids of rows that are wanted. Vectors are in a file in Dask's ``temporary-directory``, without a
+    name, so that it goes when they do.
     """
     tables, slots, ours, stored, widths = [SCHEMA.empty_table()], [np.empty(0, np.int64)], 0, 0, []
     with tempfile.TemporaryFile(prefix="imgcurator-", dir=dask.config.get("temporary-directory", None)) as file:
@@ -249,7 +251,7 @@ def gather(sources: Sequence[Source]) -> Rows:
             found: set[int] = set()
             names = [*source.identity, "status", source.keep, *source.columns.values()]
             frame = source.frame[[name for name in source.frame.columns if name in names]]
-            partitions = stream(frame, take_rows, source.columns, source.keep, source.lowest)
+            partitions = stream(frame, take_rows, source.columns, source.keep, source.lowest, only)
             for number, (rows, vectors, at) in enumerate(partitions):
                 rows = rows.set_column(
                     len(SCHEMA) - 1, SCHEMA.field("file"), pa.array([number] * len(rows), pa.int32())
@@ -282,7 +284,7 @@ def gather(sources: Sequence[Source]) -> Rows:
 
 def of_reference(table: pa.Table) -> pa.Table:
     """Rows as those of a reference: none of them is one of ours, and none is better than another."""
-    ids = pa.array(table["id"].to_numpy() ^ _OF_REFERENCE)
+    ids = pa.array(table["id"].to_numpy() ^ OF_REFERENCE)
     return table.set_column(0, "id", ids).set_column(4, "rank", pa.nulls(len(table), pa.float64())).cast(SCHEMA)
 
 

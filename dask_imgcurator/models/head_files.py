@@ -114,17 +114,8 @@ def save_head(
     if file.suffix != ".safetensors":
         raise HeadError(f"{file}: a head's file ends in .safetensors")
     arrays = [_layer(i, weight, bias) for i, (weight, bias) in enumerate(layers)]
-    about = _spec(
-        {
-            "name": name or file.stem,
-            "column": column,
-            "width": _width(arrays, str(file)),
-            "activation": activation,
-            "output": output,
-            "embedder": embedder,
-        },
-        str(file),
-    )
+    given = {"name": name or file.stem, "column": column, "width": _width(arrays, str(file))}
+    about = _spec({**given, "activation": activation, "output": output, "embedder": embedder}, str(file))
     tensors: dict[str, NDArray[np.float32]] = {}
     for i, (weight, bias) in enumerate(arrays):
         tensors |= {f"layers.{i}.weight": weight.astype(np.float32), f"layers.{i}.bias": bias.astype(np.float32)}
