@@ -77,13 +77,13 @@ def processes(folder: Path, environment: dict[str, str]) -> Iterator[tuple[str, 
         [f"{common[0]}", "-m", "distributed.cli.dask_scheduler", "--scheduler-file", str(where), "--no-dashboard"]
         + ["--host", "127.0.0.1", "--port", "0"],
         env=environment,
-        stderr=open(str(folder / "log"), "ab"),
+        stderr=subprocess.DEVNULL,
     )
     worker = subprocess.Popen(
         [f"{common[0]}", "-m", "distributed.cli.dask_worker", "--scheduler-file", str(where), "--nthreads", "1"]
         + ["--no-dashboard", "--no-nanny", "--local-directory", str(folder)],
         env=environment,
-        stderr=open(str(folder / "log"), "ab"),
+        stderr=subprocess.DEVNULL,
     )
     try:
         while not where.exists():

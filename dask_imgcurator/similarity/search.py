@@ -145,13 +145,13 @@ def _like(table: _Table, names: list[str]) -> list[Query]:
         found = [(n, full, v, row) for (n, _, full), v, row in zip(hits, vectors, rows, strict=True)]
     queries = []
     for number, name in enumerate(names):
-        hits = [one for one in found if one[0] == number]
-        if not hits:
+        own = [one for one in found if one[0] == number]
+        if not own:
             raise SearchError(f"like={name!r}: no row of the table has that key (or SHARD:KEY)")
-        if len(hits) > 1:
-            which = " or ".join(sorted(full for _, full, _, _ in hits)[:2])
-            raise SearchError(f"like={name!r}: {len(hits)} rows have that key: say which, as {which}")
-        _, full, vector, row = hits[0]
+        if len(own) > 1:
+            which = " or ".join(sorted(full for _, full, _, _ in own)[:2])
+            raise SearchError(f"like={name!r}: {len(own)} rows have that key: say which, as {which}")
+        _, full, vector, row = own[0]
         vector = unit([np.nan] if vector is None else vector)
         if not np.isfinite(vector).all():
             raise SearchError(f"like={full!r}: the row has no embedding (see its status), so nothing is like it")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -264,7 +264,7 @@ def caption_stats_partition(frame: Any, use: CaptionUse) -> Any:
 
 def language_problem() -> str | None:
     """Say why languages cannot be detected here and how to fix it; None if they can."""
-    if find_spec("py3langid") is None:
+    if importlib.util.find_spec("py3langid") is None:
         return 'detecting languages needs py3langid: pip install "dask-imgcurator[text]"'
     return None
 
