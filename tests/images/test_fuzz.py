@@ -39,7 +39,7 @@ MODEL_CONFIG = {
 }
 SCORES = ("aesthetic_score", "nsfw_score")
 PER_SHARD = 500
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "images"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "images"
 
 #: What one image within the limit may cost: 179 million pixels in Pillow's four bytes each, twice (alpha is
 #: multiplied in a copy), and what a codec holds beside them.

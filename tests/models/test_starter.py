@@ -16,7 +16,7 @@ from PIL import Image
 
 from dask_imgcurator.models import starter
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

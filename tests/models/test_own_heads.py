@@ -36,7 +36,7 @@ from dask_imgcurator.models.heads import HeadError
 from dask_imgcurator.models.weights import WeightsError
 from dask_imgcurator.plugins import PluginError
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "own_heads.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "own_heads.md"
 
 
 def frame_of(values: np.ndarray, missing: tuple[int, ...] = ()) -> pd.DataFrame:
