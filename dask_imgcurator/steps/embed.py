@@ -18,7 +18,7 @@ from ..images.formats import BadImage
 from ..models.encoders import EncoderSpec, load_encoder, resolve_encoder
 from ..schema import MEASURES, arrow_schema, columns_of
 from ..storage.files import is_local
-from .stream import Decoded, batch_size_of, first_shard_held, stream_images
+from .stream import Decoded, batch_size_of, stream_images
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def embed_partition(frame: Any, spec: EmbedSpec) -> Any:
         batch_size = batch_size_of(spec, backend)
         # A remote shard was streamed when it was indexed; the next one is streamed while this one is computed.
         remote = not all(is_local(url) for url in set(host["shard"]))
-        with first_shard_held(host, todo, spec.storage_options), turn(remote):
+        with turn(remote):
             for decoded in stream_images(host, todo, spec, encoder.preprocess, backend):
                 rows.note(decoded)
                 if decoded.batch.good:

@@ -20,7 +20,7 @@ from ..images.decoder import Batch, Decoder
 from ..images.formats import BadImage
 from ..images.isolated import IsolatedDecoder
 from ..images.preprocess import Preprocess
-from ..storage.tar_index import explain, hold_shard
+from ..storage.tar_index import explain
 from ..storage.tar_read import read_extents
 
 if TYPE_CHECKING:
@@ -111,20 +111,6 @@ def _blobs(
 def _is_mostly_wanted(extents: Sequence[tuple[int, int]]) -> bool:
     # For part of a shard (a filtered frame), ranges cost less than the whole.
     return 2 * sum(nbytes for _, nbytes in extents) >= max(offset + nbytes for offset, nbytes in extents)
-
-
-@contextlib.contextmanager
-def first_shard_held(
-    locators: Mapping[str, list[Any]], todo: list[int], storage_options: Mapping[str, Any]
-) -> Iterator[None]:
-    """Keep the copy of the first remote shard while its task waits for its turn and other tasks stream theirs."""
-    url = locators["shard"][todo[0]]
-    extents = [(locators["offset"][i], locators["nbytes"][i]) for i in todo if locators["shard"][i] == url]
-    with contextlib.ExitStack() as stack:
-        if _is_mostly_wanted(extents):
-            with contextlib.suppress(OSError):  # what cannot be read is told when it is read
-                stack.enter_context(hold_shard(url, storage_options))
-        yield
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:

@@ -47,7 +47,7 @@ _copies: OrderedDict[str, _Copy] = OrderedDict()
 _lock = threading.Lock()
 
 #: Copies kept though nobody holds them, for the next step on the same partition.
-_IDLE = 2
+_IDLE = 4
 
 
 def _key(url: str, storage_options: Mapping[str, Any] | None) -> str:
