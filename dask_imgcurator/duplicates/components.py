@@ -35,6 +35,8 @@ class Forest:
 
     def add(self, a: np.ndarray, b: np.ndarray, near: np.ndarray) -> None:
         """Add pairs."""
+        if not len(a):  # to hold many of these between large blocks that come and go would keep the heap from shrinking
+            return
         self._held.append((a, b, near))
         self._size += len(a)
         if self._size > self._limit:
