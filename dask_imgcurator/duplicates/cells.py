@@ -32,6 +32,7 @@ R = TypeVar("R")
 BRUTE_FORCE_ROWS = 20_000
 
 _SAMPLE_PER_CELL = 32  # rows that k-means sees for each cell
+_TOO_LARGE = 4.0  # times the mean: cells of more rows are split
 _ASKED, _K = 512, 20  # rows that are compared with all others to estimate recall, and how many next to them count
 
 #: Rounding of a cosine in float32: with eps = 0, rows of the same direction still count as duplicates.
@@ -143,14 +144,28 @@ def default_cells(n: int) -> int:
 
 
 def train(rows: Rows, there: np.ndarray, backend: Backend, n_cells: int | None, seed: int) -> np.ndarray:
-    """Return the centroids of cells, (k, d) float32, of rows sorted by id, of which the first are a random sample."""
+    """Return the centroids of cells, (k, d) float32, of rows sorted by id, of which the first are a random sample.
+
+    There are more of them than `n_cells` where some are far too large: a centroid amid several crowds, which none of
+    their own stands for, is the next one to rows of all others too.
+    """
     import torch
 
     k = max(1, min(n_cells or default_cells(len(there)), len(there)))
-    values = rows.unit(there[: max(_SAMPLE_PER_CELL * k, BRUTE_FORCE_ROWS)])
+    sample = there[: max(_SAMPLE_PER_CELL * k, BRUTE_FORCE_ROWS)]
+    values = rows.unit(sample)
     if k == 1:
         return values.mean(0, keepdims=True) if len(values) else np.zeros((1, rows.width), np.float32)
-    return backend.kmeans(torch.from_numpy(values).to(backend.device), k, seed)
+
+    def kmeans(some: np.ndarray, n: int) -> np.ndarray:
+        return backend.kmeans(torch.from_numpy(some).to(backend.device), n, seed)
+
+    centroids = kmeans(values, k)
+    home = assign(rows, sample, centroids, backend.device, 1)[0][:, 0]
+    share = np.bincount(home, minlength=k) * k / len(sample)
+    large = share > _TOO_LARGE
+    split = [kmeans(values[home == cell], round(share[cell])) for cell in np.flatnonzero(large)]
+    return np.concatenate([centroids[~large], *split])
 
 
 def assign(rows: Rows, there: np.ndarray, centroids: np.ndarray, device: str, probe: int) -> tuple[Any, Any]:
