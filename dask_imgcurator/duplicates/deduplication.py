@@ -117,8 +117,8 @@ def find_duplicates(
         benchmark that must not be trained on. Rows that duplicate one of its rows go; its rows always stay, and are not
         compared with each other.
     n_cells : int, optional
-        k-means cells; by default 2 √n above 20,000 rows, else 1. 1 compares all pairs. An index of a like size brings
-        its own.
+        k-means cells; by default 2 √n above 20,000 rows, else 1. 1 compares all pairs. Cells of more than four times
+        the mean are split. An index of a like size brings its own.
     probe : int
         Cells in which a row looks for neighbours, its own included. The other two rules use 1.
     seed : int
