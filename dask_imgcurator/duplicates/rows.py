@@ -277,6 +277,7 @@ def gather(sources: Sequence[Source], only: np.ndarray | None = None) -> Rows:
         file.flush()
         shape = stored, max(widths)
         vectors = np.memmap(file, np.float32, "r", shape=shape) if stored else np.empty(shape, np.float32)
+    pa.default_memory_pool().release_unused()  # what reading took
     rows = Rows(pa.concat_tables(tables), ours, max(widths), np.concatenate(slots), [np.asarray(vectors)])
     _check_unique(rows)
     return rows

@@ -231,7 +231,7 @@ def stream(df: Any, function: Callable[..., Any], *args: Any, each: Sequence[Any
         return
     parts = results(df, function, *args, label="stream", each=each).to_delayed()
     client = current_client()
-    at_once = max(_FAN_IN, sum(client.nthreads().values()) if client else 0)
+    at_once = 2 * (sum(client.nthreads().values()) if client else CPU_COUNT)
     for start in range(0, len(parts), at_once):
         yield from (row["result"].iat[0] for row in dask.compute(*parts[start : start + at_once]))
 
