@@ -24,7 +24,7 @@ from dask_imgcurator.duplicates import hashes
 from dask_imgcurator.duplicates.components import Forest
 from dask_imgcurator.duplicates.deduplication import dedup, duplicate_groups, find_duplicates
 from dask_imgcurator.duplicates.index import build_index, open_index
-from dask_imgcurator.duplicates.rows import DedupError
+from dask_imgcurator.duplicates.rows import DedupError, Rows
 from dask_imgcurator.engine.backend import get_backend
 
 WIDTH = 24
@@ -262,6 +262,28 @@ def test_in_cells_neither_threads_nor_partitions_matter(monkeypatch: pytest.Monk
         assert compared / pairs - 0.03 < together.mean()
         assert together.mean() > 0.93
     assert find_duplicates(frame.iloc[:1000], ["semantic"]).cells is None
+
+
+def test_cells_that_are_far_too_large_are_split() -> None:
+    values = unit(np.abs(np.random.default_rng(0).standard_normal((300, WIDTH))))
+    asked: list[tuple[int, int]] = []
+
+    class Backend:
+        device = "cpu"
+
+        def kmeans(self, some: torch.Tensor, n: int, seed: int) -> np.ndarray:
+            """First a centroid amid all rows, and others where nobody is."""
+            asked.append((len(some), n))
+            if len(asked) > 1:
+                return some[:n].numpy()
+            return np.concatenate([values.mean(0, keepdims=True), -np.eye(n - 1, WIDTH, dtype=np.float32)])
+
+    table = pa.table({"id": pa.array(range(300), pa.uint64())})
+    rows = Rows(table, 300, WIDTH, np.arange(300), [values])
+    centroids = in_cells.train(rows, rows.with_vector, Backend(), 10, 0)  # type: ignore[arg-type]
+    assert asked == [(300, 10), (300, 10)]
+    assert len(centroids) == 9 + 10
+    np.testing.assert_allclose(centroids[-10:], values[:10], rtol=1e-5)
 
 
 def test_a_frame_is_read_once() -> None:
