@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import dask
+import dask.dataframe as dd
 import pyarrow as pa
 
 from .backend import backend_of, is_dask
@@ -15,6 +17,12 @@ def meta_of(frame: Any) -> Any:
     from dask.dataframe.utils import make_meta
 
     return make_meta(frame) if is_dask(frame) else frame.iloc[:0]
+
+
+def from_map(function: Callable[..., Any], items: Sequence[Any], label: str, meta: Any, **spec: Any) -> dd.DataFrame:
+    """Make a lazy frame of one partition per item."""
+    with dask.config.set({"dataframe.convert-string": False}):  # Dask would make text of objects
+        return dd.from_map(function, items, meta=meta, enforce_metadata=False, label=label, **spec)
 
 
 def apply_step(frame: Any, function: Callable[[Any, Any], Any], spec: Any, added: pa.Schema) -> Any:

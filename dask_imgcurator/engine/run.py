@@ -24,6 +24,7 @@ from distributed.scheduler import KilledWorker
 from ..monitor import Monitor
 from .backend import is_dask
 from .cluster import start_client
+from .frames import from_map
 
 #: Where a job runs: a client, the address of a scheduler, a number of new worker processes, or None (a job's default).
 Place: TypeAlias = Client | str | int | None
@@ -95,8 +96,7 @@ def results(
     meta = _row(None).iloc[:0]
     if each is None:
         return df.map_partitions(_to_row, function, *args, meta=meta, enforce_metadata=False, token=label)
-    with dask.config.set({"dataframe.convert-string": False}):  # Dask would make text of objects
-        own = dd.from_map(_row, list(each), meta=meta, enforce_metadata=False, label=f"{label}-items")
+    own = from_map(_row, list(each), f"{label}-items", meta)
     return df.map_partitions(
         _to_own_row, own, function, *args, meta=meta, enforce_metadata=False, token=label, align_dataframes=False
     )
@@ -153,7 +153,7 @@ def _run_on(
         if wave is None:
             return False
         # A partition's key is the graph's name and the partition's number.
-        futures = sorted(futures_of(client.persist(wave.frame)), key=lambda future: future.key[1])
+        futures = sorted(futures_of(client.persist(wave.frame.optimize())), key=lambda future: future.key[1])
         running.update({f.key: (name, f) for name, f in zip(wave.names, futures, strict=True)})
         for future in futures:
             future.add_done_callback(done.put)

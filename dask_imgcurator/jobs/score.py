@@ -17,7 +17,7 @@ import dask.dataframe as dd
 import pandas as pd
 from distributed import Client
 
-from ..engine.frames import apply_step, host_column
+from ..engine.frames import apply_step, from_map, host_column
 from ..engine.run import JobError, Place, Wave, place, results, run, waves
 from ..models import ModelError
 from ..models.weights import WeightsError
@@ -196,7 +196,7 @@ def _load(client: Client, plan: ScorePlan) -> dict[str, Any]:
     except TimeoutError:
         raise JobError(f"the scheduler at {client.scheduler_info()['address']} has no worker: start one") from None
     workers = [str(i) for i in range(len(client.nthreads()))]
-    nothing = dd.from_map(_nothing, workers, meta=pd.DataFrame(), enforce_metadata=False, label="workers")
+    nothing = from_map(_nothing, workers, "workers", pd.DataFrame())
     graph = Wave(workers, results(nothing, _describe, plan, label="load-model"))
     try:
         with closing(run(client, [graph], "loading")) as loading:

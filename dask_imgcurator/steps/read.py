@@ -13,6 +13,7 @@ import dask.dataframe as dd
 import pyarrow as pa
 
 from ..engine.backend import get_backend, resolve_name
+from ..engine.frames import from_map
 from ..schema import COLUMNS, arrow_schema, columns_of
 from ..storage.samples import Sample, ShardIndex, as_utf8
 from ..storage.tar_index import explain, hold_shard, index_shard, open_shard
@@ -221,7 +222,7 @@ def read_webdataset(
 def read_groups(groups: Sequence[tuple[str, ...]], spec: ReadSpec) -> dd.DataFrame:
     """Make a lazy frame of shards, one partition per group."""
     meta = get_backend(spec.backend).from_arrow(spec.schema.empty_table())
-    return dd.from_map(index_partition, groups, spec=spec, meta=meta, label="read-webdataset", enforce_metadata=False)
+    return from_map(index_partition, groups, "read-webdataset", meta, spec=spec)
 
 
 def read_spec(

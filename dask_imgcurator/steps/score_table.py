@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..engine.backend import get_backend, resolve_name
+from ..engine.frames import from_map
 from ..storage import files
 from .read import URLPath
 
@@ -162,4 +163,4 @@ def scores_from_files(
     schema = file_schema(groups[0][0], storage_options)
     meta = get_backend(name).from_arrow(schema.empty_table())
     spec = ScoreFiles(name, tuple(schema.names), dict(storage_options or {}), keep)
-    return dd.from_map(read_score_files, groups, spec=spec, meta=meta, label="read-scores", enforce_metadata=False)
+    return from_map(read_score_files, groups, "read-scores", meta, spec=spec)

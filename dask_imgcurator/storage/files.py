@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import glob
 import os
@@ -51,12 +52,16 @@ def join(folder: str, name: str) -> str:
 
 def file_system(url: str, storage_options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
     """Return the fsspec file system and path of a URL; ValueError if fsspec cannot (the message says why)."""
+    # A copy: botocore changes nested options in place, and then they no longer name the same file system or copy.
+    options = copy.deepcopy(dict(storage_options or {}))
     try:
-        fs, path = fsspec.core.url_to_fs(url, **(storage_options or {}))
+        fs, path = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as err:
         raise ValueError(f"cannot open {url}: {err}") from err
     except TypeError as err:
-        raise ValueError(f"cannot open {url} with storage options {sorted(storage_options or {})}: {err}") from err
+        raise ValueError(f"cannot open {url} with storage options {sorted(options)}: {err}") from err
+    # Other processes write to the same folders: a listing from before would hide their files.
+    fs.invalidate_cache()
     return fs, path
 
 

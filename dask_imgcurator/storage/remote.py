@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
+from weakref import WeakValueDictionary
 
 from dask.base import tokenize
 
@@ -42,12 +42,17 @@ class _Copy:
         # A handle with its own position; the file no longer has a name.
         return open(f"/proc/self/fd/{self.file.fileno()}", "rb")  # noqa: PTH123
 
+    def __del__(self) -> None:
+        if self.file is not None:
+            self.file.close()
 
-_copies: OrderedDict[str, _Copy] = OrderedDict()
+
+_copies: WeakValueDictionary[str, _Copy] = WeakValueDictionary()
 _lock = threading.Lock()
 
-#: Copies kept though nobody holds them, for the next step on the same partition.
-_IDLE = 4
+# The copy that a thread used last stays until the thread takes another or ends: the next step on the same partition,
+# in the same task, reads it too, even if other tasks stream theirs in between.
+_latest = threading.local()
 
 
 def _key(url: str, storage_options: Mapping[str, Any] | None) -> str:
@@ -57,13 +62,10 @@ def _key(url: str, storage_options: Mapping[str, Any] | None) -> str:
 @contextlib.contextmanager
 def hold_copy(url: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Hold a copy of a whole remote shard on this machine, shared by threads; `open_remote` then reads the copy."""
-    # After the last holder leaves, it stays until another shard comes.
     key = _key(url, storage_options)
     with _lock:
-        copy = _copies.setdefault(key, _Copy())
-        _copies.move_to_end(key)
+        _latest.copy = copy = _copies.setdefault(key, _Copy())
         copy.holders += 1
-        _drop_idle(_IDLE - 1 if copy.file is None else _IDLE)
     try:
         with copy.lock:
             now = version(url, storage_options)
@@ -77,17 +79,6 @@ def hold_copy(url: str, storage_options: Mapping[str, Any] | None = None) -> Ite
     finally:
         with _lock:
             copy.holders -= 1
-            if copy.file is None and copy.holders == 0:
-                _copies.pop(key, None)
-            _drop_idle(_IDLE)
-
-
-def _drop_idle(keep: int) -> None:
-    idle = [key for key, copy in _copies.items() if copy.holders == 0]
-    for key in idle[: max(0, len(idle) - keep)]:
-        copy = _copies.pop(key)
-        if copy.file is not None:
-            copy.file.close()
 
 
 #: File systems' names for a version mark, the most reliable first.
@@ -97,7 +88,7 @@ _CHANGED = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modi
 def version(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
     """Return what identifies a version of a remote file: its size, and its ETag or modification time."""
     fs, path = file_system(url, storage_options)
-    info = persist(url, lambda: fs.info(path, **({"refresh": True} if "s3" in fs.protocol else {})))
+    info = persist(url, lambda: fs.info(path))
     changed = next((str(info[k]) for k in _CHANGED if info.get(k)), "")
     return f"size={info.get('size')} changed={changed}"
 
