@@ -10,7 +10,7 @@ import click
 
 from . import summary
 from .errors import FAILED, Failure
-from .live import display
+from .live import display, make_console
 from .options import (
     dtype_option,
     encoder_options,
@@ -97,6 +97,6 @@ def doctor() -> None:
         problems += finding.state == "problem"
         sign, style = signs[finding.state]
         table.add_row(Text(f"{finding.topic}"), Text(finding.value), Text(finding.remedy), Text(sign, style))
-    summary.stdout().print(table)
+    make_console().print(table)
     if problems:
         raise Failure(f"{problems} problem{'s' * (problems > 1)}: see the table", FAILED)

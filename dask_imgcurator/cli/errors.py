@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import platform
 import signal
 import sys
+import tempfile
+import textwrap
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 
+from .. import __version__
+
 USAGE, FAILED = 2, 1
+
+_PACKAGE = Path(__file__).parents[1]
 
 #: Commands that take over what an earlier run finished.
 _RESUMING = ("curate", "score", "write", "demo")
@@ -30,7 +40,6 @@ class Failure(click.ClickException):
 @contextlib.contextmanager
 def _plain_errors(resumes: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Turn errors that a user can fix into a line and an exit code; `resumes`: rerunning the command resumes."""
-    from ..engine.backend import BackendError
     from ..engine.run import JobError
     from ..models.weights import WeightsError
     from ..storage.tar_copy import WriteError
@@ -43,27 +52,67 @@ def _plain_errors(resumes: Callable[[], bool] = lambda: False) -> Iterator[None]
     except click.UsageError as err:
         command = err.ctx.command_path if err.ctx else "dask-imgcurator"
         raise Failure(f"{err.format_message()} (see {command} --help)", USAGE) from None
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
     except (JobError, WeightsError, WriteError) as err:
-        raise Failure(f"{err}{kept(chr(10))}", FAILED) from None
-    except (
-        BackendError,
-        FileNotFoundError,
-        FileExistsError,
-        NotADirectoryError,
-        ModuleNotFoundError,
-        ValueError,
-    ) as err:
-        raise Failure(_text(err), USAGE) from None
+        raise Failure(f"{_text(err)}{kept(chr(10))}", FAILED) from None
+    except MemoryError:
+        raise Failure(f"not enough memory: try a smaller --batch-size.{kept(' ')}", FAILED) from None
     except OSError as err:
-        raise Failure(_text(err), FAILED) from None
+        wrong_name = isinstance(err, FileNotFoundError | FileExistsError | NotADirectoryError)
+        raise Failure(_text(err), USAGE if wrong_name else FAILED) from None
     except KeyboardInterrupt:
         raise Failure(f"stopped.{kept(' ')}", FAILED) from None
+    except Exception as err:
+        raise Failure(_text(err), USAGE if _is_told(err) else FAILED) from None
+
+
+def _is_told(err: BaseException) -> bool:
+    """Whether an error's message is for the user: this library's own, the system's, and Arrow's on files."""
+    from pyarrow import ArrowException
+
+    from ..engine.backend import BackendError
+    from ..engine.device import is_out_of_memory
+    from ..engine.run import JobError
+    from ..models.weights import WeightsError
+    from ..storage.tar_copy import WriteError
+
+    if isinstance(err, JobError):
+        return err.__cause__ is None or _is_told(err.__cause__)
+    if isinstance(err, BackendError | WeightsError | WriteError | ArrowException | OSError | ImportError | MemoryError):
+        return True
+    # Anyone may raise a ValueError; this library's are raised in its own files.
+    frames = traceback.extract_tb(err.__traceback__)
+    own = not frames or "dask_imgcurator" in Path(frames[-1].filename).parts
+    return (own and isinstance(err, ValueError)) or (isinstance(err, RuntimeError) and is_out_of_memory(err))
 
 
 def _text(err: BaseException) -> str:
-    if isinstance(err, OSError) and err.strerror and err.filename:
+    """An error in words; the traceback of an unexpected one is saved."""
+    from pyarrow import ArrowException
+
+    from ..engine.run import JobError
+
+    known = _is_told(err)
+    if known and isinstance(err, OSError) and err.strerror and err.filename:
         return f"{err.strerror}: {err.filename}"
-    return str(err) or type(err).__name__
+    if known and not isinstance(err, ArrowException) and not isinstance(err.__cause__, ArrowException):
+        return str(err) or type(err).__name__
+    name = "" if known or isinstance(err, JobError) else f"{type(err).__name__}: "
+    line = textwrap.shorten(str(err), 500, placeholder=" …")  # some of Arrow's messages hold whole schemas
+    return f"{name}{line}{'' if known else _reported(err)}"
+
+
+def _reported(err: BaseException) -> str:
+    """Save a traceback, and say where and what for."""
+    lines = [f"dask_imgcurator {__version__}, Python {sys.version}, {platform.platform()}\n"]
+    lines += traceback.format_exception(err)
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="dask-imgcurator-", suffix=".txt", delete=False) as file:
+            file.writelines(lines)
+    except OSError:
+        return f"; this is unexpected: please report it with these lines:\n{''.join(lines)}"
+    return f"; this is unexpected: please report it with {file.name}, which holds the traceback"
 
 
 class Group(click.Group):
@@ -75,6 +124,8 @@ class Group(click.Group):
         def stop(*_: object) -> None:
             raise KeyboardInterrupt
 
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold what the terminal cannot show
+            sys.stdout.reconfigure(errors="backslashreplace")
         with contextlib.suppress(ValueError):  # Only the main thread may set it.
             signal.signal(signal.SIGTERM, stop)
         with _plain_errors(lambda: ctx.invoked_subcommand in _RESUMING):

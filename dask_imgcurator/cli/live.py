@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +16,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from .. import monitor
 
 
+def make_console(stderr: bool = False, quiet: bool = False) -> Console:
+    """Make a console that prints text as it is: file names, keys and expressions may look like Rich's markup."""
+    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def make_monitor(console: Console) -> Iterator[monitor.Monitor]:
     """Make a monitor that draws a live line on a terminal, and prints lines elsewhere."""
@@ -22,9 +29,9 @@ def make_monitor(console: Console) -> Iterator[monitor.Monitor]:
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
     )
     with Progress(*columns, console=console, transient=True) as progress:
         yield _Live(console, progress)
@@ -39,21 +46,21 @@ class _Lines(monitor.Monitor):
 
     def note(self, text: str) -> None:
         super().note(text)
-        self.console.print(f"Note: {text}", style="yellow", highlight=False, soft_wrap=True)
+        self.console.print(f"Note: {text}", style="yellow")
 
     def started(self, client: Client) -> None:
         with contextlib.suppress(AttributeError, KeyError):
-            if client.dashboard_link:
-                self.console.print(f"dashboard: {client.dashboard_link}", highlight=False, soft_wrap=True)
+            if (link := client.dashboard_link) and _has_dashboard(link):
+                self.console.print(f"dashboard: {link}")
 
     def scoring(self, total: int, taken_over: int) -> None:
         text = f"scoring {total - taken_over:,} shards"
         if taken_over:
             text += f" ({taken_over:,} more are finished already)"
-        self.console.print(text, highlight=False)
+        self.console.print(text)
 
     def writing(self, total: int) -> None:
-        self.console.print(f"writing {total:,} curated shards", highlight=False)
+        self.console.print(f"writing {total:,} curated shards")
 
 
 class _Live(_Lines):
@@ -101,6 +108,18 @@ class _Live(_Lines):
         self._progress.update(self._task, advance=1, text=str(shard["shard"]))
 
 
+def _has_dashboard(link: str) -> bool:
+    """Whether a page is there; Dask gives a link also to a scheduler without dashboard, or without bokeh."""
+    # A page that cannot be asked for from here (a relative link, a firewall) may still open elsewhere.
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(link, timeout=3) as page:
+            return b"Dask needs bokeh" not in page.read(4096)
+    except urllib.error.HTTPError:
+        return False
+    except (OSError, ValueError):
+        return True
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
@@ -110,6 +129,5 @@ def _clock(seconds: float) -> str:
 @contextlib.contextmanager
 def display(quiet: bool) -> Iterator[monitor.Monitor]:
     """Show a run on stderr: a live line on a terminal, plain lines elsewhere, nothing with --quiet."""
-    console = Console(stderr=True, quiet=quiet)
-    with make_monitor(console) as shown:
+    with make_monitor(make_console(stderr=True, quiet=quiet)) as shown:
         yield shown

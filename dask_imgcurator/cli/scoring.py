@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from . import summary
-from .live import display
+from .live import display, make_console
 from .options import (
     cluster_options,
     given_of,
@@ -104,7 +104,7 @@ def write(
         selection, written = run(list(scores), out, where, monitor=monitor, **given)
     if not quiet:
         summary.print_selection(selection, out)
-        summary.stdout().print(summary.written_line(written, out))
+        make_console().print(summary.written_line(written, out))
 
 
 @click.command()
@@ -127,18 +127,14 @@ def demo(out: str, count: int, quiet: bool, **options: Any) -> None:
     from ..checks import samples
     from ..jobs.curate import curate as run
 
-    console = summary.stdout()
+    console = make_console()
     where = "aesthetic_score >= 5 and width >= 160 and height >= 160"
     made = samples.make_sample_shards(Path(out) / "samples", count=count)
     if not quiet:
-        console.print(
-            f"{len(made.manifest)} sample images in {len(made.shards)} shards: {made.folder}", highlight=False
-        )
+        console.print(f"{len(made.manifest)} sample images in {len(made.shards)} shards: {made.folder}")
         console.print(
             f"dask-imgcurator curate {made.folder}/*.tar --out {out} --model starter --column kind --where '{where}'\n",
             style="bold",
-            highlight=False,
-            soft_wrap=True,
         )
     with display(quiet) as monitor:
         result = run(

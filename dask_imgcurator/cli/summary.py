@@ -22,10 +22,7 @@ from ..results import Counts, RunResult
 from ..schema import STATUSES
 from ..select.where import parse_where
 from ..steps.score_table import read_scores
-
-
-def stdout() -> Console:
-    return Console()
+from .live import make_console
 
 
 def make_table(*columns: str) -> Table:
@@ -48,7 +45,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def print_run(result: RunResult) -> None:
-    console = stdout()
+    console = make_console()
     table = _numbers("", "images", "share")
     table.add_row("in the score table", f"{result.samples:,}", "")
     for status, n in result.by_status.items():
@@ -71,15 +68,14 @@ def print_run(result: RunResult) -> None:
             f"scored {result.images_scored:,} images of {result.shards_scored:,} shards "
             f"in {result.scoring_seconds:.1f} s ({rate:.1f} images/s), "
             f"after {result.loading_seconds:.1f} s of loading the model",
-            highlight=False,
         )
     if result.shards_taken_over:
-        console.print(f"taken over from an earlier run: {result.shards_taken_over:,} shards", highlight=False)
+        console.print(f"taken over from an earlier run: {result.shards_taken_over:,} shards")
     if result.kept is not None:
-        console.print(written_line(result.written, str(Path(result.out) / "shards")), highlight=False, soft_wrap=True)
-        console.print(f"report: {Path(result.out) / 'report.html'}", highlight=False, soft_wrap=True)
+        console.print(written_line(result.written, str(Path(result.out) / "shards")))
+        console.print(f"report: {Path(result.out) / 'report.html'}")
     else:
-        console.print(f"score table: {result.out}", highlight=False, soft_wrap=True)
+        console.print(f"score table: {result.out}")
 
 
 def written_line(written: list[dict[str, Any]], folder: str) -> str:
@@ -88,7 +84,7 @@ def written_line(written: list[dict[str, Any]], folder: str) -> str:
 
 
 def print_selection(selection: Counts, out: str) -> None:
-    console = stdout()
+    console = make_console()
     table = _numbers("", "rows", "alone")
     table.add_row("in the score table", f"{selection.rows:,}", "")
     ok = selection.by_status.get("ok", selection.rows)
@@ -98,7 +94,7 @@ def print_selection(selection: Counts, out: str) -> None:
         table.add_row(f"  and {step.condition}", f"{step.left:,}", f"{step.alone:,}")
     table.add_row("kept", f"{selection.kept:,}", _share(selection.kept, selection.rows), style="bold")
     console.print(table)
-    console.print(f"in {out}", highlight=False, soft_wrap=True)
+    console.print(f"in {out}")
 
 
 def print_kinds(result: RunResult, manifest: Mapping[str, Mapping[str, Any]]) -> None:
@@ -122,7 +118,7 @@ def print_kinds(result: RunResult, manifest: Mapping[str, Mapping[str, Any]]) ->
         n = sum(key in kept for key in keys)
         why = next((reasons[key] for key in keys if key not in kept and reasons.get(key)), "")
         table.add_row(f"{kind}: {meaning}", str(len(keys)), str(n), str(len(keys) - n), why)
-    stdout().print(table)
+    make_console().print(table)
 
 
 def _reasons(result: RunResult) -> dict[str, str]:
@@ -143,11 +139,8 @@ def _reasons(result: RunResult) -> dict[str, str]:
 
 def print_parity(result: Parity, console: Console | None = None) -> None:
     """Show how far this library and open_clip differ."""
-    console = console or stdout()
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
+    console = console or make_console()
+    say = console.print
     settings = result.settings
     model = " ".join(filter(None, (settings.model, settings.pretrained)))
     say(f"{model}: {settings.dtype} with {settings.decoder} on {settings.device}; open_clip: float32, Pillow")
@@ -225,7 +218,7 @@ def _pair(ours: float | None, theirs: float | None) -> str:
 
 def print_duplicates(found: Deduplicated, out: str | None) -> None:
     """Show what each tier finds."""
-    console = stdout()
+    console = make_console()
     table = _numbers("tier", "groups", "dropped", "left")
     for step in found.counts:
         eps = "" if step["eps"] is None else f", cosine >= {1 - step['eps']:g}"
@@ -238,14 +231,14 @@ def print_duplicates(found: Deduplicated, out: str | None) -> None:
             f"semantic: {cells.cells:,} cells of {cells.median:,} rows (the largest {cells.largest:,}), each row looks "
             f"into {cells.probe}; of the near pairs of 512 rows, these were compared: {', '.join(known)}"
         )
-        console.print(words, highlight=False, soft_wrap=True)
+        console.print(words)
     where = f": {out}" if out is not None else " would be left (name a folder with --out to write them)"
-    console.print(f"{found.kept:,} of {found.rows:,} rows{where}", highlight=False, soft_wrap=True)
+    console.print(f"{found.kept:,} of {found.rows:,} rows{where}")
 
 
 def print_search(found: pd.DataFrame, page: str | None, out: str | None) -> None:
     """Show what each query found."""
-    console = stdout()
+    console = make_console()
     rows = get_backend("pandas").to_arrow(found).to_pylist()
     for number in dict.fromkeys(row["query_number"] for row in rows):
         own = [row for row in rows if row["query_number"] == number]
@@ -257,9 +250,9 @@ def print_search(found: pd.DataFrame, page: str | None, out: str | None) -> None
             table.add_row(str(row["rank"]), f"{row['similarity']:.4f}", *map(Text, (*cells, caption)))
         console.print(table)
     if not rows:
-        console.print("nothing was found: no row that may be compared is left", highlight=False)
+        console.print("nothing was found: no row that may be compared is left")
     for path in filter(None, (page, out)):
-        console.print(f"written: {path}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"written: {path}")
 
 
 def print_search_index(index: Index) -> None:
@@ -270,4 +263,4 @@ def print_search_index(index: Index) -> None:
         f"it finds {about['recall']:.1%} of the 20 rows most similar to a row, looking into {about['nprobe']:,} of "
         f"{about['cells']:,} cells"
     )
-    stdout().print(words, highlight=False, soft_wrap=True, markup=False)
+    make_console().print(words)

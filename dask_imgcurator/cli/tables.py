@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from . import summary
-from .live import display
+from .live import display, make_console
 from .options import (
     Json,
     asked_of,
@@ -165,7 +165,7 @@ def add(scores: tuple[str, ...], out: str, quiet: bool, prompts: tuple[str, ...]
         given = asked_of(options)
         added = run(list(scores), out, prompts=asked or None, monitor=monitor, **given)
     if not quiet:
-        summary.stdout().print(f"added {', '.join(added)}: {out}", highlight=False, soft_wrap=True)
+        make_console().print(f"added {', '.join(added)}: {out}")
 
 
 class _Formats(click.Choice):
@@ -192,6 +192,7 @@ class _Formats(click.Choice):
     help="Target layout.",
 )
 @click.option("--where", metavar="EXPR", help="Only rows that match the expression.")
+@click.option("--arch", type=click.Choice(["b32", "l14"]), help="For datacomp: CLIP model of scores and embeddings.")
 @light_options
 @storage_option
 @quiet_option
@@ -204,12 +205,13 @@ def export_(scores: tuple[str, ...], out: str, format_: str, where: str | None, 
     """
     from ..jobs.tables import export_scores as run
 
+    if options["arch"] is not None and format_ != "datacomp":
+        raise click.UsageError(f"--arch is for the format datacomp, not for {format_}")
     with display(quiet) as monitor:
         given = asked_of(options)
         written = run(list(scores), out, format_, where, monitor=monitor, **given)
     if not quiet:
-        console = summary.stdout()
-        console.print(f"{written.rows:,} rows in {len(written.files):,} files: {out}", highlight=False, soft_wrap=True)
+        make_console().print(f"{written.rows:,} rows in {len(written.files):,} files: {out}")
 
 
 @click.command()
@@ -344,4 +346,4 @@ def report_(
             write_report(list(scores), out, where, top=top, sample=sample, groups=groups, monitor=monitor, **given)
             words = f"report: {out}"
     if not quiet:
-        summary.stdout().print(words, highlight=False, soft_wrap=True)
+        make_console().print(words)

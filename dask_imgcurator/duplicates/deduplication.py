@@ -219,8 +219,8 @@ def _tiers(
         column, step = _NEEDS[tier]
         if names[column] not in columns:
             raise ValueError(
-                f"the tier {tier} needs the column {names[column]}{where}: {step} adds it, or name yours with "
-                f"{column}=, or leave the tier out (there are: {there})"
+                f"the tier {tier} needs the column {names[column]}{where}: {step} adds it (on the command line: "
+                f"score), or name yours with {column}=, or leave the tier out (there are: {there})"
             )
     return tuple(tier for tier in TIERS if tier in asked)
 

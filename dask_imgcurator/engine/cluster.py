@@ -64,6 +64,8 @@ def start_client(
     ------
     OSError
         If no scheduler answers at the address.
+    ValueError
+        If it is no address.
 
     Examples
     --------
@@ -74,7 +76,10 @@ def start_client(
         if n_workers is not None or kwargs:
             given = ", ".join(["n_workers"] * (n_workers is not None) + list(kwargs))
             raise ValueError(f"{given}: these are for a new cluster; the scheduler at {scheduler} has its own workers")
-        return Client(scheduler, timeout="10s")
+        try:
+            return Client(scheduler, timeout="10s")
+        except ValueError as err:
+            raise ValueError(f"scheduler={scheduler!r}: {err}; write for example tcp://10.0.0.1:8786") from err
     if n_workers is not None and n_workers < 1:
         raise ValueError(f"n_workers={n_workers}: it must be at least 1")
     return _OwnerClient(get_backend(resolve_name(backend)).make_cluster(n_workers, **kwargs))

@@ -174,7 +174,8 @@ def _run_on(
                 if isinstance(error, KilledWorker):
                     lost.append(name)
                 elif error is not None:
-                    raise JobError(f"{what} {label(name)}: {type(error).__name__}: {error}") from error
+                    cause = error.with_traceback(future.traceback())
+                    raise JobError(f"{what} {label(name)}: {type(error).__name__}: {error}") from cause
                 else:
                     yield name, future.result()["result"].iat[0]
             del ready, future  # the scheduler forgets what nobody holds

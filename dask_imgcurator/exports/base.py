@@ -12,6 +12,7 @@ import importlib
 import os
 import pkgutil
 import re
+import shlex
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,9 +141,15 @@ def export(
 
 # --- columns --------------------------------------------------------------------------------------
 
-#: The function that adds the columns of a step.
-_ADDED_BY = {"measure": "embed", "aesthetic": "score_aesthetic", "nsfw": "score_nsfw", "text": "score_clip"}
-_ADDED_BY |= {"read": "read_webdataset", "embed": "embed"}
+#: The function that adds the columns of a step, and the command.
+_ADDED_BY = {
+    "read": ("read_webdataset", "score"),
+    "embed": ("embed", "score"),
+    "measure": ("embed", "score"),
+    "aesthetic": ("score_aesthetic", "add --aesthetic-head NAME"),
+    "nsfw": ("score_nsfw", "add --nsfw-head NAME"),
+    "text": ("score_clip", "add --clip-score"),
+}
 
 
 @dataclass(frozen=True)
@@ -174,12 +181,17 @@ def require(df: Any, column: str, format_: str, vector: bool = False) -> None:
     """Raise `ExportError` for a column that a format needs and a frame lacks, with the function that adds it."""
     if column in df.columns:
         return
+    command = f"score … --column {shlex.quote(column)}"
     remedy = f"read the shards with read_webdataset(columns=[{column!r}, …])"
     if column in COLUMNS:
-        remedy = f"{_ADDED_BY[COLUMNS[column].step]} adds it"
+        function, command = _ADDED_BY[COLUMNS[column].step]
+        remedy = f"{function} adds it"
     elif vector:
-        remedy = "embed or embed_text adds it, under the name that they are given"
-    raise ExportError(f"{format_} needs the column {column!r}: {remedy} (there are: {', '.join(map(str, df.columns))})")
+        command, remedy = "score", "embed or embed_text adds it, under the name that they are given"
+    raise ExportError(
+        f"{format_} needs the column {column!r}: {remedy}; on the command line: {command} "
+        f"(there are: {', '.join(map(str, df.columns))})"
+    )
 
 
 def filled(df: Any, fields: Iterable[Field], format_: str) -> list[Field]:

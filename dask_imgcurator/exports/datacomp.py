@@ -45,7 +45,10 @@ def datacomp(
         embedding = None
     scored = "clip_score" in df.columns
     if arch not in ("b32", "l14") and (embedding or text_embedding or scored or arch is not None):
-        raise ExportError(f"arch={arch!r}: say of which CLIP model the scores and vectors are, 'b32' or 'l14'")
+        raise ExportError(
+            f"arch={arch!r}: say of which CLIP model the scores and vectors are, 'b32' or 'l14' "
+            "(on the command line: --arch)"
+        )
     fields = filled(df, _FIELDS, "datacomp")
     if scored:
         score = f"clip_{arch}_similarity_score"

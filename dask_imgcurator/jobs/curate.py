@@ -24,7 +24,7 @@ from ..select.settle import settled_where
 from ..select.where import combine, parse_where
 from ..steps.read import URLPath
 from ..steps.score_table import file_schema, score_urls, scores_from_files
-from ..steps.write import Group, plan_write, run_write, write_spec
+from ..steps.write import Group, check_keys, plan_write, run_write, write_spec
 from ..storage import files
 from ..storage.urls import expand
 from .plan import ScoreOptions, make_plan
@@ -97,6 +97,7 @@ def write_selection(
     monitor = monitor or Monitor()
     spec = write_spec(out, max_count, max_size, storage_options, source_options)
     urls = score_urls(scores, storage_options)
+    check_keys(file_schema(urls[0], storage_options))
     read = ReadPlan(resolve_name(backend), dict(storage_options or {}))
     parsed = parse_where(where, kinds_of_schema(file_schema(urls[0], storage_options))) if where is not None else None
     last = Last(settled_where(parsed), spec)

@@ -18,11 +18,13 @@ from typing import Any
 
 import dask
 import dask.dataframe as dd
+import pyarrow as pa
 from distributed import Client
 
 from ..engine.backend import backend_of, is_dask
 from ..engine.frames import meta_of, require_columns
 from ..engine.run import JobError, Wave, current_client, results, run, waves
+from ..schema import kinds_of_schema
 from ..storage import files
 from ..storage.curated import (
     LOCATORS,
@@ -125,7 +127,18 @@ def _known_tars(parts: Sequence[Kept]) -> int | None:
 def _rows(frame: Any) -> list[dict[str, Any]]:
     """Locators of the rows that stand for a sample."""
     table = backend_of(frame).to_host(frame, list(LOCATORS))
+    check_keys(table.schema)
     return [row for row in table.to_pylist() if row["sample_nbytes"] > 0]
+
+
+def check_keys(schema: pa.Schema) -> None:
+    """Raise ValueError for keys that are no text: as numbers they have lost their leading zeros."""
+    type_ = schema.field("key").type
+    if kinds_of_schema(schema)["key"] not in ("string", "unknown"):
+        raise ValueError(
+            f"the column 'key' holds {type_}, but keys are text ('000012345' and 12345 are two keys): "
+            'read them as text where they became numbers, for example pd.read_csv(…, dtype={"key": str})'
+        )
 
 
 def _sizes(rows: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -106,6 +106,8 @@ def persist(url: str, action: Callable[[], T]) -> T:
             return action()
         except Exception as err:
             again = _is_transient(err)
+            if isinstance(err, TypeError):  # a file system's constructor may be called as late as this
+                raise ValueError(f"cannot open {url}: {err}; are the storage options right?") from err
             if not again and (isinstance(err, _PERMANENT) or (isinstance(err, OSError) and err.errno in _FULL)):
                 raise
             if not again or attempt == ATTEMPTS:

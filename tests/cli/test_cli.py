@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner
+from distributed import Client, LocalCluster
 
+import dask_imgcurator
 from dask_imgcurator.checks.samples import make_sample_shards
+from dask_imgcurator.cli import live
 from dask_imgcurator.cli.main import cli
+from dask_imgcurator.engine.frames import from_map
+from dask_imgcurator.engine.run import Wave, results
+from dask_imgcurator.engine.run import run as engine_run
 
 
 def run(
@@ -87,6 +98,7 @@ WRONG = {
     ("curate", "{samples}", "--out", "o", "--batch-size", "0"): "--batch-size",
     ("curate", "{samples}", "--out", "o", "--model", "starter", "--backend", "cudf"): "pip install",
     ("write", "/nowhere", "--out", "o"): "no score table at '/nowhere'",
+    ("export", "{samples}", "--out", "o", "--format", "list", "--arch", "b32"): "--arch is for the format datacomp",
     ("nonsense",): "No such command",
     ("--nonsense",): "No such option",
 }
@@ -108,6 +120,13 @@ def test_wrong_usage_is_one_message_and_exit_code_2(
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_address_that_is_none(scores: Path) -> None:
+    result = CliRunner().invoke(cli, ["dedup", str(scores), "--scheduler", "nonsense"])
+    assert result.exit_code == 2
+    assert "scheduler='nonsense': missing port number" in result.stderr
+    assert "tcp://" in result.stderr
 
 
 def test_doctor_names_what_would_be_used() -> None:
@@ -138,3 +157,111 @@ def test_demo(tmp_path: Path) -> None:
         assert text in done.stdout
     for path in ("report.html", "run.json", "scores/00000.parquet", "shards/00000.tar", "samples/manifest.json"):
         assert (tmp_path / "demo" / path).is_file()
+
+
+# --- what is printed, as it is --------------------------------------------------------------------
+
+ODD = "[blink] :dog: [x] [/x] [link=http://x]"
+
+
+def test_names_and_expressions_are_printed_as_they_are(scores: Path, tmp_path: Path) -> None:
+    out, where = tmp_path / ODD / "sel", f"kind != '{ODD}'"
+    done = CliRunner().invoke(cli, ["select", str(scores), "--out", str(out), "--where", where])
+    assert done.exit_code == 0, done.stderr
+    assert where in done.stdout
+    assert f"in {out}\n" in done.stdout
+    done = CliRunner().invoke(cli, ["add", str(out), "--caption-stats", "--out", str(tmp_path / ODD / "added")])
+    assert (done.exit_code, done.stdout) == (0, f"added caption_words, caption_chars: {tmp_path / ODD / 'added'}\n")
+
+
+def test_progress_shows_names_as_they_are() -> None:
+    file = io.StringIO()
+    console = live.make_console()
+    console.file, console._force_terminal = file, True
+    with live.make_monitor(console) as monitor:
+        monitor.note(ODD)
+        monitor.writing(1)
+        monitor.wrote({"shard": ODD})
+        assert isinstance(monitor, live._Live)
+        console.print(monitor._progress.get_renderable())
+    assert file.getvalue().count(ODD) == 2
+
+
+def test_one_function_makes_consoles() -> None:
+    folder = Path(dask_imgcurator.__file__).parent
+    trees = {path.name: ast.parse(path.read_text()) for path in folder.rglob("*.py")}
+    calls = [
+        (n, c.func.id)
+        for n, t in trees.items()
+        for c in ast.walk(t)
+        if isinstance(c, ast.Call) and isinstance(c.func, ast.Name)
+    ]
+    assert [name for name, function in calls if function == "Console"] == ["live.py"]
+    columns = [c for c in ast.walk(trees["live.py"]) if isinstance(c, ast.Call) and ast.unparse(c.func) == "TextColumn"]
+    assert columns
+    assert all("markup=False" in ast.unparse(column) for column in columns)
+
+
+def test_names_that_no_terminal_shows(scores: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["select", str(scores), "--out", str(tmp_path / "odd\udcff")])
+    assert done.exit_code == 0, done.stderr
+    assert "odd\\udcff" in done.stdout
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_dashboard_is_named_where_there_is_one(there: bool) -> None:
+    if there:
+        pytest.importorskip("bokeh")
+    file = io.StringIO()
+    console = live.make_console()
+    console.file = file
+    options = {"scheduler_kwargs": {"dashboard": there}, "dashboard_address": ":0"}
+    with LocalCluster(n_workers=0, processes=False, **options) as cluster, Client(cluster) as client:
+        with live.make_monitor(console) as monitor:
+            monitor.started(client)
+        assert client.dashboard_link  # whether there is one or not
+        assert file.getvalue() == (f"dashboard: {client.dashboard_link}\n" if there else "")
+
+
+# --- bugs -----------------------------------------------------------------------------------------
+
+
+def fail(where: str) -> int:
+    return int({}[where])  # a KeyError
+
+
+def broken(*_: object, client: Client | None = None, **__: object) -> None:
+    frame = from_map(lambda name: pd.DataFrame({"name": [name]}), ["here"], "names", pd.DataFrame({"name": ["a"]}))
+    graph = Wave(["here"], results(frame, lambda frame: fail(frame["name"].iat[0]), label="fail"))
+    list(engine_run(client, [graph], "reading"))
+
+
+@pytest.mark.parametrize("where", ["client", "threads", "worker"])
+def test_a_bug_is_a_line_and_its_traceback_is_saved(
+    where: str, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    bug = {
+        "client": lambda *_, **__: fail("here"),
+        "threads": broken,
+        "worker": lambda *_, **__: broken(client=client),
+    }[where]
+    monkeypatch.setattr("dask_imgcurator.jobs.tables.select_rows", bug)
+    result = CliRunner().invoke(cli, ["select", "scores", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1, result.output
+    found = re.fullmatch(
+        r"dask-imgcurator: (reading.*: )?KeyError: 'here'; this is unexpected: please report it with (.*), "
+        r"which holds the traceback\n",
+        result.stderr,
+    )
+    assert found, result.stderr
+    saved = Path(found[2]).read_text()
+    assert saved.startswith(f"dask_imgcurator {dask_imgcurator.__version__}, Python ")
+    assert "return int({}[where])" in saved
+
+
+def test_arrow_text_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(100))
+    result = CliRunner().invoke(cli, ["select", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1

@@ -659,8 +659,8 @@ def test_index_errors(tmp_path: Path) -> None:
     [
         ({"tiers": ["fuzzy"]}, "unknown tier 'fuzzy': use exact, perceptual, semantic"),
         ({"tiers": []}, "tiers is empty"),
-        ({"tiers": "perceptual"}, "tier perceptual needs the column phash: .* adds it, or name yours with phash="),
-        ({"tiers": ["exact"]}, "tier exact needs the column sha256: embed adds it"),
+        ({"tiers": "perceptual"}, "tier perceptual needs the column phash: .* adds it .*, or name yours with phash="),
+        ({"tiers": ["exact"]}, "tier exact needs the column sha256: embed adds it .on the command line: score."),
         ({"embedding": "clip"}, "no column to find duplicates by: embed adds sha256 and embedding"),
         ({"rule": "union"}, "unknown rule 'union': use components, semdedup, nemo"),
         ({"eps": -0.1}, r"eps=-0.1: 1 - cosine lies between 0 and 2"),

@@ -494,9 +494,13 @@ def test_a_format_is_one_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("clip-retrieval", "embedding", "clip-retrieval needs the column 'embedding': embed adds it"),
         ("clip-retrieval", "key", "needs the column 'key': read_webdataset adds it"),
         ("datacomp", "width", "datacomp needs the column 'width': embed adds it"),
-        ("datacomp", "caption", "'caption': read_webdataset adds it"),
+        ("datacomp", "caption", "'caption': read_webdataset adds it; on the command line: score "),
         ("datacomp-subset", "uid", r"'uid': read the shards with read_webdataset\(columns=\['uid', …\]\)"),
-        ("laion", "url", r"'url': read the shards with read_webdataset\(columns=\['url', …\]\)"),
+        (
+            "laion",
+            "url",
+            r"read_webdataset\(columns=\['url', …\]\); on the command line: score … --column url ",
+        ),
         ("list", "key", "list needs the column 'key'"),
     ],
 )

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -628,6 +629,41 @@ def test_columns_that_are_needed(sources: list[Path], tmp_path: Path) -> None:
     few = read(sources[0])[["sample_offset", "sample_nbytes", "shard", "key"]]
     dic.to_webdataset(few, tmp_path / "out")
     assert members_of(tmp_path / "out" / "00000.tar") == [m for sample in PLAIN for m in sample]
+
+
+def recipe(name: str) -> str:
+    """Python block of the docs that holds a text."""
+    page = Path(__file__).parents[2] / "docs" / "howto" / "own_steps.md"
+    (block,) = [b for b in re.findall(r"```py\n(.*?)```", page.read_text(), re.DOTALL) if name in b]
+    return str(block)
+
+
+def test_recipe_of_a_merge_with_keys_that_look_like_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = make_tar(tmp_path / "in" / "0.tar", [m for n in range(3) for m in triple(f"00000000{n}", n)])
+    Path("ratings.csv").write_text("key,rating\n000000002,5\n000000000,3\n")
+    names = {"pd": pd, "df": dic.read_webdataset(source)}
+    exec(recipe("read_csv"), names)
+    df = names["df"]
+    dic.to_webdataset(df[df["rating"].notnull()], tmp_path / "out")
+    assert {name for name, _ in members_of(tmp_path / "out" / "00000.tar")} == {
+        f"00000000{n}.{ext}" for n in (0, 2) for ext in ("jpg", "txt", "json")
+    }
+
+
+@pytest.mark.parametrize("kind", ["int64", "float64", "object", "dask", "command"])
+def test_keys_that_became_numbers(tmp_path: Path, kind: str) -> None:
+    source = make_tar(tmp_path / "in" / "0.tar", triple("000000001", 1))
+    df: Any = dic.read_webdataset(source).compute()
+    df["key"] = pd.Series([1], dtype=kind if kind in ("float64", "object") else "int64")
+    if kind == "dask":
+        df = dd.from_pandas(df, npartitions=1)
+    with pytest.raises(ValueError, match=r"'key' holds (int64|double), but keys are text .*dtype={\"key\": str}"):
+        if kind == "command":
+            df.to_parquet(tmp_path / "table.parquet")
+            dic.write_selection(tmp_path / "table.parquet", tmp_path / "out")
+        else:
+            dic.to_webdataset(df, tmp_path / "out")
 
 
 def test_names_that_lead_out_of_the_folder(tmp_path: Path) -> None:
