@@ -15,7 +15,7 @@ from ..jobs.plan import ScoreOptions, make_plan
 from ..monitor import Monitor, Progress
 from ..select.where import combine, parse_where
 from ..steps.read import ReadSpec, URLPath, index_partition
-from ..storage.urls import expand
+from ..storage.urls import check_shards, expand
 from .both_ways import BothWays
 from .parity_record import Parity
 
@@ -46,6 +46,7 @@ def compare(urlpath: URLPath, options: ParityOptions | None = None, *, monitor: 
     if options.limit < 1:
         raise ValueError(f"limit={options.limit}: it must be at least 1")
     urls = expand(urlpath, options.storage_options)
+    check_shards(urls, options.storage_options)
     plan, _ = make_plan(urls, options, None, monitor)
     expressions = _expressions(options, plan.kinds)
     if plan.embed.encoder.is_starter:

@@ -25,6 +25,7 @@ from ..steps.read import FIELD_TYPES, ReadSpec, read_spec
 from ..steps.score_table import file_provenance
 from ..steps.stream import settle_decoder
 from ..storage import files
+from ..storage.urls import check_shards
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def make_plan(
     urls: Sequence[str], options: ScoreOptions, where: str | None, monitor: Monitor
 ) -> tuple[ScorePlan, Where | None]:
     """Resolve what is done to shards, and parse the expression against the columns they will have."""
+    check_shards(urls, options.storage_options)
     model, pretrained = choose_model(options.model, options.pretrained, monitor)
     read = read_spec(urls, options.columns, options.caption, options.storage_options, options.backend, options.image)
     embed = embed_spec(

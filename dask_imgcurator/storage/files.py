@@ -39,7 +39,11 @@ def is_local(url: str) -> bool:
 
 def local_path(url: str) -> Path:
     """Return a local URL's absolute path; links are kept."""
-    return Path(os.path.abspath(Path(url.split("://", 1)[-1]).expanduser()))  # noqa: PTH100  (resolve() would follow links)
+    path = Path(url.split("://", 1)[-1])
+    if path.parts and path.parts[0].startswith("~") and not path.exists():
+        with contextlib.suppress(RuntimeError):  # there is no such user: it is a name
+            path = path.expanduser()
+    return Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow links)
 
 
 def join(folder: str, name: str) -> str:
@@ -160,7 +164,7 @@ def list_files(folder: str, suffix: str, storage_options: Mapping[str, Any] | No
     def look() -> list[str]:
         # A cached listing would lack what other processes wrote since.
         fs.invalidate_cache()
-        return list(fs.glob(f"{path.rstrip('/')}/*{suffix}"))
+        return list(fs.glob(f"{glob.escape(path.rstrip('/'))}/*{suffix}"))
 
     return sorted(fs.unstrip_protocol(p) for p in persist(folder, look))
 

@@ -13,6 +13,7 @@ from typing import IO, Any
 from .files import RemoteError, is_local, local_path
 from .remote import hold_copy, open_remote
 from .samples import LeftOut, Member, Sample, ShardIndex, as_utf8, split_name
+from .urls import HEAD, what_is
 
 BLOCK = 512
 
@@ -117,7 +118,8 @@ def entries(file: IO[bytes], extent: bool = False) -> Iterator[_Entry]:
     try:
         tar = tarfile.open(fileobj=file, mode="r:")
     except Exception as err:
-        raise ShardError(f"not a tar that can be read: {err}{_compression_hint(file)}") from err
+        file.seek(0)
+        raise ShardError(f"not a tar that can be read: {what_is(file.read(HEAD)) or err}") from err
     position, name = 0, ""
     while position <= size:
         # tarfile has the first header already; and a global header may change all that follow it.
@@ -215,24 +217,6 @@ def _ordinary_header(block: bytes) -> re.Match[bytes] | None:
     if match is None or int(match[3].strip(b"\0 "), 8) != sum(block) - sum(block[148:156]) + 8 * 32:
         return None
     return match
-
-
-#: How compressed files begin, their format, and what unpacks them.
-_COMPRESSIONS = {
-    b"\x1f\x8b": ("gzip", "gunzip"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
-    b"BZh": ("bzip2", "bunzip2"),
-    b"\xfd7zXZ\0": ("xz", "unxz"),
-}
-
-
-def _compression_hint(file: IO[bytes]) -> str:
-    file.seek(0)
-    head = file.read(8)
-    for magic, (name, tool) in _COMPRESSIONS.items():
-        if head.startswith(magic):
-            return f"; it is compressed with {name}: unpack it first ({tool}), since members are read by their offsets"
-    return ""
 
 
 def _check_end(file: IO[bytes], position: int) -> str | None:

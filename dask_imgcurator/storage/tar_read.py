@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +15,14 @@ from .tar_index import ShardError, entries, open_shard
 
 #: Bytes above which text and JSON members are left unread: no caption has gigabytes, and no worker room for them.
 TEXT_LIMIT = 64 << 20
+
+#: The marks of UTF-32 go first: that of UTF-16 begins one of them.
+_BOMS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 def read_extents(
@@ -38,11 +47,13 @@ def read_extents(
 
 
 def read_text(file: IO[bytes], member: Member) -> str | None:
-    """Read a text member, without its BOM, non-UTF-8 bytes as U+FFFD; None if larger than `TEXT_LIMIT`."""
+    """Read a text member: in UTF-8, or as its BOM says; what cannot be read is U+FFFD; None if over `TEXT_LIMIT`."""
     if member.nbytes > TEXT_LIMIT:
         return None
     file.seek(member.offset)
-    return member.expand(file.read(member.stored)).decode("utf-8-sig", errors="replace")
+    data = member.expand(file.read(member.stored))
+    encoding = next((name for bom, name in _BOMS.items() if data.startswith(bom)), "utf-8-sig")
+    return data.decode(encoding, errors="replace")
 
 
 def read_json(file: IO[bytes], member: Member) -> dict[str, Any]:

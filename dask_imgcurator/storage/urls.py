@@ -1,10 +1,12 @@
-"""URLs of shards, and what identifies their versions."""
+"""URLs of shards, what their files are, and what identifies their versions."""
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
+import tarfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from .files import file_system, is_local, list_files, local_path, persist
+from .files import exists, file_system, is_local, list_files, local_path, persist
 from .remote import version
 
 
@@ -38,48 +40,152 @@ def expand(
 
 
 def _expand_one(item: str, storage_options: dict[str, Any]) -> list[str]:
-    if is_local(item) and local_path(item).exists():
-        # An existing file may have braces or brackets in its name.
-        return _expand_folder(str(local_path(item))) if local_path(item).is_dir() else [str(local_path(item))]
+    if is_local(item):
+        return _expand_local(local_path(item))
+    return [url for name in _braces(item) for url in _expand_remote(name, storage_options)]
+
+
+def _braces(text: str) -> list[str]:
     try:
-        names = list(braceexpand(item)) if "{" in item else [item]
+        return list(braceexpand(text)) if "{" in text else [text]
     except ValueError:  # braceexpand.UnbalancedBracesError, which its stubs do not export
-        raise FileNotFoundError(f"unbalanced braces in {item!r}") from None
+        raise FileNotFoundError(f"unbalanced braces in {text!r}") from None
+
+
+def _expand_local(path: Path) -> list[str]:
+    # What exists is no pattern: names may have braces and brackets.
+    if _exists(path):
+        return _expand_folder(str(path)) if path.is_dir() else [str(path)]
+    folder, rest = _split(path)
     out: list[str] = []
-    for name in names:
-        # The question mark of an http address begins its query (a signature, say).
-        magic = glob.has_magic(name.partition("?")[0] if name.startswith("http") else name)
-        if is_local(name):
-            path = str(local_path(name))
-            if magic:
-                matches = sorted(glob.glob(path, recursive=True))
-                if not matches:
-                    raise FileNotFoundError(f"no file matches {name!r}")
-                out.extend(matches)
-            elif Path(path).is_dir():
-                out.extend(_expand_folder(path))
-            else:
-                out.append(path)
-        elif magic or name.endswith("/"):
-            pattern = name.rstrip("/") + "/*.tar" if name.endswith("/") else name
-            fs, path = file_system(pattern, storage_options)
-            matches = sorted(persist(pattern, partial(fs.glob, path)))
-            if not matches:
-                raise FileNotFoundError(f"nothing matches {pattern!r}")
-            out.extend(fs.unstrip_protocol(m) for m in matches)
-        else:
-            file_system(name, storage_options)  # raises for a protocol or options that cannot be used here
-            out.append(name)
+    for name in _braces(rest):
+        whole = folder / name
+        if _exists(whole) or not glob.has_magic(name):
+            out.extend(_expand_folder(str(whole)) if whole.is_dir() else [str(whole)])
+            continue
+        inside, pattern = _split(whole)
+        matches = sorted(glob.glob(str(Path(glob.escape(str(inside)), pattern)), recursive=True))
+        if not matches:
+            raise FileNotFoundError(f"no file matches {str(whole)!r}")
+        out.extend(matches)
     return out
 
 
-def _expand_folder(path: str) -> list[str]:
-    tars = list_files(path, ".tar")
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # braces can be longer than a name
+        return False
+
+
+def _split(path: Path) -> tuple[Path, str]:
+    """Split a pattern into the folder that exists, whatever its name looks like, and the rest."""
+    folder = next(parent for parent in path.parents if _exists(parent))
+    return folder, str(path.relative_to(folder))
+
+
+def _expand_remote(name: str, storage_options: dict[str, Any]) -> list[str]:
+    fs, path = file_system(name, storage_options)  # raises for a protocol or options that cannot be used here
+    if name.endswith("/"):
+        return _expand_folder(name, storage_options)
+    # The question mark of an http address begins its query (a signature, say).
+    magic = glob.has_magic(name.partition("?")[0] if name.startswith("http") else name)
+    if not magic or exists(name, storage_options):
+        return [name]
+    folder, _, last = path.rpartition("/")
+    if glob.has_magic(folder) and persist(name, partial(fs.exists, folder)):
+        path = f"{glob.escape(folder)}/{last}"
+    matches = sorted(persist(name, partial(fs.glob, path)))
+    if not matches:
+        raise FileNotFoundError(f"nothing matches {name!r}")
+    return [str(fs.unstrip_protocol(match)) for match in matches]
+
+
+def _expand_folder(folder: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    files = list_files(folder, "", storage_options)
+    tars = [f for f in files if f.lower().endswith(".tar")]
     if not tars:
-        packed = [f for f in list_files(path, "") if re.search(r"\.(tar\.\w+|t[gx]z|tbz2?|tzst)$", f, re.IGNORECASE)]
+        packed = [f for f in files if re.search(r"\.(tar\.\w+|t[gx]z|tbz2?|tzst)$", f, re.IGNORECASE)]
         hint = f", only compressed ones: unpack {packed[0]} and its like first" if packed else ""
-        raise FileNotFoundError(f"no *.tar in the folder {path}{hint}")
+        raise FileNotFoundError(f"no *.tar in the folder {folder}{hint}")
     return tars
+
+
+# --- what a file is -------------------------------------------------------------------------------
+
+#: How files begin that are taken for others, what they are, and what to do.
+_BEGINNINGS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for: fetch that with git lfs pull"),
+    (b"/annex/objects/", "a git-annex pointer, not the file that it stands for: fetch that with git annex get"),
+    (b"PAR1", "a Parquet file: shards are tars; a score table is for select, dedup, write and the like"),
+    (b"PK\x03\x04", "a ZIP archive: unpack it, and pack its files into a tar"),
+    (b"\x89PNG", "an image: pack images into tars, each with what belongs to it under one name"),
+    (b"\xff\xd8\xff", "an image: pack images into tars, each with what belongs to it under one name"),
+    *(
+        (magic, f"compressed with {name}: unpack it first ({tool}), since members are read by their offsets")
+        for magic, name, tool in (
+            (b"\x1f\x8b", "gzip", "gunzip"),
+            (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"),
+            (b"BZh", "bzip2", "bunzip2"),
+            (b"\xfd7zXZ\0", "xz", "unxz"),
+        )
+    ),
+)
+_PAGES = (
+    (rb"(<!--.*?-->\s*)?<(!doctype html|html|head)\b", "a web page, such as a server's error or login"),
+    (rb"<\?xml|<error>", "an XML document, such as a store's error"),
+    (rb"[{\[]\s*[\"{\[\]}]", "a JSON document, such as a server's error"),
+)
+
+#: Bytes that tell what a file is.
+HEAD = 512
+
+#: Shards that are looked at, if every one is something else.
+_LOOKS = 64
+
+
+def what_is(head: bytes) -> str | None:
+    """Say what a file is, by its first `HEAD` bytes, and what to do; None for a tar and whatever is not known."""
+    with contextlib.suppress(Exception):  # tarfile raises many kinds
+        tarfile.TarInfo.frombuf(head[:HEAD], tarfile.ENCODING, "surrogateescape")
+        return None
+    for magic, words in _BEGINNINGS:
+        if head.startswith(magic):
+            return words
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    found = next((words for pattern, words in _PAGES if re.match(pattern, text, re.IGNORECASE | re.DOTALL)), None)
+    return found and f"{found}: see what it says, and get the file itself"
+
+
+def read_head(url: str, storage_options: Mapping[str, Any] | None = None) -> bytes:
+    """Read the first `HEAD` bytes of a file; none where it cannot be read, which is for others to tell."""
+    try:
+        if is_local(url):
+            with local_path(url).open("rb") as file:
+                return file.read(HEAD)
+        fs, path = file_system(url, storage_options)
+        if url.startswith("http"):  # a web server without ranges would send all of it
+            with fs.open(path, "rb", block_size=0) as file:
+                return bytes(file.read(HEAD))
+        return bytes(fs.cat_file(path, start=0, end=HEAD))
+    except Exception:  # file systems raise many kinds
+        return b""
+
+
+def check_shards(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> None:
+    """Raise ValueError if the first shards can be read, and are no tars; one among others is reported in its row."""
+    wrong = {}
+    for url in urls[:_LOOKS]:
+        head = read_head(url, storage_options)
+        words = what_is(head)
+        if words is not None:
+            wrong[url] = words
+        elif head:
+            return
+    if wrong:
+        url, words = next(iter(wrong.items()))
+        more = f" (nor is any of {len(wrong) - 1} others)" if len(wrong) > 1 else ""
+        raise ValueError(f"{url} is no tar{more}; it is {words}")
 
 
 def fingerprint(url: str, storage_options: Mapping[str, Any] | None = None) -> str:

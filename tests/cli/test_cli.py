@@ -122,6 +122,28 @@ def test_wrong_usage_is_one_message_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["curate", "score", "parity"])
+def test_shards_that_are_no_tars(command: str, tmp_path: Path) -> None:
+    pointer = tmp_path / "00000.tar"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    out = ["--out", str(tmp_path / "out")] if command != "parity" else []
+    result = CliRunner().invoke(cli, [command, str(tmp_path), "--model", "starter", *out])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"dask-imgcurator: {pointer} is no tar; it is a Git LFS pointer, not the file that it stands for: "
+        "fetch that with git lfs pull\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["~a.tar", "a [v1].tar", "~a/{0..1}.tar"])
+def test_odd_names_that_are_not_there(name: str) -> None:
+    result = CliRunner().invoke(cli, ["score", name, "--out", "o", "--model", "starter"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("dask-imgcurator: no ")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_address_that_is_none(scores: Path) -> None:
     result = CliRunner().invoke(cli, ["dedup", str(scores), "--scheduler", "nonsense"])
     assert result.exit_code == 2

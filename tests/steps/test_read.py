@@ -236,6 +236,20 @@ def test_caption(tmp_path: Path) -> None:
     assert read(url, caption="n")[0]["caption"] == "3"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_texts_in_the_encoding_of_their_mark(tmp_path: Path, encoding: str) -> None:
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    text, document = "żółć 猫 𝄞\n", json.dumps({"text": "猫"}, ensure_ascii=False)
+    cut = (mark + "ab").encode(encoding)[:-1]  # in the middle of the b
+    samples: dict[str, Sample] = {
+        "a": {"jpg": b"1", "txt": (mark + text).encode(encoding), "json": (mark + document).encode(encoding)},
+        "b": {"jpg": b"1", "txt": cut},
+    }
+    url = write_tar(tmp_path / "a.tar", samples)
+    assert [r["caption"] for r in read(url)] == [text, "a" if encoding == "utf-8-sig" else "a\ufffd"]
+    assert read(url, caption="text")[0]["caption"] == "猫"
+
+
 VALUES = {
     "whole": 3,
     "fraction": 2.5,

@@ -20,14 +20,16 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dask_imgcurator.storage.files import list_files
 from dask_imgcurator.storage.samples import ShardIndex, format_idx, split_name
 from dask_imgcurator.storage.tar_index import index_shard, index_tar
 from dask_imgcurator.storage.tar_read import read_extents, read_text
-from dask_imgcurator.storage.urls import expand, fingerprint
+from dask_imgcurator.storage.urls import check_shards, expand, fingerprint, what_is
 
 FORMATS = {
     "ustar": tarfile.USTAR_FORMAT,
@@ -180,6 +182,75 @@ def test_expand_folder_with_braces_in_its_name(tmp_path: Path) -> None:
     odd.mkdir()
     (odd / "0.tar").touch()
     assert expand(odd) == [str(odd / "0.tar")]
+
+
+ODD = [
+    ("data [v1]", ["shard 0.tar", "shard 1.tar"]),
+    ("b{0}", ["part{1}.tar"]),
+    ("b{x,y}", ["0.tar"]),
+    ("pct%20", ["a#b?c.tar"]),
+    ("star*", ["x.tar"]),
+    ("tilde~", ["~a.tar", "~root.tar"]),
+    ("UPPER", ["A.TAR"]),
+    ("comma,x", ["a,b.tar"]),
+]
+
+
+@pytest.mark.parametrize(("folder", "names"), ODD)
+def test_expand_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, names: list[str]) -> None:
+    inside = tmp_path / folder
+    inside.mkdir()
+    paths = [str(inside / name) for name in names]
+    for path in paths:
+        Path(path).touch()
+    monkeypatch.chdir(tmp_path)
+    for where in (str(inside), folder):
+        assert [expand(f"{where}/{name}") for name in names] == [[path] for path in paths]
+        assert expand(where) == expand(f"{where}/*.[tT][aA][rR]") == paths
+    monkeypatch.chdir(inside)
+    assert [expand(name) for name in names] == [[path] for path in paths]
+    assert expand("*.[tT][aA][rR]") == paths
+
+
+@pytest.mark.parametrize(("folder", "names"), [odd for odd in ODD if "{x,y}" not in odd[0]])
+def test_expand_odd_names_on_another_file_system(memory: Any, folder: str, names: list[str]) -> None:
+    for name in names:
+        memory.pipe(f"/shards-test/{folder}/{name}", b"x")
+    given = f"memory://shards-test/{folder}"
+    assert [expand(f"{given}/{name}") for name in names] == [[f"{given}/{name}"] for name in names]
+    expected = [f"memory:///shards-test/{folder}/{name}" for name in names]
+    assert expand(f"{given}/") == expand(f"{given}/*.[tT][aA][rR]") == expected
+
+
+def test_expand_braces_in_a_folder_with_brackets(tmp_path: Path) -> None:
+    for name in ("data [v1]/shard 0.tar", "data [v1]/shard 1.tar", "data v/shard 0.tar", "b{x,y}/0.tar", "bx/0.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    both = [str(tmp_path / f"data [v1]/shard {i}.tar") for i in (0, 1)]
+    assert expand(tmp_path / "data [v1]/shard {0..1}.tar") == both
+    assert expand(tmp_path / "data [v1]/shard [01].tar") == both
+    assert expand(tmp_path / "*/shard {1,0}.tar") == [both[1], both[0], str(tmp_path / "data v/shard 0.tar")]
+    assert expand(tmp_path / "b{x,y}/{0..0}.tar") == [str(tmp_path / "b{x,y}/0.tar")]
+    assert expand(str(tmp_path / f"data [v1]/shard {{0,{'1,' * 200}1}}.tar")) == both
+
+
+def test_score_tables_in_folders_with_odd_names(tmp_path: Path, memory: Any) -> None:
+    for folder, _ in ODD:
+        path = tmp_path / folder / "a.parquet"
+        path.parent.mkdir()
+        path.touch()
+        assert list_files(str(path.parent), ".parquet") == [str(path)]
+        memory.pipe(f"/shards-test/{folder}/a.parquet", b"x")
+        (found,) = list_files(f"memory://shards-test/{folder}", ".parquet")
+        assert found.endswith(f"/shards-test/{folder}/a.parquet")
+
+
+def test_home_and_names_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.tar").touch()
+    assert expand("~/a.tar") == expand("~/*.tar") == [str(tmp_path / "a.tar")]
+    with pytest.raises(FileNotFoundError, match=r"no such shard: .*/~nobody-of-that-name/a\.tar"):
+        expand("~nobody-of-that-name/a.tar")
 
 
 def test_expand_leaves_hidden_files_of_a_folder_alone(folder: Path) -> None:
@@ -658,13 +729,31 @@ def test_any_number_of_zeros_may_end_a_tar(zeros: int) -> None:
     assert (len(index.samples), index.error) == (3, None)
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 12345\n"
+
+
+def parquet_bytes() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"key": ["a"]}), sink)
+    return bytes(sink.getvalue())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "not a tar that can be read: empty file"),
         (bytes(100), "not a tar that can be read"),
-        (b"<html>404 Not Found</html>" * 40, "not a tar that can be read"),
-        (gzip.compress(pack(THREE)), r"not a tar.*compressed with gzip: unpack it first \(gunzip\)"),
+        (
+            b"<html>404 Not Found</html>" * 40,
+            "not a tar that can be read: a web page, such as a server's error or login",
+        ),
+        (b"\n<!DOCTYPE HTML><title>Log in</title>", "a web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML document, such as a store's error"),
+        (b'{"error": "no access"}', "a JSON document"),
+        (LFS, "a Git LFS pointer, .* git lfs pull"),
+        (parquet_bytes(), "a Parquet file: shards are tars"),
+        (b"PK\x03\x04" + bytes(600), "a ZIP archive: unpack it"),
+        (gzip.compress(pack(THREE)), r"not a tar that can be read: compressed with gzip: unpack it first \(gunzip\)"),
         (bz2.compress(pack(THREE)), r"compressed with bzip2: unpack it first \(bunzip2\)"),
         (lzma.compress(pack(THREE)), r"compressed with xz: unpack it first \(unxz\)"),
         (pa.compress(pack(THREE), "zstd", asbytes=True), r"compressed with zstd: unpack it first \(unzstd\)"),
@@ -676,6 +765,43 @@ def test_not_a_tar(tmp_path: Path, content: bytes, message: str) -> None:
     index = index_shard(str(path))
     assert index.samples == []
     assert re.search(message, index.error or "")
+
+
+@pytest.mark.parametrize(
+    "name", ["PAR1.jpg", "PK\x03\x04.jpg", "<html>.jpg", "BZh.jpg", '{"a.jpg', "version https://git-lfs"]
+)
+@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
+def test_tars_whose_first_name_looks_like_something_else(name: str, format_: int) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format_) as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    assert what_is(buffer.getvalue()[:512]) is None
+
+
+def test_shards_that_are_no_tars(tmp_path: Path, memory: Any) -> None:
+    good, missing = tmp_path / "good.tar", str(tmp_path / "missing.tar")
+    good.write_bytes(pack(THREE))
+    wrong = [tmp_path / "0.parquet", tmp_path / "1.tar"]
+    wrong[0].write_bytes(parquet_bytes())
+    wrong[1].write_bytes(LFS)
+    (tmp_path / "damaged.tar").write_bytes(bytes(range(256)) * 4)
+    for urls in (
+        [str(good)],
+        [str(wrong[0]), str(good)],
+        [missing],
+        [missing, str(good)],
+        [str(tmp_path / "damaged.tar")],
+    ):
+        check_shards(urls)
+    with pytest.raises(ValueError, match=rf"^{wrong[0]} is no tar; it is a Parquet file: "):
+        check_shards([str(wrong[0])])
+    with pytest.raises(ValueError, match=rf"^{wrong[1]} is no tar \(nor is any of 1 others\); it is a Git LFS pointer"):
+        check_shards([missing, str(wrong[1]), str(wrong[0])])
+    memory.pipe("/shards-test/a.tar", gzip.compress(pack(THREE)))
+    with pytest.raises(
+        ValueError, match=r"^memory://shards-test/a.tar is no tar; it is compressed with gzip: unpack it"
+    ):
+        check_shards(["memory://shards-test/a.tar"])
 
 
 def test_missing_and_unreadable(tmp_path: Path) -> None:
