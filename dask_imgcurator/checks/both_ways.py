@@ -138,6 +138,7 @@ class BothWays:
             torch.get_num_threads(),
             embed.max_pixels,
             embed.adjust_orientation,
+            embed.scale_high_bit_depth,
         )
         self._last: torch.Tensor | None = None
 

@@ -66,6 +66,7 @@ class Decoder:
     threads: int = 1
     max_pixels: int | None = None
     adjust_orientation: bool = False
+    scale_high_bit_depth: bool = False
     views: bool = False
     _pipeline: dali.Pipeline | None = field(default=None, init=False)
 
@@ -153,9 +154,11 @@ class Decoder:
     def _by_pillow(self, blobs: Sequence[Any], rows: list[int], batch: Batch) -> None:
         import torch
 
+        options = self.adjust_orientation, self.scale_high_bit_depth, self.views
+
         def decode(i: int) -> list[torch.Tensor] | BadImage:
             try:
-                return pillow.decode(blobs[i], self.preprocess, self.adjust_orientation, self.views)
+                return pillow.decode(blobs[i], self.preprocess, *options)
             except BadImage as bad:
                 return bad
 

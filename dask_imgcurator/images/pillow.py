@@ -9,7 +9,9 @@ import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from . import quality
 from .formats import FORMATS, BadImage, recognise
@@ -144,7 +146,11 @@ def _header_problem(name: str, err: Exception) -> str:
 
 
 def decode(
-    data: bytes, preprocess: Preprocess, adjust_orientation: bool = False, views: bool = False
+    data: bytes,
+    preprocess: Preprocess,
+    adjust_orientation: bool = False,
+    scale_high_bit_depth: bool = False,
+    views: bool = False,
 ) -> list[torch.Tensor]:
     """Decode an image to its last row, or raise `BadImage`.
 
@@ -157,6 +163,8 @@ def decode(
         with opened(data) as image:
             image.load()
             upright = ImageOps.exif_transpose(image) if adjust_orientation else image
+            if scale_high_bit_depth and is_deep(upright.mode):
+                upright = to_8_bits(upright)
             cut = resize_and_cut(upright, preprocess)
             pixels = tv.normalize(tv.to_tensor(cut.convert("RGB")), preprocess.mean, preprocess.std)
             return [pixels, *(quality.views(upright) if views else ())]
@@ -164,6 +172,26 @@ def decode(
         raise
     except Exception as err:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error …
         raise BadImage("decode_error", _reason(err)) from None
+
+
+def is_deep(mode: str) -> bool:
+    """Whether samples have more than 8 bits in a mode of Pillow, which clips them at 255 when it makes RGB of them."""
+    return mode.startswith("I") or mode == "F"
+
+
+def to_8_bits(image: Image) -> Image:
+    """Stretch the samples of a deep image linearly: the least becomes black, the greatest white."""
+    from PIL import Image as pillow
+
+    samples: Any = np.array(image, np.float64 if image.mode == "I" else np.float32)
+    finite = samples[np.isfinite(samples)] if image.mode == "F" else samples
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    if low == high:
+        return image
+    np.nan_to_num(samples, copy=False, nan=low, posinf=high, neginf=low)
+    samples -= low
+    samples *= 255 / (high - low)
+    return pillow.fromarray(np.rint(samples, out=samples).astype(np.uint8))
 
 
 def resize_and_cut(image: Image, preprocess: Preprocess) -> Image:

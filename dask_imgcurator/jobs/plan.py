@@ -135,6 +135,7 @@ def describe(plan: ScorePlan) -> dict[str, Any]:
             "device": backend.decoder_device,
             "max_pixels": plan.embed.max_pixels,
             "adjust_orientation": plan.embed.adjust_orientation,
+            "scale_high_bit_depth": plan.embed.scale_high_bit_depth,
             "measures": quality.provenance() if plan.embed.measures else None,
         },
         "read": {"caption": plan.read.caption, "fields": dict(plan.read.fields), "image": list(plan.read.image)},

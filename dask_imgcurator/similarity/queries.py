@@ -129,6 +129,7 @@ def image_queries(
         decoder="auto" if decoder == "dali" and dali_problem() else decoder,
         max_pixels=decode.get("max_pixels", config.get("max-pixels")),
         adjust_orientation=bool(decode.get("adjust_orientation", config.get("adjust-orientation"))),
+        scale_high_bit_depth=bool(decode.get("scale_high_bit_depth", config.get("scale-high-bit-depth"))),
         storage_options=storage_options,
     )
     sizes = [_size(name, storage_options) for name in names]

@@ -15,6 +15,7 @@ from ..engine.cluster import log_event, turn
 from ..engine.frames import apply_step, require_columns
 from ..images import quality
 from ..images.formats import BadImage
+from ..images.pillow import is_deep
 from ..models.encoders import EncoderSpec, load_encoder, resolve_encoder
 from ..schema import MEASURES, arrow_schema, columns_of
 from ..storage.files import is_local
@@ -35,6 +36,7 @@ class EmbedSpec:
     decoder: str = "auto"
     max_pixels: int | None = None
     adjust_orientation: bool = False
+    scale_high_bit_depth: bool = False
     column: str = "embedding"
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     measures: bool = False
@@ -54,8 +56,9 @@ def embed_partition(frame: Any, spec: EmbedSpec) -> Any:
     """Read, decode and embed the images of a partition's rows, in any order and number."""
     # Each shard is read once, in byte order. Rows that were not ``ok`` keep what they had.
     backend = backend_of(frame)
-    host = backend.to_host(frame, _LOCATORS).to_pydict()
-    rows = _Rows(host)
+    notes = ["note"] if "note" in frame.columns else []
+    host = backend.to_host(frame, [*_LOCATORS, *notes]).to_pydict()
+    rows = _Rows(host, "scaled to 8 bits" if spec.scale_high_bit_depth else "clipped at 255")
     n, todo = len(rows.status), rows.todo()
     progress = _progress(spec.topic, host["shard"])
     progress(n - len(todo), n - len(todo))
@@ -77,9 +80,10 @@ def embed_partition(frame: Any, spec: EmbedSpec) -> Any:
 class _Rows:
     """Per-row results in host memory."""
 
-    def __init__(self, host: Mapping[str, list[Any]]) -> None:
+    def __init__(self, host: Mapping[str, list[Any]], deep: str) -> None:
         n = len(host["shard"])
-        self._host = host
+        self._host, self._deep = host, deep
+        self.notes = list(host["note"]) if "note" in host else None
         self.status, self.message = list(host["status"]), list(host["error_message"])
         self.width: list[int | None] = [None] * n
         self.height: list[int | None] = [None] * n
@@ -97,6 +101,9 @@ class _Rows:
             self.width[i], self.height[i] = info.width, info.height
             if isinstance(info, BadImage):
                 self.status[i], self.message[i] = info.status, str(info)
+            elif self.notes is not None and is_deep(info.mode):
+                note = f"samples of more than 8 bits are {self._deep}: {info.mode.replace(';', ',')}"
+                self.notes[i] = f"{self.notes[i]}; {note}" if self.notes[i] else note
 
 
 class _Embedded:
@@ -165,6 +172,8 @@ def _columns(frame: Any, spec: EmbedSpec, rows: _Rows, embedded: _Embedded) -> d
         by_row = dict(zip(places.tolist(), embedded.hashes, strict=True))
         told["phash"] = [by_row.get(i) for i in range(len(rows.status))]
     schema = spec.schema
+    if rows.notes is not None:
+        told["note"], schema = rows.notes, schema.append(pa.field("note", pa.string()))
     updates = backend.from_arrow(pa.Table.from_pydict(told, schema=pa.schema([f for f in schema if f.name in told])))
     updates.index = frame.index
     columns = {name: updates[name] for name in told}
@@ -210,6 +219,7 @@ def embed_spec(
         config.get("decoder"),
         config.get("max-pixels"),
         bool(config.get("adjust-orientation")),
+        bool(config.get("scale-high-bit-depth")),
         column,
         dict(storage_options or {}),
         measures,

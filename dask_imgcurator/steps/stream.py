@@ -174,6 +174,7 @@ def _lend_decoder(
         "threads": torch.get_num_threads(),
         "max_pixels": spec.max_pixels,
         "adjust_orientation": spec.adjust_orientation,
+        "scale_high_bit_depth": spec.scale_high_bit_depth,
         "views": spec.measures,
     }
     if spec.isolate:

@@ -28,7 +28,7 @@ from dask_imgcurator.images import dali, pillow, preprocess
 from dask_imgcurator.images.dali import dali_problem
 from dask_imgcurator.images.decoder import Batch, Decoder
 from dask_imgcurator.images.formats import BadImage
-from dask_imgcurator.images.pillow import ImageInfo, decode, inspect
+from dask_imgcurator.images.pillow import ImageInfo, decode, inspect, is_deep
 from dask_imgcurator.images.preprocess import Geometry, Preprocess
 
 needs_dali = pytest.mark.skipif(dali_problem() is not None, reason=str(dali_problem()))
@@ -248,6 +248,56 @@ def test_pillow_alone_is_open_clip_exactly(name: str) -> None:
     assert batch.pixels.dtype == torch.float32
     for pixels, data in zip(batch.pixels, blobs, strict=True):
         assert torch.equal(pixels, theirs(cfg, data))
+
+
+def deep_pictures(levels: np.ndarray, low: int = 300) -> dict[str, bytes]:
+    """Files whose samples are `low` plus 200 times the levels 0 to 255, in each depth."""
+    samples = low + 200 * levels.astype(np.int64)
+    fractions = (samples / 1e6).astype(np.float32)
+    holes = fractions.copy()
+    holes[0, :3] = np.nan, np.inf, -np.inf
+    big = Image.frombytes("I;16B", levels.shape[::-1], samples.astype(">u2").tobytes())
+    return {
+        "PNG, 16 bit": encode(Image.fromarray(samples.astype(np.uint16)), "PNG"),
+        "TIFF, 16 bit": encode(Image.fromarray(samples.astype(np.uint16)), "TIFF"),
+        "TIFF, 16 bit, big endian": encode(big, "TIFF"),
+        "TIFF, 32 bit": encode(Image.fromarray((samples - 40_000).astype(np.int32)), "TIFF"),
+        "TIFF, float": encode(Image.fromarray(fractions), "TIFF"),
+        "TIFF, float, holes": encode(Image.fromarray(holes), "TIFF"),
+        "PGM, 16 bit": encode(Image.fromarray(samples.astype(np.uint16)), "PPM"),
+        "JPEG 2000, 16 bit": encode(Image.fromarray(samples.astype(np.uint16)), "JPEG2000"),
+    }
+
+
+@pytest.mark.parametrize("name", list(deep_pictures(np.zeros((8, 8)))))
+def test_deep_samples_are_clipped_or_stretched(name: str) -> None:
+    found: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    views = []
+    for seed in (1, 2):
+        levels = np.asarray(picture(83, 61, seed).convert("L")).copy()
+        levels[0, :3], levels[-1, -2:] = (0, 255, 0), (0, 255)
+        data = deep_pictures(levels)[name]
+        info = inspect(data)
+        assert is_deep(info.mode)
+        for scale, pixels in found.items():
+            batch = Decoder(ours(SMALL), 1, dali_device=None, scale_high_bit_depth=scale, views=True)([data])
+            pixels.append(batch.pixels[0])
+        assert batch.small is not None
+        views.append(batch.small[0])
+        assert torch.equal(found[False][-1], theirs(SMALL, data))
+        assert torch.equal(found[True][-1], theirs(SMALL, encode(Image.fromarray(levels), "PNG")))
+    # Half of those of 32 bits are negative, and so black; Pillow resizes big-endian ones in a way of its own.
+    if name not in ("TIFF, 32 bit", "TIFF, 16 bit, big endian"):
+        assert torch.equal(*found[False])
+    assert not torch.equal(*found[True])
+    assert not torch.equal(*views)
+
+
+@pytest.mark.parametrize("value", [0.5, np.nan, 70_000.0])
+def test_deep_pictures_of_one_value_stay_as_they_are(value: float) -> None:
+    data = encode(Image.fromarray(np.full((30, 30), value, np.float32)), "TIFF")
+    plain, scaled = (Decoder(ours(SMALL), 1, dali_device=None, scale_high_bit_depth=s)([data]) for s in (False, True))
+    assert torch.equal(plain.pixels, scaled.pixels)
 
 
 def formats() -> dict[str, bytes]:

@@ -28,7 +28,7 @@ from PIL import Image
 import dask_imgcurator as dic
 from dask_imgcurator.images.dali import dali_problem
 from dask_imgcurator.models.encoders import resolve_encoder
-from dask_imgcurator.steps.embed import EmbedSpec, embed_partition
+from dask_imgcurator.steps.embed import EmbedSpec, embed_partition, embed_spec
 from dask_imgcurator.steps.read import ReadSpec, index_partition
 
 TINY = "dic-tiny-embed"
@@ -218,6 +218,27 @@ def test_by_dali_each_row_is_nearest_to_its_own_image(frame: pd.DataFrame, spec:
     cosine = got @ np.stack([made.embeddings[key] for key in keys]).T
     assert [keys[i] for i in cosine.argmax(1)] == list(good["key"])
     assert cosine.max(1).min() > 0.9999
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_deep_images_say_what_became_of_them(spec: EmbedSpec, tmp_path: Path, scale: bool) -> None:
+    x = np.mgrid[0:80, 0:90][1]
+    deep = [Image.fromarray((300 + 500 * values).astype(np.uint16)) for values in (x, x[:, ::-1], x % 7)]
+    files: dict[str, tuple[str, bytes | None]] = {"plain": ("png", encode(1, "PNG"))}
+    for i, image in enumerate(deep):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        files[f"deep{i}"] = ("png", buffer.getvalue())
+    write_tar(tmp_path / "a.tar", files)
+    with dask.config.set({"imgcurator.scale-high-bit-depth": scale}):
+        settled = embed_spec(TINY, "random:0").scale_high_bit_depth
+    frame = index_partition([str(tmp_path / "a.tar")], ReadSpec())
+    frame["note"] = pd.array([None, None, "several images: png, jpg", None], dtype=frame["key"].dtype)
+    done = embed_partition(frame, replace(spec, scale_high_bit_depth=settled))
+    assert list(done["status"]) == ["ok"] * 4
+    note = f"samples of more than 8 bits are {'scaled to 8 bits' if scale else 'clipped at 255'}: I,16"
+    assert [None if pd.isna(n) else n for n in done["note"]] == [None, note, f"several images: png, jpg; {note}", note]
+    assert len({tuple(vector) for vector in done["embedding"][1:]}) == (3 if scale else 1)
 
 
 def test_a_column_of_another_name(frame: pd.DataFrame, spec: EmbedSpec, made: Shards) -> None:
