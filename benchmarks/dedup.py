@@ -74,10 +74,10 @@ def make_part(part: int, parts: int, rows: int, modes: int) -> pd.DataFrame:
 
 def write_part(path: Path, part: int, parts: int, rows: int, modes: int) -> None:
     """Write one partition as the score table of a shard."""
-    from dask_imgcurator.engine.backend import get_backend
+    from dask_imgcurator.steps.score_table import write_score_file
 
     frame = make_part(part, parts, rows, modes)
-    get_backend("pandas").write_parquet(frame, str(path / f"{part:05d}.parquet"), {})
+    write_score_file(frame, str(path / f"{part:05d}.parquet"), {}, "pandas", {})
 
 
 def planted(n_parts: int, rows: int, modes: int) -> pd.DataFrame:

@@ -109,13 +109,16 @@ def parquet(settings: Any) -> Figures:
     """Write a file and read it, here and with pyarrow."""
     import pyarrow.parquet as pq
 
+    from dask_imgcurator.steps.score_table import ScoreFiles, read_score_files, write_score_file
+
     backend, table = settings.seam, make_table()
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/x.parquet"
-        backend.write_parquet(backend.from_arrow(table), path, {"imgcurator": "{}"}, {})
+        write_score_file(backend.from_arrow(table), path, {}, backend.name, {})
         assert pq.read_table(path).to_pydict() == table.to_pydict()
         assert pq.read_schema(path).metadata[b"imgcurator"] == b"{}"
-        back = backend.to_arrow(backend.read_parquet(path, ["key", "embedding"], {}))
+        spec = ScoreFiles(backend.name, table.schema)
+        back = backend.to_arrow(read_score_files([path], spec, ["key", "embedding"]))
     assert back.to_pydict() == table.select(["key", "embedding"]).to_pydict()
     return {}
 

@@ -6,14 +6,15 @@ step that needs the pixels reads them from there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import pyarrow as pa
 
-Step = Literal["read", "embed", "measure", "aesthetic", "nsfw", "text"]
-Kind = Literal["number", "string", "boolean", "list", "other"]
+Step = Literal["read", "embed", "measure", "aesthetic", "nsfw", "text", "note"]
+Kind = Literal["number", "string", "boolean", "list", "other", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ COLUMNS: Mapping[str, Column] = {
         Column("entropy", pa.float32(), "measure", True, "of the gray values, 0 (flat) to 8 bits"),
         Column("colourfulness", pa.float32(), "measure", True, "0 (gray), 15 (slight), 59 (quite) to 109 (extreme)"),
         Column("phash", pa.string(), "measure", True, "perceptual hash, 64 bits, hexadecimal"),
+        Column("note", pa.string(), "note", True, "what was not taken as it is (`a kind: details; another kind`)"),
     )
 }
 
@@ -110,29 +112,120 @@ def columns_of(*steps: Step) -> list[Column]:
     return [c for c in COLUMNS.values() if c.step in steps]
 
 
-def kind_of(type_: pa.DataType) -> Kind:
-    """Return how an Arrow type behaves in an expression; of dictionary-encoded values, as those do."""
+def plain(type_: pa.DataType) -> pa.DataType:
+    """Type as which a column is read: one layout for text and lists, whatever wrote them."""
+    if isinstance(type_, pa.BaseExtensionType):  # a tensor of fixed shape, say
+        return plain(type_.storage_type)
     if pa.types.is_dictionary(type_):
-        type_ = type_.value_type
+        return plain(type_.value_type)
+    if pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
+        return pa.string()
+    if pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_):
+        return pa.binary()
+    if any(getattr(pa.types, f"is_{kind}")(type_) for kind in _LISTS):
+        return pa.list_(plain(type_.value_type))
+    return type_
+
+
+_LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+
+
+def kind_of(type_: pa.DataType) -> Kind:
+    """Return how an Arrow type behaves in an expression."""
+    type_ = plain(type_)
     if pa.types.is_boolean(type_):
         return "boolean"
     if pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_decimal(type_):
         return "number"
-    if pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
+    if pa.types.is_string(type_):
         return "string"
-    if pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_):
+    if pa.types.is_list(type_):
         return "list"
-    return "other"
+    return "unknown" if pa.types.is_null(type_) else "other"
 
 
 def kinds_of_schema(schema: pa.Schema) -> dict[str, str]:
     """Kind of each column of a table, as `parse_where` wants it; a column of nulls may be of any."""
-    return {field.name: "unknown" if pa.types.is_null(field.type) else kind_of(field.type) for field in schema}
+    return {field.name: kind_of(field.type) for field in schema}
+
+
+# --- tables of several files ----------------------------------------------------------------------
+
+
+def unify_schemas(schemas: Iterable[tuple[str, pa.Schema]], loose: Container[str] = ()) -> pa.Schema:
+    """Schema that holds the columns of several files (names, schemas) without losing a value.
+
+    A column of types without a common one is text if it is `loose` (a JSON field); else ValueError names the files.
+    """
+    found: dict[str, tuple[pa.Field, str]] = {}
+    distinct: dict[pa.Schema, str] = {}
+    for file, schema in schemas:
+        distinct.setdefault(schema.remove_metadata(), file)
+    for schema, file in distinct.items():
+        for field in schema:
+            old, before = found.get(field.name, (field.with_type(plain(field.type)), file))
+            type_ = _wider(old.type, plain(field.type))
+            if type_ is None and field.name in loose:
+                type_ = pa.string()
+            if type_ is None:
+                raise ValueError(
+                    f"column {field.name!r} is {old.type} in {before} and {plain(field.type)} in {file}: "
+                    "convert one of the two, or give the files one by one"
+                )
+            nullable = old.nullable or field.nullable
+            found[field.name] = pa.field(field.name, type_, nullable), before if type_ == old.type else file
+    everywhere = set.intersection(*(set(schema.names) for schema in distinct)) if distinct else set()
+    return pa.schema([f if f.name in everywhere else f.with_nullable(True) for f, _ in found.values()])
+
+
+def _wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """Return the type that holds the values of both; None if there is none."""
+    if a == b:
+        return a
+    kinds = {kind_of(a), kind_of(b)} - {"unknown"}
+    if len(kinds) > 1 or ((pa.types.is_decimal(a) or pa.types.is_decimal(b)) and (_floats(a) or _floats(b))):
+        return None
+    if (_floats(a) and pa.types.is_integer(b)) or (_floats(b) and pa.types.is_integer(a)):
+        return pa.float64()  # Arrow would make float32 of int64 with float32
+    try:
+        both = [pa.schema([("", type_)]) for type_ in (a, b)]
+        return plain(pa.unify_schemas(both, promote_options="permissive").field(0).type)
+    except pa.ArrowException:
+        return None
+
+
+def _floats(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(type_))
+
+
+def conform(table: pa.Table, schema: pa.Schema, file: str) -> pa.Table:
+    """Bring a file's columns to a table's schema: missing ones are null; ValueError where a value would change."""
+    columns = []
+    for field in schema:
+        if field.name not in table.column_names:
+            columns.append(pa.nulls(len(table), field.type))
+            continue
+        try:
+            columns.append(_as_type(table[field.name], field.type))
+        except pa.ArrowException as err:
+            raise ValueError(
+                f"column {field.name!r} of {file} cannot be read as {field.type}, as other files have it: {err}"
+            ) from err
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _as_type(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
+    if isinstance(column.type, pa.BaseExtensionType):
+        column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+    if pa.types.is_floating(column.type) and pa.types.is_string(type_):  # as JSON writes numbers: Arrow's 1.0 is "1"
+        texts = [None if value is None else json.dumps(value) for value in column.to_pylist()]
+        return pa.chunked_array([pa.array(texts, type_)])
+    return column.cast(type_)
 
 
 def is_ours(name: str, type_: pa.DataType) -> bool:
     """Whether a column is this library's: a user's column of the same name may be of another kind."""
-    return name in COLUMNS and (pa.types.is_null(type_) or kind_of(type_) == kind_of(COLUMNS[name].type))
+    return name in COLUMNS and kind_of(type_) in ("unknown", kind_of(COLUMNS[name].type))
 
 
 def arrow_schema(names: Iterable[str], extra: Mapping[str, pa.DataType] | None = None) -> pa.Schema:
@@ -155,7 +248,7 @@ def missing_columns(schema: pa.Schema, wanted: pa.Schema) -> list[str]:
     for field in wanted:
         if field.name not in schema.names:
             missing.append(field.name)
-        elif kind_of(schema.field(field.name).type) != kind_of(field.type):
+        elif kind_of(schema.field(field.name).type) not in ("unknown", kind_of(field.type)):
             raise ValueError(
                 f"the table has a column {field.name!r} of type {schema.field(field.name).type}, "
                 f"expected {field.type}: rename one of the two"

@@ -59,12 +59,15 @@ encoder_options = _group(
     click.option(
         "--column",
         "columns",
-        metavar="FIELD",
+        metavar="[COLUMN=]FIELD[:TYPE]",
         multiple=True,
-        help="Field of the samples' .json to keep as a column; may be repeated.",
+        help="Field of the samples' .json to keep as a column, under its own or another name (original_width=width); "
+        "TYPE is string, int64, float64 or bool. [default type: the one that holds all values; may be repeated]",
     ),
     click.option(
-        "--caption", metavar="FIELD", help="Field of the .json that holds the caption, instead of the .txt member."
+        "--caption",
+        metavar="FIELD|EXT",
+        help="Field of the .json, or text member (en.txt), that holds the caption, instead of the .txt member.",
     ),
     click.option(
         "--image",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -57,16 +56,6 @@ class Backend(Protocol):
 
     def float_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
         """Make a float32 column with the values of a (m,) tensor at the given rows, null elsewhere and for NaN."""
-        ...
-
-    def read_parquet(self, path: str, columns: list[str] | None, storage_options: Mapping[str, Any]) -> Any:
-        """Read one Parquet file with this library's dtypes."""
-        ...
-
-    def write_parquet(
-        self, frame: Any, path: str, metadata: Mapping[str, str], storage_options: Mapping[str, Any]
-    ) -> None:
-        """Write one Parquet file with key-value metadata in its footer."""
         ...
 
     def kmeans(self, values: torch.Tensor, n_cells: int, seed: int) -> np.ndarray:

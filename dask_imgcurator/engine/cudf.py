@@ -8,8 +8,6 @@ tensor by its ``__cuda_array_interface__`` and ignores the stream there. Only DA
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import cudf
@@ -20,7 +18,6 @@ import pyarrow as pa
 import pylibcudf as plc
 
 from ..schema import COLUMNS, is_ours
-from ..storage.files import opened, persist, write_whole
 from . import device
 from .pandas import importable
 
@@ -115,49 +112,6 @@ class CudfBackend:
             )
             (column,) = taken.columns()
         return cudf.Series.from_pylibcudf(column, metadata={"name": None, "index": index})
-
-    def read_parquet(
-        self, path: str, columns: list[str] | None = None, storage_options: Mapping[str, Any] | None = None
-    ) -> Any:
-        """See `Backend.read_parquet`; bytes are fetched as on a CPU and decoded on the card."""
-
-        def read() -> bytes:
-            with opened(path, storage_options) as file:
-                return bytes(file.read())
-
-        data = persist(path, read)
-        return cudf.read_parquet(io.BytesIO(data), columns=columns, ignore_missing_columns=False)
-
-    def write_parquet(
-        self,
-        frame: Any,
-        path: str,
-        metadata: Mapping[str, str],
-        storage_options: Mapping[str, Any] | None = None,
-    ) -> None:
-        """See `Backend.write_parquet`; encoded and compressed on the card."""
-        table = plc.Table([frame[name].to_pylibcudf()[0] for name in frame.columns])
-        names = plc.io.types.TableInputMetadata(table)
-        for meta, name in zip(names.column_metadata, frame.columns, strict=True):
-            meta.set_name(name)
-            known = COLUMNS.get(name)
-            # Said for every column: left to itself, the writer goes by whether this partition happens to have nulls,
-            # and two files of one run would have two schemas.
-            meta.set_nullability(known is None or known.nullable)
-            if isinstance(frame[name].dtype, cudf.ListDtype):
-                meta.child(1).set_name("element").set_nullability(True)
-        sink = io.BytesIO()
-        options = (
-            plc.io.parquet.ParquetWriterOptions.builder(plc.io.SinkInfo([sink]), table)
-            .metadata(names)
-            .key_value_metadata([dict(metadata)])
-            .compression(plc.io.types.CompressionType.ZSTD)
-            .write_arrow_schema(True)
-            .build()
-        )
-        plc.io.parquet.write_parquet(options)
-        with write_whole(path, storage_options) as file:
-            file.write(sink.getbuffer())
 
     def kmeans(self, values: torch.Tensor, n_cells: int, seed: int) -> np.ndarray:
         """See `Backend.kmeans`; cuVS's, hierarchical and balanced, without a seed."""

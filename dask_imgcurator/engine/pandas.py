@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import dask
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
-
-from ..storage.files import opened, persist, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +26,11 @@ _NULLABLE = {
 def _pandas_dtype(field: pa.Field) -> Any:
     """Dtype of a column, chosen so that null stays null and numbers keep their width."""
     type_ = field.type
-    if pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_null(type_):
+    if pa.types.is_string(type_) or pa.types.is_large_string(type_):
         return pd.StringDtype("pyarrow")
     if field.nullable and type_ in _NULLABLE:
         return _NULLABLE[type_]
-    if pa.types.is_nested(type_):
+    if pa.types.is_nested(type_) or pa.types.is_decimal(type_):
         return pd.ArrowDtype(type_)
     return None
 
@@ -145,28 +141,6 @@ class PandasBackend:
         out = np.full(len(index), np.nan, np.float32)
         out[rows] = values.float().numpy()
         return pd.Series(out, index=index)
-
-    def read_parquet(
-        self, path: str, columns: list[str] | None = None, storage_options: Mapping[str, Any] | None = None
-    ) -> pd.DataFrame:
-
-        def read() -> pa.Table:
-            with opened(path, storage_options) as file:
-                return pq.read_table(file, columns=columns)
-
-        return from_arrow(persist(path, read))
-
-    def write_parquet(
-        self,
-        frame: pd.DataFrame,
-        path: str,
-        metadata: Mapping[str, str],
-        storage_options: Mapping[str, Any] | None = None,
-    ) -> None:
-        table = self.to_arrow(frame)
-        table = table.replace_schema_metadata(dict(metadata))
-        with write_whole(path, storage_options) as file:
-            pq.write_table(table, file, compression="zstd")
 
     def kmeans(self, values: torch.Tensor, n_cells: int, seed: int) -> np.ndarray:
         """See `Backend.kmeans`; FAISS's, on one thread: with several, sums differ in their last digits."""

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -19,27 +19,27 @@ from ..engine.run import Place, place
 from ..monitor import Monitor
 from ..report import report
 from ..results import Counts, RunResult
-from ..schema import kinds_of_schema
 from ..select.settle import settled_where
 from ..select.where import combine, parse_where
 from ..steps.read import URLPath
-from ..steps.score_table import file_schema, score_urls, scores_from_files
+from ..steps.score_table import ScoreFiles, open_scores, scores_from_files
 from ..steps.write import Group, check_keys, plan_write, run_write, write_spec
 from ..storage import files
 from ..storage.urls import expand
 from .plan import ScoreOptions, make_plan
-from .score import Last, ReadPlan, Run, Scored, measure_files, score_into
+from .score import Last, Run, Scored, measure_files, score_into
 
 
 def write_scored(
-    client: Client | None, scored: Scored, read: ReadPlan, last: Last, resume: bool, monitor: Monitor
+    client: Client | None, scored: Scored, last: Last, resume: bool, monitor: Monitor
 ) -> list[dict[str, Any]]:
     """Write a score table's kept samples: `to_webdataset` of the filtered table, without holding it."""
     assert last.spec is not None
+    read = replace(scored.read, keep=last.settled)
 
     def regroup(groups: Sequence[Group], columns: Sequence[str] | None) -> dd.DataFrame:
         urls = [[scored.urls[i] for i in group.partitions] for group in groups]
-        df = scores_from_files(urls, read.storage_options, read.backend, last.settled)
+        df = scores_from_files(urls, read)
         return df if columns is None else df[list(columns)]
 
     plan = plan_write(client, [one.kept for one in scored.measured if one.kept], regroup, last.spec, resume)
@@ -96,16 +96,16 @@ def write_selection(
     """
     monitor = monitor or Monitor()
     spec = write_spec(out, max_count, max_size, storage_options, source_options)
-    urls = score_urls(scores, storage_options)
-    check_keys(file_schema(urls[0], storage_options))
-    read = ReadPlan(resolve_name(backend), dict(storage_options or {}))
-    parsed = parse_where(where, kinds_of_schema(file_schema(urls[0], storage_options))) if where is not None else None
+    table = open_scores(scores, storage_options)
+    check_keys(table.schema)
+    read = ScoreFiles(resolve_name(backend), table.schema, table.storage_options)
+    parsed = parse_where(where, table.kinds) if where is not None else None
     last = Last(settled_where(parsed), spec)
     files.remove_partial(spec.folder)
     with place(client, read.backend, monitor) as lent:
-        found = measure_files(lent, urls, last, read)
-        scored = Scored(urls, [found[url] for url in urls])
-        return scored.counts, write_scored(lent, scored, read, last, resume, monitor)
+        found = measure_files(lent, table.urls, last, read)
+        scored = Scored(table.urls, [found[url] for url in table.urls], read)
+        return scored.counts, write_scored(lent, scored, last, resume, monitor)
 
 
 def curate(
@@ -175,7 +175,7 @@ def curate(
     spec = write_spec(curated, max_count, max_size, given.out_options, given.storage_options)
     urls = expand(urlpath, given.storage_options)
     plan, parsed = make_plan(urls, given, where, monitor)
-    last = Last(settled_where(parsed), spec)
+    last = Last(settled_where(parsed, planned=plan.planned), spec, plan.chosen)
     files.remove_partial(curated)
     with place(client, plan.read.backend, monitor) as lent:
         assert lent is not None
@@ -183,12 +183,12 @@ def curate(
         counts = scored.counts
         result.samples, result.by_status = counts.rows, counts.by_status
         result.kept, result.funnel = counts.kept, counts.funnel
-        read = ReadPlan(plan.read.backend, plan.storage_options)
-        result.written = write_scored(lent, scored, read, last, resume, monitor)
+        result.written = write_scored(lent, scored, last, resume, monitor)
     result.seconds = time.perf_counter() - begin
     arguments = {"shards": urls, "out": folder, "where": where, **given.record}
     _record(folder, arguments, result, plan.storage_options)
-    report.write_run_report(folder, scored.urls, where, result, plan.storage_options, plan.read.storage_options)
+    source_options = plan.read.storage_options
+    report.write_run_report(folder, scored.urls, where, result, plan.storage_options, source_options, plan.planned)
     return result
 
 

@@ -12,12 +12,11 @@ from ..engine.run import Place
 from ..monitor import Monitor
 from ..report import comparison, report
 from ..report.survey import survey
-from ..schema import kinds_of_schema
 from ..select import selection
 from ..select.settle import settled_where
 from ..select.where import parse_where
 from ..steps.read import URLPath
-from ..steps.score_table import file_provenance, file_schema, score_urls
+from ..steps.score_table import ScoreTable, open_scores
 from ..storage import files
 from .plan import model_notes
 from .tables import opened, steps_of
@@ -92,16 +91,16 @@ def write_report(
     shown = _read_groups(groups, options)
     # Pages are made of a few rows, in pandas, wherever the selection is computed.
     with opened(scores, options, "pandas", client, monitor) as table:
-        steps = [] if where is None else [parse_where(where, kinds_of_schema(table.schema))]
+        steps = [] if where is None else [parse_where(where, table.scores.kinds)]
         settled = selection.settle(table.df, [*steps, *ranked], alone=True)
-        found = survey(table.urls, table.schema, settled, options)
-        provenance, notes = _provenance(table.urls, options)
+        found = survey(table.scores, settled)
+        provenance, notes = _provenance(table.scores)
         counts = found.counts
         kept = counts.kept if settled.conditions else None
         subject = report.Subject(
             _title(scores), counts.rows, counts.by_status, kept, counts.funnel, None, provenance, notes
         )
-        html = report.render_report(subject, found, table.urls, options, _or(source_options, options), shown)
+        html = report.render_report(subject, found, table.scores, _or(source_options, options), shown)
     with files.write_whole(target, options) as file:
         file.write(html.encode())
     return target
@@ -153,7 +152,7 @@ def compare_selections(
     options = dict(storage_options or {})
     (left, said), (right, more) = (_side(item, scores, options) for item in (a, b))
     notes = list(dict.fromkeys([*said, *more]))
-    found = comparison.compare_sides(left, right, options)
+    found = comparison.compare_sides(left, right)
     html = comparison.render_comparison(left, right, found, _or(source_options, options), notes)
     with files.write_whole(target, options) as file:
         file.write(html.encode())
@@ -181,9 +180,9 @@ def _title(scores: URLPath) -> str:
     return shown[0] if len(shown) == 1 else f"{shown[0]} and {len(shown) - 1} more"
 
 
-def _provenance(urls: Sequence[str], storage_options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _provenance(table: ScoreTable) -> tuple[dict[str, Any], list[str]]:
     """What a table's scores depend on, and caveats for the reader."""
-    made = [file_provenance(url, storage_options) or {} for url in urls]
+    made = [file.provenance for file in table.files]
     # What differs from file to file by nature says nothing of the whole.
     provenance = {k: v for k, v in made[0].items() if all(m.get(k) == v for m in made)}
     encoder = made[0].get("encoder", {})
@@ -203,18 +202,17 @@ def _side(
     """One of two selections: a score table, or an expression on `scores`."""
     name, where = os.fspath(item), None
     try:
-        urls = score_urls(name, storage_options)
+        table = open_scores(name, storage_options)
     except (FileNotFoundError, NotADirectoryError):
         if scores is None:
             raise FileNotFoundError(
                 f"no score table at {name!r}: an expression needs the score table that it is on"
             ) from None
-        urls, where = score_urls(scores, storage_options), name
-    schema = file_schema(urls[0], storage_options)
-    parsed = None if where is None else parse_where(where, kinds_of_schema(schema))
-    provenance, notes = _provenance(urls, storage_options)
+        table, where = open_scores(scores, storage_options), name
+    parsed = None if where is None else parse_where(where, table.kinds)
+    provenance, notes = _provenance(table)
     steps = provenance.get("selected", {}).get("steps", []) if where is None else []
-    return comparison.Side(name, urls, schema, settled_where(parsed), steps), notes
+    return comparison.Side(name, table, settled_where(parsed), steps), notes
 
 
 def _read_groups(

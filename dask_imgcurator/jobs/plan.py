@@ -12,8 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from ..engine.backend import get_backend
 from ..images import quality
+from ..json_fields import FIELD_TYPES
 from ..models import heads, starter, weights
 from ..models.encoders import load_encoder
 from ..monitor import Monitor
@@ -21,7 +24,7 @@ from ..schema import COLUMNS, kind_of
 from ..select.where import Where, parse_where
 from ..steps.embed import EmbedSpec, embed_spec
 from ..steps.heads import HeadUse
-from ..steps.read import FIELD_TYPES, ReadSpec, read_spec
+from ..steps.read import ReadSpec, peek, read_spec
 from ..steps.score_table import file_provenance
 from ..steps.stream import settle_decoder
 from ..storage import files
@@ -66,9 +69,19 @@ class ScorePlan:
     def kinds(self) -> dict[str, str]:
         """Columns of the score table and their kinds."""
         names = [*self.read.schema.names, *self.embed.schema.names, *(u.column for u in self.heads)]
-        own = dict(self.read.fields)
-        types = {n: COLUMNS[n].type if n in COLUMNS else FIELD_TYPES[own[n]] for n in dict.fromkeys(names)}
+        own = {f.column: FIELD_TYPES.get(f.type or f.likely or "", pa.null()) for f in self.read.fields}
+        types = {n: COLUMNS[n].type if n in COLUMNS else own[n] for n in dict.fromkeys(names)}
         return {name: kind_of(type_) for name, type_ in types.items()}
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Columns that the user named."""
+        return (*(f.column for f in self.read.fields), *(["caption"] if self.read.caption is not None else []))
+
+    @property
+    def planned(self) -> pa.Schema:
+        """Types by which an expression judges JSON fields, though a shard's values may be of others."""
+        return pa.schema([(f.column, FIELD_TYPES[f.likely]) for f in self.read.fields if f.likely])
 
     def settled(self, provenance: Mapping[str, Any], topic: str) -> ScorePlan:
         """Return the plan by which all workers use what the first one has, and report their progress."""
@@ -88,7 +101,10 @@ def make_plan(
     """Resolve what is done to shards, and parse the expression against the columns they will have."""
     check_shards(urls, options.storage_options)
     model, pretrained = choose_model(options.model, options.pretrained, monitor)
-    read = read_spec(urls, options.columns, options.caption, options.storage_options, options.backend, options.image)
+    read = read_spec(options.columns, options.caption, options.storage_options, options.backend, options.image)
+    types = peek(urls, read)
+    fields = tuple(f if f.type else replace(f, likely=types[f.name]) for f in read.fields)
+    read = replace(read, fields=fields, notes=True)
     embed = embed_spec(
         model,
         pretrained,
@@ -138,7 +154,11 @@ def describe(plan: ScorePlan) -> dict[str, Any]:
             "scale_high_bit_depth": plan.embed.scale_high_bit_depth,
             "measures": quality.provenance() if plan.embed.measures else None,
         },
-        "read": {"caption": plan.read.caption, "fields": dict(plan.read.fields), "image": list(plan.read.image)},
+        "read": {
+            "caption": plan.read.caption,
+            "fields": {f.column: {"field": f.name, "type": f.type} for f in plan.read.fields},
+            "image": list(plan.read.image),
+        },
         "versions": versions,
     }
 

@@ -10,25 +10,27 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import dask.dataframe as dd
 import pandas as pd
+import pyarrow as pa
 from distributed import Client
 
+from ..engine.backend import backend_of
 from ..engine.frames import apply_step, from_map, host_column
 from ..engine.run import JobError, Place, Wave, place, results, run, waves
 from ..models import ModelError
 from ..models.weights import WeightsError
 from ..monitor import Monitor, Progress
 from ..results import Counts, RunResult
-from ..schema import arrow_schema
+from ..schema import arrow_schema, kind_of, unify_schemas
 from ..select.settle import Settled, settled_where
 from ..steps.embed import embed_partition
 from ..steps.heads import score_partition
 from ..steps.read import URLPath, read_groups
-from ..steps.score_table import file_provenance, scores_from_files, write_score_file
+from ..steps.score_table import ScoreFiles, file_provenance, look_at_all, scores_from_files, write_score_file
 from ..steps.write import Kept, measure_partition
 from ..storage import files
 from ..storage.curated import LOCATORS, WriteSpec
@@ -54,6 +56,8 @@ class Measured:
 
     counts: Counts
     kept: Kept | None = None
+    notes: Mapping[str, Remark] = field(default_factory=dict)  # kinds of what the column ``note`` tells
+    empty: frozenset[str] = frozenset()  # chosen columns in which no row has a value
 
 
 @dataclass(frozen=True)
@@ -62,18 +66,70 @@ class Last:
 
     settled: Settled
     spec: WriteSpec | None = None
+    chosen: tuple[str, ...] = ()  # columns that the user named
 
     def measure(self, frame: Any) -> Measured:
         """Count a partition's rows."""
-        counts = self.settled.count(frame)
-        if self.spec is None:
-            return Measured(counts)
-        return Measured(counts, measure_partition(self.settled.filter(frame), self.spec))
+        kept = None if self.spec is None else measure_partition(self.settled.filter(frame), self.spec)
+        empty = frozenset(name for name in self.chosen if name in frame.columns and not frame[name].notna().any())
+        return Measured(self.settled.count(frame), kept, _remarks(frame), empty)
 
     @property
     def columns(self) -> list[str]:
         """Columns needed to count."""
-        return list(dict.fromkeys([*self.settled.columns, "status", *(LOCATORS if self.spec is not None else ())]))
+        locators = LOCATORS if self.spec is not None else ("key", "shard")
+        return list(dict.fromkeys([*self.settled.columns, "status", "note", *locators, *self.chosen]))
+
+
+@dataclass(frozen=True)
+class Remark:
+    """How many samples a kind of note stands on, and the first of them."""
+
+    count: int
+    example: str
+
+    def __add__(self, other: Remark) -> Remark:
+        return Remark(self.count + other.count, self.example)
+
+
+def _remarks(frame: Any) -> dict[str, Remark]:
+    """Count the notes of a partition by what stands before their colon."""
+    found: dict[str, Remark] = {}
+    if "note" not in frame.columns:
+        return found
+    table = backend_of(frame).to_host(frame[frame["note"].notna()], ["note", "key", "shard"])
+    for row in table.to_pylist():
+        for note in row["note"].split("; "):
+            kind, _, detail = note.partition(": ")
+            example = f"{row['key']} in {row['shard'].rpartition('/')[2]}" + (f": {detail}" if detail else "")
+            found[kind] = found[kind] + Remark(1, "") if kind in found else Remark(1, example)
+    return found
+
+
+#: What to do about a kind of note.
+_REMEDIES = {"several images": "; only one of them is scored (--image EXT names it)"}
+
+
+def tell(parts: Sequence[Measured], schema: pa.Schema, plan: ScorePlan, monitor: Monitor) -> None:
+    """Tell the user what was not taken as it is, or was asked for and not found."""
+    total: dict[str, Remark] = {}
+    for part in parts:
+        for kind, remark in part.notes.items():
+            total[kind] = total[kind] + remark if kind in total else remark
+    for kind, remark in total.items():
+        monitor.note(
+            f"{remark.count:,} sample{'s' * (remark.count > 1)}: {kind}{_REMEDIES.get(kind, '')}; "
+            f"for example {remark.example}."
+        )
+    for name in sorted(frozenset.intersection(*(part.empty for part in parts)) if parts else ()):
+        monitor.note(f"No sample has a value for {name}.")
+    for expected in plan.planned:
+        type_ = schema.field(expected.name).type
+        if kind_of(type_) not in ("unknown", kind_of(expected.type)):
+            monitor.note(
+                f"The JSON field {expected.name} is {expected.type} in the first samples, but {type_} in the table, "
+                "which keeps all of its values. A condition on it takes those of another kind for missing."
+            )
 
 
 # --- the graph ------------------------------------------------------------------------------------
@@ -88,11 +144,12 @@ def score_graph(targets: Sequence[Target], plan: ScorePlan, last: Last) -> dd.Da
     return results(df, _write, plan, last, label="write-scores", each=targets)
 
 
-def _write(frame: Any, target: Target, plan: ScorePlan, last: Last) -> Measured:
+def _write(frame: Any, target: Target, plan: ScorePlan, last: Last) -> tuple[Measured, pa.Schema]:
     # What a store failed to give may come the next time: such a file is not taken over by a later run.
     lost = {"unreached": n} if (n := _unreached(frame, target.shard)) else {}
-    write_score_file(frame, target.url, {**target.provenance, **lost}, plan.read.backend, plan.storage_options)
-    return last.measure(frame)
+    provenance = {**target.provenance, **lost}
+    schema = write_score_file(frame, target.url, provenance, plan.read.backend, plan.storage_options)
+    return last.measure(frame), schema
 
 
 def _unreached(frame: Any, url: str) -> int:
@@ -103,22 +160,14 @@ def _unreached(frame: Any, url: str) -> int:
     return sum(str(message).startswith(f"{url}: ") for message in messages)
 
 
-def measure_files(client: Client | None, urls: Sequence[str], last: Last, plan: ReadPlan) -> dict[str, Measured]:
+def measure_files(client: Client | None, urls: Sequence[str], last: Last, read: ScoreFiles) -> dict[str, Measured]:
     """Count score files, reading only the columns needed."""
 
     def build(names: Sequence[str]) -> dd.DataFrame:
-        df = scores_from_files(names, plan.storage_options, plan.backend)
+        df = scores_from_files(names, read)
         return results(df[[name for name in last.columns if name in df.columns]], last.measure, label="count")
 
     return dict(run(client, waves(urls, build), "reading"))
-
-
-@dataclass(frozen=True)
-class ReadPlan:
-    """How a job reads score files."""
-
-    backend: str
-    storage_options: Mapping[str, Any]
 
 
 # --- the job --------------------------------------------------------------------------------------
@@ -130,6 +179,7 @@ class Scored:
 
     urls: list[str]
     measured: list[Measured]
+    read: ScoreFiles  # how to read them
 
     @property
     def counts(self) -> Counts:
@@ -163,10 +213,12 @@ def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan
         return Wave(names, score_graph([todo[name] for name in names], plan.isolated, last))
 
     found: dict[str, Measured] = {}
+    schemas: dict[pa.Schema, str] = {}
     client.subscribe_topic(topic, lambda event: progress.update(event[1]))
     try:
-        for url, measured in run(client, waves(list(todo), build), "scoring", again):
+        for url, (measured, schema) in run(client, waves(list(todo), build), "scoring", again):
             found[todo[url].url] = measured
+            schemas.setdefault(schema, todo[url].url)
             progress.finish(url, measured.counts)
     finally:
         client.unsubscribe_topic(topic)
@@ -176,8 +228,16 @@ def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan
         result.scoring_seconds = time.perf_counter() - begin
     tables = [targets[url][0].url for url in urls]
     rest = [table for table in tables if table not in found]
-    found |= measure_files(client, rest, last, ReadPlan(plan.read.backend, plan.storage_options))
-    return Scored(tables, [found[table] for table in tables])
+    for file in look_at_all(rest, plan.storage_options):
+        schemas.setdefault(file.schema, file.url)
+    fields = [item.column for item in plan.read.fields if item.type is None]
+    read = ScoreFiles(
+        plan.read.backend, unify_schemas(((url, s) for s, url in schemas.items()), fields), plan.storage_options
+    )
+    found |= measure_files(client, rest, last, read)
+    scored = Scored(tables, [found[table] for table in tables], read)
+    tell(scored.measured, read.schema, plan, monitor)
+    return scored
 
 
 @dataclass(frozen=True)
@@ -316,7 +376,9 @@ def score_shards(
     plan, _ = make_plan(urls, given, None, monitor)
     with place(client, plan.read.backend, monitor) as lent:
         assert lent is not None
-        scored = score_into(lent, urls, folder, plan, Last(settled_where(None)), Run(resume, monitor, result))
+        scored = score_into(
+            lent, urls, folder, plan, Last(settled_where(None), chosen=plan.chosen), Run(resume, monitor, result)
+        )
     counts = scored.counts
     result.samples, result.by_status = counts.rows, counts.by_status
     result.seconds = time.perf_counter() - begin

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import dask.dataframe as dd
-import pyarrow as pa
 from distributed import Client
 
 from ..duplicates import deduplication
@@ -25,7 +24,6 @@ from ..engine.run import Place, place, results, run, waves
 from ..exports.base import Exported, export
 from ..monitor import Monitor
 from ..results import Counts
-from ..schema import kinds_of_schema
 from ..select import selection
 from ..select.settle import Settled
 from ..select.steps import Step, parse_sample, parse_top
@@ -33,11 +31,10 @@ from ..select.where import filter_frame, parse_where
 from ..steps.read import URLPath
 from ..steps.score_table import (
     ScoreFiles,
+    ScoreTable,
     file_provenance,
-    file_schema,
+    open_scores,
     read_kept,
-    score_urls,
-    scores_from_files,
     write_score_file,
 )
 from ..storage import files
@@ -47,18 +44,20 @@ from ..storage import files
 class Table:
     """An open score table: its files, how they are read, and a lazy frame with one partition per file."""
 
-    urls: list[str]
+    scores: ScoreTable
     backend: str
-    storage_options: Mapping[str, Any]
     df: Any
-    schema: pa.Schema  # of the first file
     client: Client | None
+
+    @property
+    def urls(self) -> list[str]:
+        """Its files' URLs."""
+        return self.scores.urls
 
     @property
     def encoder(self) -> dict[str, Any]:
         """What the table's first file records of the model; empty for tables of other origin."""
-        provenance = file_provenance(self.urls[0], self.storage_options) or {}
-        return dict(provenance.get("encoder", {}))
+        return dict(self.scores.files[0].provenance.get("encoder", {}))
 
 
 @contextmanager
@@ -72,11 +71,9 @@ def opened(
 ) -> Iterator[Table]:
     """Open a score table, with a place to compute on; `light`: no model will be loaded there."""
     name = resolve_name(backend)
-    options = dict(storage_options or {})
-    urls = score_urls(scores, options)
-    schema = file_schema(urls[0], options)
+    table = open_scores(scores, storage_options)
     with place(client, name, monitor or Monitor(), light) as lent:
-        yield Table(urls, name, options, scores_from_files(urls, options, name), schema, lent)
+        yield Table(table, name, table.frame(name), lent)
 
 
 def targets_of(table: Table, out: str | os.PathLike[str]) -> list[str]:
@@ -110,7 +107,7 @@ def write_table(
     pairs = {str(i): Target(*pair) for i, pair in enumerate(zip(table.urls, targets, strict=True))}
     if settled is not None:  # the rest of the kept rows is read when it is known which they are
         df = df[[name for name in settled.columns if name in df.columns] or list(df.columns[:1])]
-    read = ScoreFiles(table.backend, tuple(table.schema.names), table.storage_options)
+    read = ScoreFiles(table.backend, table.scores.schema, table.scores.storage_options)
 
     def build(names: Sequence[str]) -> dd.DataFrame:
         part = df.partitions[int(names[0]) : int(names[-1]) + 1] if len(names) < len(pairs) else df
@@ -189,7 +186,7 @@ def select_rows(
     """
     ranked = steps_of(top, sample)
     with opened(scores, storage_options, backend, client, monitor) as table:
-        steps = ranked if where is None else [parse_where(where, kinds_of_schema(table.schema)), *ranked]
+        steps = ranked if where is None else [parse_where(where, table.scores.kinds), *ranked]
         targets = targets_of(table, out)
         settled = selection.settle(table.df, steps, alone=True)
         note = {"selected": {"steps": [step.text for step in steps]}}
@@ -339,5 +336,5 @@ def export_scores(
     with opened(scores, storage_options, backend, client, monitor) as table:
         df = table.df
         if where is not None:
-            df = filter_frame(df, parse_where(where, kinds_of_schema(table.schema)))
+            df = filter_frame(df, parse_where(where, table.scores.kinds))
         return export(df, out, format, storage_options=storage_options, **options)

@@ -13,9 +13,10 @@ import pyarrow as pa
 from ..duplicates.rows import is_in, row_ids
 from ..images.thumbnails import make_thumbnails
 from ..select.settle import Settled
+from ..steps.score_table import ScoreTable
 from .histograms import KEPT, OTHER, OWN, Figure, Histogram, Kind
 from .render import ROW, page
-from .survey import FIRST, SIZES, Rank, Wall, floats, histograms_of, numbers_of, read_batches, row_of
+from .survey import FIRST, SIZES, Rank, Wall, floats, histograms_of, numbers_of, row_of
 
 _IDENTITY = ("shard", "key", "sample_offset")
 _SEED = 0
@@ -27,16 +28,15 @@ class Side:
     """One of two selections, under the user's name for it: a folder, or an expression."""
 
     name: str
-    urls: Sequence[str]  # of the files of its score table
-    schema: pa.Schema  # of the first of them
+    table: ScoreTable
     settled: Settled = field(default_factory=Settled)
     made_by: Sequence[str] = ()  # steps by which the table itself was selected, as far as it says
 
-    def kept(self, columns: set[str], storage_options: Mapping[str, Any]) -> Iterator[pa.Table]:
+    def kept(self, columns: set[str]) -> Iterator[pa.Table]:
         """Stream the rows it keeps, with `columns` and those that identify rows."""
         wanted = {*columns, *_IDENTITY, "status", *self.settled.columns}
-        for table in read_batches(self.urls, wanted, storage_options):
-            yield table.filter(pa.array(self.settled.judge(table).kept))
+        for batch in self.table.batches(wanted):
+            yield batch.filter(pa.array(self.settled.judge(batch).kept))
 
 
 @dataclass
@@ -75,12 +75,11 @@ def _walls(rank: Rank | None) -> dict[str, Wall]:
     return walls
 
 
-def compare_sides(a: Side, b: Side, storage_options: Mapping[str, Any] | None = None) -> Compared:
+def compare_sides(a: Side, b: Side) -> Compared:
     """Find what two selections share and what not; a row in both counts with the scores of `a`."""
     # Each table is streamed twice, without embeddings; memory holds 8 bytes per kept row.
-    options = storage_options or {}
-    ids = [np.sort(np.concatenate([np.zeros(0, np.uint64), *map(row_ids, s.kept(set(), options))])) for s in (a, b)]
-    numbers = [name for s in (a, b) for name in numbers_of(s.schema)]
+    ids = [np.sort(np.concatenate([np.zeros(0, np.uint64), *map(row_ids, s.kept(set()))])) for s in (a, b)]
+    numbers = [name for s in (a, b) for name in numbers_of(s.table.schema)]
     names = [*FIRST, *(n for n in numbers if n.endswith("_score")), *SIZES]
     names += [n for s in (a, b) for n in sorted(s.settled.columns)]
     out = Compared(histograms=histograms_of(names, numbers))
@@ -89,11 +88,11 @@ def compare_sides(a: Side, b: Side, storage_options: Mapping[str, Any] | None = 
     out.walls = _walls(rank)
     random = np.random.default_rng(_SEED)
     wanted = {*ROW, *out.histograms}
-    for table in a.kept(wanted, options):
+    for table in a.kept(wanted):
         both = is_in(row_ids(table), ids[1])
         out.both, out.only_a = out.both + int(both.sum()), out.only_a + int((~both).sum())
         _take(out, table, np.where(both, KEPT, OWN), rank, random)
-    for table in b.kept(wanted, options):
+    for table in b.kept(wanted):
         alone = ~is_in(row_ids(table), ids[0])
         out.only_b += int(alone.sum())
         _take(out, table.filter(pa.array(alone)), np.full(alone.sum(), OTHER), rank, random)

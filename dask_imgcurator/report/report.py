@@ -15,11 +15,11 @@ from ..results import ConditionCount, RunResult
 from ..schema import STATUSES
 from ..select.settle import settled_where
 from ..select.where import parse_where
-from ..steps.score_table import file_schema
+from ..steps.score_table import ScoreTable, look_at_all
 from ..storage import files
 from .histograms import KEPT, OTHER, OWN, Figure, Kind
 from .render import ROW, number, page
-from .survey import Survey, read_batches, survey
+from .survey import Survey, survey
 
 _GROUPS, _MEMBERS = 12, 5  # groups of duplicates that are shown, and rows of each
 _IDENTITY = ["shard", "key", "sample_offset"]
@@ -74,15 +74,13 @@ def _chosen_groups(groups: pd.DataFrame) -> pd.DataFrame:
     return groups[groups["group"].isin(names)].groupby("group", sort=False).head(_MEMBERS)
 
 
-def _members(
-    chosen: pd.DataFrame, urls: Sequence[str], found: Survey, storage_options: Mapping[str, Any]
-) -> dict[tuple[Any, ...], dict[str, Any]]:
+def _members(chosen: pd.DataFrame, table: ScoreTable, found: Survey) -> dict[tuple[Any, ...], dict[str, Any]]:
     """The table's rows of some groups, by shard, key and sample_offset."""
     wanted = set(chosen[_IDENTITY].itertuples(index=False, name=None))
     keys = pa.array(sorted({key for _, key, _ in wanted}), pa.string())
     rows = {}
-    for table in read_batches(urls, {*ROW, "sample_offset", *found.scores}, storage_options):
-        for row in table.filter(pc.is_in(table["key"].cast(pa.string()), keys)).to_pylist():
+    for batch in table.batches({*ROW, "sample_offset", *found.scores}):
+        for row in batch.filter(pc.is_in(batch["key"].cast(pa.string()), keys)).to_pylist():
             name = (row["shard"], row["key"], row.get("sample_offset", 0))
             if name in wanted:
                 rows[name] = row
@@ -91,16 +89,15 @@ def _members(
 
 def _groups(
     groups: pd.DataFrame,
-    urls: Sequence[str],
+    table: ScoreTable,
     found: Survey,
     upright: bool,
-    storage_options: Mapping[str, Any],
     source_options: Mapping[str, Any] | None,
 ) -> Groups:
     if not len(groups):
         return Groups(0, 0, 0, [], {})
     chosen = _chosen_groups(groups)
-    rows = _members(chosen, urls, found, storage_options)
+    rows = _members(chosen, table, found)
     images = make_thumbnails(rows.values(), upright=upright, storage_options=source_options)
     sizes = groups.groupby("group").size()
     shown, lost = [], 0
@@ -123,13 +120,12 @@ def _groups(
 def render_report(
     subject: Subject,
     found: Survey,
-    urls: Sequence[str],
-    storage_options: Mapping[str, Any],
+    table: ScoreTable,
     source_options: Mapping[str, Any] | None = None,
     groups: pd.DataFrame | None = None,
 ) -> str:
     """Make the page of a surveyed table, a few MB at most."""
-    # The files `urls` are reread only for the rows of `groups` (a table like `Duplicates.groups`). Thumbnails are made
+    # The table is reread only for the rows of `groups` (a table like `Duplicates.groups`). Thumbnails are made
     # from the source shards, by `source_options`; the page counts those that fail.
     selected = subject.kept is not None
     upright = bool(subject.provenance.get("decode", {}).get("adjust_orientation"))
@@ -152,7 +148,7 @@ def render_report(
         images=make_thumbnails(
             (row for w in walls.values() for row in w.shown), upright=upright, storage_options=source_options
         ),
-        groups=None if groups is None else _groups(groups, urls, found, upright, storage_options, source_options),
+        groups=None if groups is None else _groups(groups, table, found, upright, source_options),
         STATUSES=STATUSES,
     )
 
@@ -164,10 +160,11 @@ def write_run_report(
     result: RunResult,
     storage_options: Mapping[str, Any],
     source_options: Mapping[str, Any] | None = None,
+    planned: pa.Schema | None = None,
 ) -> str:
     """Write a run's ``report.html`` from its score files; returns its URL; `where` is what selected the rows."""
-    schema = file_schema(tables[0], storage_options) if tables else pa.schema([])
-    found = survey(tables, schema, settled_where(parse_where(where) if where else None), storage_options)
+    table = ScoreTable(look_at_all(tables, storage_options), storage_options)
+    found = survey(table, settled_where(parse_where(where) if where else None, planned=planned))
     title = folder.rstrip("/").rpartition("/")[2] or folder
     numbers = (result.samples, result.by_status, result.kept, result.funnel)
     subject = Subject(title, *numbers, result, result.provenance, list(result.notes))
@@ -179,5 +176,5 @@ def write_run_report(
         )
     target = files.join(folder, "report.html")
     with files.write_whole(target, storage_options) as file:
-        file.write(render_report(subject, found, tables, storage_options, source_options).encode())
+        file.write(render_report(subject, found, table, source_options).encode())
     return target

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..results import Counts
 from ..schema import MEASURES, kind_of
 from ..select.ranks import ValueOrder
 from ..select.settle import Bound, Condition, Settled, counts_of
 from ..select.where import Where
-from ..storage import files
+from ..steps.score_table import ScoreTable
 from .histograms import KEPT, LOWER_IS_BETTER, OTHER, OWN, Histogram, Mark, scale_of
 from .render import ROW, number
 
-_BATCH = 16_384  # rows of a score file in memory at a time
 _WALL = 12  # pictures of a wall
 _EDGE = 6  # of a wall beside a cut
 _EDGES = 6  # cuts with such walls
@@ -226,23 +224,9 @@ def floats(table: pa.Table, name: str) -> np.ndarray:
     return np.asarray(table[name].cast(pa.float64(), safe=False).to_numpy(), np.float64)
 
 
-def read_batches(
-    urls: Sequence[str], columns: set[str], storage_options: Mapping[str, Any] | None = None
-) -> Iterator[pa.Table]:
-    """Stream score files, a few thousand rows at a time, with those of the columns that each has."""
-    for url in urls:
-        with files.opened(url, storage_options or {}) as file:
-            parquet = pq.ParquetFile(file)
-            names = [n for n in parquet.schema_arrow.names if n in columns]
-            for batch in parquet.iter_batches(_BATCH, columns=names):
-                yield pa.Table.from_batches([batch])
-
-
-def survey(
-    urls: Sequence[str], schema: pa.Schema, settled: Settled, storage_options: Mapping[str, Any] | None = None
-) -> Survey:
-    """Stream once through a score table; columns of `schema` that a file lacks count as missing."""
-    found = Survey(schema, settled)
-    for table in read_batches(urls, found.wanted, storage_options):
-        found.add(table)
+def survey(table: ScoreTable, settled: Settled) -> Survey:
+    """Stream once through a score table."""
+    found = Survey(table.schema, settled)
+    for batch in table.batches(found.wanted):
+        found.add(batch)
     return found

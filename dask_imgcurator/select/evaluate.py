@@ -52,7 +52,7 @@ def kind_of_value(value: Any) -> str:
     """Kind of a column or constant."""
     if _is_constant(value):
         return {str: "string", bool: "boolean"}.get(type(value), "number")
-    return "unknown" if pa.types.is_null(value.type) else kind_of(_plain(value.type))
+    return kind_of(value.type)
 
 
 def _is_constant(value: Any) -> bool:

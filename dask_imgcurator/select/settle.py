@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from ..engine.backend import backend_of, is_dask
 from ..engine.frames import meta_of
 from ..engine.run import current_client, reduce
+from ..json_fields import FIELD_TYPES, as_type
 from ..results import ConditionCount, Counts
 from ..schema import kind_of
 from .ranks import IDENTITY, Order, RandomOrder, SelectionError, arrow_type, find_ranks, random_order, value_order
@@ -89,6 +90,7 @@ class Settled:
     conditions: tuple[Condition, ...] = ()
     ok_only: bool = True  # rows whose ``status`` is not ``ok`` are dropped first, where there is a status
     tied: RandomOrder | None = None  # breaks ties, where a bound needs it
+    planned: pa.Schema | None = None  # types of JSON fields that the conditions expect; a shard's own may differ
 
     @property
     def columns(self) -> list[str]:
@@ -99,7 +101,7 @@ class Settled:
 
     def judge(self, table: pa.Table) -> Verdict:
         """Judge the rows of an Arrow table."""
-        return self.judge_digest(_digest(table, self))
+        return self.judge_digest(_digest(_as_planned(table, self.planned), self))
 
     def judge_frame(self, frame: Any) -> Verdict:
         """Judge the rows of a partition."""
@@ -146,10 +148,21 @@ class Settled:
         return column
 
 
-def settled_where(where: Where | None, ok_only: bool = True) -> Settled:
+def settled_where(where: Where | None, ok_only: bool = True, planned: pa.Schema | None = None) -> Settled:
     """Return a selection by an expression alone, which needs no settling."""
     parts = where.conjuncts() if where is not None else []
-    return Settled(tuple(Condition(part) for part in parts), ok_only)
+    return Settled(tuple(Condition(part) for part in parts), ok_only, planned=planned)
+
+
+def _as_planned(table: pa.Table, planned: pa.Schema | None) -> pa.Table:
+    """Columns as the types that conditions expect; null where a value is of another kind, such as text for a number."""
+    for field in planned or ():
+        at = table.schema.get_field_index(field.name)
+        if at >= 0 and kind_of(table.schema.field(at).type) not in ("unknown", kind_of(field.type)):
+            name = next(name for name, type_ in FIELD_TYPES.items() if type_ == field.type)
+            values = [as_type(value, name) for value in table.column(at).to_pylist()]
+            table = table.set_column(at, field, pa.array(values, field.type))
+    return table
 
 
 def counts_of(settled: Settled, verdict: Verdict, by_status: dict[str, int]) -> Counts:

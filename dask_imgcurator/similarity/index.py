@@ -20,7 +20,7 @@ from ..duplicates.index import Index, cell_order, open_index, write_part
 from ..duplicates.rows import DedupError, Source, gather, is_in, row_ids
 from ..engine.backend import get_backend
 from ..steps.read import URLPath
-from ..steps.score_table import ScoreFiles, file_schema, read_score_files, score_urls, scores_from_files
+from ..steps.score_table import ScoreFiles, ScoreTable, open_scores, read_score_files
 from ..storage import files
 from ..storage.urls import fingerprint
 from .queries import table_provenance
@@ -109,14 +109,14 @@ def build_search_index(
     there = files.join(path, "index.json")
     if files.exists(there) and not overwrite:
         raise FileExistsError(f"{path} holds an index already: choose another folder, or overwrite it")
-    urls = score_urls(scores, options)
-    made, before = table_provenance(urls, options), _versions(urls, options)
-    names = file_schema(urls[0], options).names
+    table = open_scores(scores, options)
+    urls, names = table.urls, table.schema.names
+    made, before = table_provenance(table), _versions(urls, options)
     if column not in names:
         raise SearchError(f"{urls[0]} has no column {column!r} of embeddings (there are: {', '.join(names)})")
     columns = {name: name for name in ("sha256", "phash") if name in names} | {"embedding": column}
     try:
-        rows = gather([Source(scores_from_files(urls, options, "pandas"), columns)])
+        rows = gather([Source(table.frame("pandas"), columns)])
     except DedupError as err:
         raise SearchError(f"{err} (index what one model has embedded)") from err
     if not rows.width:
@@ -162,15 +162,17 @@ def best_of_index(index: Index, scan: RowScan, queries: np.ndarray, allowed: np.
     return pa.concat_tables(found)
 
 
-def read_rows(
-    index: Index, urls: Sequence[str], scan: RowScan, wanted: pa.Table, storage_options: Mapping[str, Any]
-) -> pa.Table:
+def read_rows(index: Index, scored: ScoreTable, scan: RowScan, wanted: pa.Table) -> pa.Table:
     """Read the rows of the table that have the wanted ids, in their order, from the files that hold them."""
     ids = wanted["id"].to_numpy()
-    spec = ScoreFiles("pandas", tuple(dict.fromkeys([*scan.identity, *scan.returned])), dict(storage_options))
+    names = dict.fromkeys([*scan.identity, *scan.returned])
+    schema = pa.schema([scored.schema.field(name) for name in names])
+    spec = ScoreFiles("pandas", schema, scored.storage_options)
     # Where nothing is wanted, the first file tells the columns.
     numbers = np.unique(wanted["file"].to_numpy()).tolist() or [0]
-    read = dask.compute(*[dask.delayed(_read_file)(urls[number], spec, scan, np.sort(ids)) for number in numbers])
+    read = dask.compute(
+        *[dask.delayed(_read_file)(scored.urls[number], spec, scan, np.sort(ids)) for number in numbers]
+    )
     table = pa.concat_tables([rows for rows, _ in read], promote_options="permissive")
     there = np.concatenate([own for _, own in read])
     order = np.argsort(there)

@@ -17,7 +17,7 @@ from ..models import ModelError
 from ..models.encoders import Encoder, EncoderSpec, load_encoder, resolve_encoder
 from ..models.text_tower import load_text_encoder, require_text_tower
 from ..steps.embed import EmbedSpec, embed_partition
-from ..steps.score_table import file_provenance
+from ..steps.score_table import ScoreTable
 from ..storage import files
 from .scan import SearchError, unit
 
@@ -43,19 +43,19 @@ class Query:
 # --- the model ------------------------------------------------------------------------------------
 
 
-def table_provenance(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def table_provenance(table: ScoreTable) -> dict[str, Any]:
     """Return what the first file of a table says of its making, if anything; all files must name one model."""
-    first = file_provenance(urls[0], storage_options) or {}
-    known = {name: first.get("encoder", {}).get(name) for name in _NAMES}
-    for url in urls[1:]:
-        made = (file_provenance(url, storage_options) or {}).get("encoder", {})
+    first = table.files[0]
+    known = {name: first.provenance.get("encoder", {}).get(name) for name in _NAMES}
+    for file in table.files[1:]:
+        made = file.provenance.get("encoder", {})
         other = next((name for name in _NAMES if made.get(name) != known[name]), None)
         if other is not None:
             raise SearchError(
-                f"the embeddings of {urls[0]} were made with {other} {known[other]!r}, those of {url} with "
+                f"the embeddings of {first.url} were made with {other} {known[other]!r}, those of {file.url} with "
                 f"{made.get(other)!r}: search in the files of one model at a time"
             )
-    return first
+    return dict(first.provenance)
 
 
 def table_encoder(made: Mapping[str, Any], model: str | None = None, pretrained: str | None = None) -> EncoderSpec:

@@ -26,7 +26,7 @@ from ..engine.run import Place, current_client, place, reduce
 from ..monitor import Monitor
 from ..select.ranks import IDENTITY
 from ..select.where import kinds_of, parse_where
-from ..steps.score_table import score_urls, scores_from_files
+from ..steps.score_table import ScoreTable, open_scores
 from . import index as by_index
 from .queries import Query, image_queries, table_encoder, table_provenance, text_queries, vector_queries
 from .scan import OURS, RowScan, SearchError, best_rows, check_width, find_names, named_rows, unit, with_similarity
@@ -55,7 +55,7 @@ class _Table:
     df: Any
     scan: RowScan
     options: Mapping[str, Any]
-    urls: Sequence[str] = ()
+    scores: ScoreTable | None = None
     made: Mapping[str, Any] = field(default_factory=dict)
     index: Index | None = None
 
@@ -77,7 +77,7 @@ def find(
     table = _opened(scores, asked, dict(storage_options or {}), backend)
     client = current_client() if client is None else client
     # Without a client, a frame is computed as its owner has set it.
-    there = client is not None or table.urls
+    there = client is not None or table.scores
     name = backend_of(table.df).name
     with place(client, name, monitor or Monitor(), light=True) if there else contextlib.nullcontext():
         queries = [*_embedded(table, asked), *_like(table, list(map(str, asked.like))), *vectors]
@@ -100,11 +100,11 @@ def _opened(scores: Any, asked: Asked, options: Mapping[str, Any], backend: str 
         if asked.index is not None:
             raise SearchError("an index belongs to the files of a score table: give their folder, not a frame")
         return _Table(scores, _scan(scores, asked), options)
-    urls = score_urls(scores, options)
-    made = table_provenance(urls, options)
-    df = scores_from_files(urls, options, resolve_name(backend))
-    index = None if asked.index is None else by_index.open_search_index(asked.index, urls, asked.column, options)
-    return _Table(df, _scan(df, asked), options, urls, made, index)
+    table = open_scores(scores, options)
+    made = table_provenance(table)
+    df = table.frame(resolve_name(backend))
+    index = None if asked.index is None else by_index.open_search_index(asked.index, table.urls, asked.column, options)
+    return _Table(df, _scan(df, asked), options, table, made, index)
 
 
 def _scan(df: Any, asked: Asked) -> RowScan:
@@ -140,7 +140,8 @@ def _like(table: _Table, names: list[str]) -> list[Query]:
         (part,) = table.index.parts
         hits = find_names(part.rows.select([name for name in ("shard", "key") if name in table.scan.identity]), names)
         wanted = part.rows.take([row for _, row, _ in hits])
-        rows = by_index.read_rows(table.index, table.urls, table.scan, wanted, table.options).to_pylist()
+        assert table.scores is not None
+        rows = by_index.read_rows(table.index, table.scores, table.scan, wanted).to_pylist()
         vectors = [part.vectors[row] if row < len(part.vectors) else None for _, row, _ in hits]
         found = [(n, full, v, row) for (n, _, full), v, row in zip(hits, vectors, rows, strict=True)]
     queries = []
@@ -171,12 +172,12 @@ def _scanned(table: _Table, scan: RowScan, queries: np.ndarray) -> pa.Table:
 def _proposed(table: _Table, scan: RowScan, queries: np.ndarray) -> pa.Table:
     """Compare the rows of the cells that an index looks into."""
     index, allowed = table.index, None
-    assert index is not None
+    assert index is not None and table.scores is not None
     check_width(index.about["width"], queries, scan.column)
     if scan.where is not None:
         allowed = np.sort(reduce(table.df[scan.light], by_index.takes, np.concatenate, scan))
     found = by_index.best_of_index(index, scan, queries, allowed)
-    rows = by_index.read_rows(index, table.urls, scan, found, table.options)
+    rows = by_index.read_rows(index, table.scores, scan, found)
     return scan.best([with_similarity(rows, *(found[name].to_numpy() for name in ("query_number", "similarity")))])
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import dask.dataframe as dd
@@ -14,42 +15,46 @@ import pyarrow as pa
 
 from ..engine.backend import get_backend, resolve_name
 from ..engine.frames import from_map
-from ..schema import COLUMNS, arrow_schema, columns_of
+from ..json_fields import FIELD_TYPES, JsonField, as_type, parse_columns, type_of
+from ..schema import arrow_schema, columns_of
 from ..storage.samples import Sample, ShardIndex, as_utf8
 from ..storage.tar_index import explain, hold_shard, index_shard, open_shard
-from ..storage.tar_read import first_json, read_json, read_text
+from ..storage.tar_read import first_members, read_json, read_text
 from ..storage.urls import expand
 
 URLPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-#: Arrow types that a user may give to a JSON field.
-FIELD_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
-
-_JSON_TYPES = {int: "int64", float: "float64", bool: "bool"}
-
 _EXTENT_COLUMNS = ("offset", "nbytes", "sample_offset", "sample_nbytes")
 
-#: Maximum number of shards inspected for the types of JSON fields.
-_PEEK_SHARDS = 8
+#: Maximum number of shards, and of members of each, that are inspected for JSON fields and captions.
+_PEEK_SHARDS, _PEEK_MEMBERS = 8, 128
 
 
 @dataclass(frozen=True)
 class ReadSpec:
-    """How a shard becomes rows; `fields` pairs names with keys of `FIELD_TYPES`, `image` lists preferred extensions."""
+    """How a shard becomes rows; `image` lists preferred extensions."""
 
+    # With `notes`, the column ``note`` tells what was not taken as it is.
     backend: str = "pandas"
     caption: str | None = None
-    fields: tuple[tuple[str, str], ...] = ()
+    fields: tuple[JsonField, ...] = ()
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     image: tuple[str, ...] = ()
+    notes: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the columns: chosen fields come before ``status``."""
+        names = [c.name for c in columns_of("read")]
+        at = names.index("status")
+        names[at:at] = [field.column for field in self.fields]
+        return [*names, "note"] if self.notes else names
 
     @property
     def schema(self) -> pa.Schema:
-        """Arrow schema of the rows: chosen fields come before ``status``."""
-        names = [c.name for c in columns_of("read")]
-        at = names.index("status")
-        names[at:at] = [name for name, _ in self.fields]
-        return arrow_schema(names, {name: FIELD_TYPES[type_] for name, type_ in self.fields})
+        """Arrow schema of the rows; fields without a type are null."""
+        types = {f.column: FIELD_TYPES[f.type] if f.type else pa.null() for f in self.fields}
+        return arrow_schema(self.names, types)
 
 
 def index_partition(urls: Sequence[str], spec: ReadSpec) -> Any:
@@ -57,8 +62,32 @@ def index_partition(urls: Sequence[str], spec: ReadSpec) -> Any:
     rows: list[dict[str, Any]] = []
     for url in urls:
         rows.extend(_index_rows(url, spec))
-    table = pa.Table.from_pylist(rows, schema=spec.schema)
+    typed = tuple(_convert(item, rows) for item in spec.fields)
+    for row in rows:
+        row["note"] = "; ".join(row.pop("notes", ())) or None
+    table = pa.Table.from_pylist(rows, schema=replace(spec, fields=typed).schema)
     return get_backend(spec.backend).from_arrow(table)
+
+
+def _convert(item: JsonField, rows: Sequence[dict[str, Any]]) -> JsonField:
+    """Convert the values of a field to its type, or to the one that loses none of them; returns the field with it."""
+    name, values = item.column, [row.get(item.column) for row in rows]
+    type_ = item.type or type_of(values) or item.likely
+    for row, value in zip(rows, values, strict=True):
+        if value is None:
+            continue
+        row[name] = as_type(value, type_ or "string")
+        if row[name] is None and type_of([value]) is not None:
+            shown = json.dumps(value, ensure_ascii=False)[:80]
+            if item.guessed:
+                raise ValueError(
+                    f"JSON field {item.name!r} seemed to be {type_} by the first samples, but is {shown} in "
+                    f"{row['key']} of {row['shard']}: give its type, such as columns={{{item.name!r}: 'string'}}"
+                )
+            row["notes"].append(f"{name} is no {type_}: {shown}".replace(";", ","))
+        elif item.type is None and type_ == "string" and not isinstance(value, str | list | dict):
+            row["notes"].append(f"{name} is kept as text, as its values are of several types")
+    return replace(item, type=type_)
 
 
 def _index_rows(url: str, spec: ReadSpec) -> Iterator[dict[str, Any]]:
@@ -99,60 +128,66 @@ def _row(url: str, sample: Sample, file: IO[bytes], spec: ReadSpec) -> dict[str,
         row |= {"ext": image.ext, "status": "read_error", "error_message": problem}
     else:
         row |= {"offset": image.offset, "nbytes": image.nbytes, "ext": image.ext, "status": "ok"}
+    row["notes"] = notes = []
+    if not spec.image and len(images := sample.images) > 1:
+        notes.append(f"several images: {', '.join(as_utf8(m.ext) for m in images)}".replace(";", ","))
     document: dict[str, Any] = {}
     member = sample.get("json")
     if member is not None and (spec.fields or spec.caption is not None):
         document = read_json(file, member)
-    if spec.caption is not None:
-        row["caption"] = _as_type(document.get(spec.caption), "string")
-    elif (text := sample.get("txt")) is not None:
-        row["caption"] = read_text(file, text)
-    for name, type_ in spec.fields:
-        row[name] = _as_type(document.get(name), type_)
-    return row
+        if not document:
+            notes.append("the JSON is no object, or empty")
+    row["caption"] = _caption(sample, document, file, spec.caption, notes)
+    return row | {item.column: document.get(item.name) for item in spec.fields}
 
 
-def _as_type(value: Any, type_: str) -> Any:
-    """Convert a JSON value to a column's type; null if it is of another kind."""
-    if value is None:
-        return None
-    if type_ == "string":
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        # JSON allows half a surrogate pair ("\ud800"), UTF-8 does not: it becomes U+FFFD.
-        return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if type_ == "bool":
-        return value if isinstance(value, bool) else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    if type_ == "int64":
-        return value if isinstance(value, int) and -(2**63) <= value < 2**63 else None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
+def _caption(
+    sample: Sample, document: Mapping[str, Any], file: IO[bytes], name: str | None, notes: list[str]
+) -> str | None:
+    """Text of the caption: of a member ``.txt`` or ``.en.txt``, or of a JSON field."""
+    if name is None or name.endswith(".txt"):
+        member = sample.get(name.lower() if name else "txt")
+        return None if member is None else read_text(file, member)
+    value = document.get(name)
+    if isinstance(value, list):
+        notes.append("the caption is a list: its first text is taken")
+        value = next((item for item in value if isinstance(item, str)), None)
+    text: str | None = as_type(value, "string")
+    return text
 
 
-def peek_fields(
-    urls: Sequence[str], names: Sequence[str], storage_options: Mapping[str, Any] | None = None, samples: int = 32
-) -> dict[str, str]:
-    """Infer types of JSON fields from the first samples of the first shard that has any of them."""
-    # Whole numbers are ``int64``, mixed with fractions ``float64``, true and false ``bool``, everything else ``string``
-    # (lists and objects as JSON text).
-    seen: dict[str, set[str]] = {name: set() for name in names}
+def peek(urls: Sequence[str], spec: ReadSpec, members: int = _PEEK_MEMBERS) -> dict[str, str | None]:
+    """Find types of JSON fields without one from the first samples; ValueError for a name that none of them has."""
+    # None: all values are null. Fields whose type was given may appear later.
+    values: dict[str, list[Any]] = {item.name: [] for item in spec.fields if item.type is None}
+    caption = spec.caption.lower() if spec.caption and spec.caption.endswith(".txt") else spec.caption
+    if not values and caption is None:
+        return {}
+    seen: dict[str, None] = {}  # fields, and extensions of text members
+    readable = False
     for url in urls[:_PEEK_SHARDS]:
         with contextlib.suppress(OSError):
-            for document in first_json(url, samples, storage_options):
-                for name in names:
-                    if (value := document.get(name)) is not None:
-                        seen[name].add(_JSON_TYPES.get(type(value), "string"))
-        if any(seen.values()):
+            for ext, document in first_members(url, members, spec.storage_options):
+                readable = True
+                seen |= dict.fromkeys(document or ([ext] if ext.endswith("txt") else []))
+                for name in values:
+                    values[name].append((document or {}).get(name))
+        if all(type_of(found) for found in values.values()) and (caption is None or caption in seen):
             break
-    out = {}
-    for name, types in seen.items():
-        if types == {"int64", "float64"}:
-            types = {"float64"}
-        out[name] = types.pop() if len(types) == 1 else "string"
-    return out
+    if readable:
+        for name in [*values, *([caption] if caption is not None else [])]:
+            if name not in seen:
+                raise ValueError(_not_found(name, list(seen), name == caption))
+    return {name: type_of(found) for name, found in values.items()}
+
+
+def _not_found(name: str, seen: Sequence[str], is_caption: bool) -> str:
+    close = difflib.get_close_matches(name, seen, n=2)
+    hint = f" (they have: {', '.join(seen[:30]) or 'neither JSON nor text members'})"
+    if close:
+        hint = f": did you mean {' or '.join(map(repr, close))}?"
+    later = "" if is_caption else f" If later ones have it, give its type, such as {name}:string."
+    return f"the first samples have no {'caption' if is_caption else 'JSON field'} {name!r}{hint}{later}"
 
 
 def read_webdataset(
@@ -174,10 +209,13 @@ def read_webdataset(
     urlpath : str, path, or sequence of them
         Shards: a path, a glob, brace notation (``{00000..00127}``), a folder, any fsspec URL.
     columns : sequence of str, or mapping of str to {"string", "int64", "float64", "bool"}
-        Fields of the samples' ``.json`` members to read as columns. The types of a plain list are found from the
-        first samples of the first shard that can be read; a value of another kind becomes null.
+        Fields of the samples' ``.json`` members to read as columns: ``"url"``; with a type, ``"score:float64"``; under
+        another name, ``"original_width=width"``. Without a type it is found from the first samples, and a later value
+        that does not fit is an error when it is read; with one, a value of another kind becomes null. Lists and objects
+        are text, as JSON.
     caption : str, optional
-        JSON field that holds the caption; by default it is the ``.txt`` member.
+        What holds the caption: a JSON field, or a text member (``"en.txt"``); by default the ``.txt`` member. Of a
+        list, the first text.
     image : str or sequence of str
         Extension of the member that is "the" image of a sample, as it stands after the key's dot (``"jpg"``,
         ``"seg.png"``; in any case), or several, the preferred one first; a sample without any of them is
@@ -202,6 +240,8 @@ def read_webdataset(
     ------
     FileNotFoundError
         If a pattern matches nothing or no local shard exists.
+    ValueError
+        If the first samples have no such JSON field or caption.
     BackendError
         If cudf is asked for and cannot work here.
 
@@ -209,12 +249,13 @@ def read_webdataset(
     --------
     >>> df = read_webdataset("laion/{00000..00127}.tar", columns=["url", "license"])  # doctest: +SKIP
     """
-    if isinstance(columns, str):
-        raise TypeError(f"columns={columns!r} is a string: give a list, columns=[{columns!r}]")
     if shards_per_partition < 1:
         raise ValueError(f"shards_per_partition={shards_per_partition}: it must be at least 1")
     urls = expand(urlpath, storage_options)
-    spec = read_spec(urls, columns, caption, storage_options, backend, image)
+    spec = read_spec(columns, caption, storage_options, backend, image)
+    types = peek(urls, spec)
+    fields = [f if f.type else replace(f, type=types[f.name] or "string", guessed=True) for f in spec.fields]
+    spec = replace(spec, fields=tuple(fields))
     groups = [tuple(urls[i : i + shards_per_partition]) for i in range(0, len(urls), shards_per_partition)]
     return read_groups(groups, spec)
 
@@ -226,7 +267,6 @@ def read_groups(groups: Sequence[tuple[str, ...]], spec: ReadSpec) -> dd.DataFra
 
 
 def read_spec(
-    urls: Sequence[str],
     columns: Sequence[str] | Mapping[str, str],
     caption: str | None,
     storage_options: Mapping[str, Any] | None,
@@ -234,19 +274,8 @@ def read_spec(
     image: str | Sequence[str] = (),
 ) -> ReadSpec:
     """Resolve, on the client, how shards become rows."""
-    taken = [name for name in columns if name in COLUMNS]
-    if taken:
-        raise ValueError(
-            f"columns={taken}: these names belong to columns of this library; rename the JSON fields or leave them out"
-        )
-    if isinstance(columns, Mapping):
-        wrong = {n: t for n, t in columns.items() if t not in FIELD_TYPES}
-        if wrong:
-            raise ValueError(f"unknown types of columns {wrong}: use {', '.join(FIELD_TYPES)}")
-        fields = dict(columns)
-    else:
-        fields = peek_fields(urls, list(columns), storage_options) if columns else {}
     extensions = tuple(ext.lower().removeprefix(".") for ext in ([image] if isinstance(image, str) else image))
     if not all(extensions):
         raise ValueError(f"image={image!r}: give an extension, such as 'jpg', or a list of them")
-    return ReadSpec(resolve_name(backend), caption, tuple(fields.items()), dict(storage_options or {}), extensions)
+    fields = parse_columns(columns)
+    return ReadSpec(resolve_name(backend), caption, fields, dict(storage_options or {}), extensions)

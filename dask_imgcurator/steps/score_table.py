@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import dask.dataframe as dd
@@ -14,11 +16,18 @@ import pyarrow.parquet as pq
 
 from ..engine.backend import get_backend, resolve_name
 from ..engine.frames import from_map
+from ..schema import conform, kinds_of_schema, unify_schemas
 from ..storage import files
 from .read import URLPath
 
 #: Key of this library's entry in a Parquet file's metadata.
 METADATA_KEY = "imgcurator"
+
+#: Files that are looked at side by side.
+_LOOKS = 16
+
+#: Rows of a streamed table in memory at a time.
+_BATCH = 16_384
 
 
 class RowFilter(Protocol):
@@ -35,77 +44,180 @@ class ScoreFiles:
     """How score files are read; `keep` drops rows before their other columns are read."""
 
     backend: str
-    columns: tuple[str, ...]
+    schema: pa.Schema
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     keep: RowFilter | None = None
 
 
 def read_score_files(urls: Sequence[str], spec: ScoreFiles, columns: Sequence[str] | None = None) -> Any:
     """Read score files as one partition; Dask's optimizer sets `columns` to those used later."""
-    wanted = list(spec.columns if columns is None else columns)
-    frames = [_read_file(url, spec, wanted) for url in urls]
+    wanted = list(spec.schema.names if columns is None else columns)
+    backend = get_backend(spec.backend)
+    if spec.keep is None:
+        return backend.from_arrow(pa.concat_tables([_read(url, spec, wanted) for url in urls]))
+    frames = [_read_kept(url, spec, wanted) for url in urls]
     if len(frames) == 1:
         return frames[0]
-    backend = get_backend(spec.backend)
     return backend.from_arrow(pa.concat_tables([backend.to_arrow(f) for f in frames], promote_options="permissive"))
 
 
-def _read_file(url: str, spec: ScoreFiles, wanted: list[str]) -> Any:
-    first = [name for name in spec.keep.columns if name in spec.columns] if spec.keep is not None else []
-    if not first or spec.keep is None:
-        return get_backend(spec.backend).read_parquet(url, wanted, spec.storage_options)
-    frame = get_backend(spec.backend).read_parquet(url, first, spec.storage_options)
+def _read(url: str, spec: ScoreFiles, names: Sequence[str]) -> pa.Table:
+    """Read columns of a file as the table's types; null where the file has none of a name."""
+
+    def read() -> pa.Table:
+        with files.opened(url, spec.storage_options) as file:
+            parquet = pq.ParquetFile(file)
+            return parquet.read([name for name in names if name in parquet.schema_arrow.names])
+
+    return conform(files.persist(url, read), pa.schema([spec.schema.field(name) for name in names]), url)
+
+
+def _read_kept(url: str, spec: ScoreFiles, wanted: list[str]) -> Any:
+    assert spec.keep is not None
+    first = [name for name in spec.keep.columns if name in spec.schema.names]
+    frame = get_backend(spec.backend).from_arrow(_read(url, spec, first))
     return read_kept(url, spec, frame, spec.keep.mask(frame))[wanted]
 
 
 def read_kept(url: str, spec: ScoreFiles, frame: Any, mask: Any) -> Any:
     """Read the remaining columns of rows kept by a mask; `frame` has those already read."""
-    backend = get_backend(spec.backend)
+    backend, names = get_backend(spec.backend), spec.schema.names
     if not mask.any():
-        schema = file_schema(url, spec.storage_options)
-        return backend.from_arrow(schema.empty_table().select(list(spec.columns)).replace_schema_metadata(None))
-    rest = [name for name in spec.columns if name not in frame.columns]
+        return backend.from_arrow(spec.schema.empty_table())
+    rest = [name for name in names if name not in frame.columns]
     if rest:
-        more = backend.read_parquet(url, rest, spec.storage_options)
+        more = backend.from_arrow(_read(url, spec, rest))
         frame = frame.assign(**{name: more[name] for name in rest})
-    return frame[list(spec.columns)][mask].reset_index(drop=True)
+    return frame[names][mask].reset_index(drop=True)
 
 
 def write_score_file(
     frame: Any, url: str, provenance: Mapping[str, Any], backend: str, storage_options: Mapping[str, Any]
-) -> None:
-    """Write a partition as a score file."""
-    metadata = {METADATA_KEY: json.dumps(provenance, sort_keys=True)}
-    get_backend(backend).write_parquet(frame, url, metadata, storage_options)
+) -> pa.Schema:
+    """Write a partition as a score file, and return its schema."""
+    table = get_backend(backend).to_arrow(frame)
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(provenance, sort_keys=True)})
+    with files.write_whole(url, storage_options) as file:
+        pq.write_table(table, file, compression="zstd")
+    return table.schema.remove_metadata()
 
 
-def file_schema(url: str, storage_options: Mapping[str, Any] | None = None) -> pa.Schema:
-    """Arrow schema of a score file, from its footer."""
+# --- what the files are ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScoreFile:
+    """What a score file's footer says; `provenance` is empty for files of other origin."""
+
+    url: str
+    schema: pa.Schema
+    provenance: Mapping[str, Any]
+
+    @property
+    def json_fields(self) -> set[str]:
+        """Columns that come from fields of the samples' JSON."""
+        return set(self.provenance.get("read", {}).get("fields", {}))
+
+
+def look_at(url: str, storage_options: Mapping[str, Any] | None = None) -> ScoreFile:
+    """Read a score file's footer."""
 
     def read() -> pa.Schema:
         with files.opened(url, storage_options) as file:
             return pq.read_schema(file)
 
-    return files.persist(url, read)
+    try:
+        schema = files.persist(url, read)
+    except pa.ArrowException as err:
+        raise ValueError(f"{url} is no Parquet file that can be read: {err}") from err
+    try:
+        provenance = json.loads((schema.metadata or {})[METADATA_KEY.encode()])
+    except (KeyError, ValueError):
+        provenance = {}
+    return ScoreFile(url, schema.remove_metadata(), provenance)
+
+
+def look_at_all(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[ScoreFile]:
+    """Read the footers of score files, side by side: each takes a while on an object store."""
+    with ThreadPoolExecutor(_LOOKS) as pool:
+        return list(pool.map(lambda url: look_at(url, storage_options), urls))
 
 
 def file_provenance(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """Return a score file's provenance; None if it is missing, damaged or not this library's."""
     try:
-        metadata = file_schema(url, storage_options).metadata or {}
-        return json.loads(metadata[METADATA_KEY.encode()])
-    except (OSError, KeyError, ValueError, pa.ArrowException):
+        return dict(look_at(url, storage_options).provenance) or None
+    except (OSError, ValueError):
         return None
 
 
-def in_shard_order(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Sort score files by their shard's URL; files of other origin by their own."""
+def schema_of(found: Iterable[ScoreFile]) -> pa.Schema:
+    """Schema of a table of several files: all their columns."""
+    distinct: dict[pa.Schema, ScoreFile] = {}
+    for file in found:
+        distinct.setdefault(file.schema, file)
+    loose = set[str]().union(*(file.json_fields for file in distinct.values()))
+    return unify_schemas(((file.url, schema) for schema, file in distinct.items()), loose)
 
-    def order(url: str) -> tuple[str, str]:
-        provenance = file_provenance(url, storage_options) or {}
-        return str(provenance.get("shard", "")), url
 
-    return sorted(urls, key=order)
+@dataclass(frozen=True)
+class ScoreTable:
+    """Score files that are one table, ordered by their shards' URLs; files of other origin by their own."""
+
+    files: Sequence[ScoreFile]
+    storage_options: Mapping[str, Any]
+
+    @property
+    def urls(self) -> list[str]:
+        """The files' URLs."""
+        return [file.url for file in self.files]
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """All columns of all files."""
+        return schema_of(self.files)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Kind of each column, as `parse_where` wants it."""
+        return kinds_of_schema(self.schema)
+
+    def batches(self, columns: Container[str]) -> Iterator[pa.Table]:
+        """Stream those of the columns that the table has, a few thousand rows at a time."""
+        schema = pa.schema([field for field in self.schema if field.name in columns])
+        for file in self.files:
+            names = [name for name in schema.names if name in file.schema.names]
+            with files.opened(file.url, self.storage_options) as opened:
+                for batch in pq.ParquetFile(opened).iter_batches(_BATCH, columns=names):
+                    yield conform(pa.Table.from_batches([batch]), schema, file.url)
+
+    def frame(self, backend: str) -> dd.DataFrame:
+        """Make a lazy frame with a partition per file."""
+        return scores_from_files(self.urls, ScoreFiles(backend, self.schema, self.storage_options))
+
+
+def open_scores(urlpath: URLPath, storage_options: Mapping[str, Any] | None = None) -> ScoreTable:
+    """Find the files of a score table, and look at each."""
+    items = [urlpath] if isinstance(urlpath, str | os.PathLike) else list(urlpath)
+    urls: list[str] = []
+    for item in [os.fspath(i) for i in items]:
+        if item.endswith(".parquet") and (not files.is_local(item) or files.local_path(item).is_file()):
+            urls.append(str(files.local_path(item)) if files.is_local(item) else item)
+            continue
+        found = files.list_files(item, ".parquet", storage_options)
+        if not found:
+            raise FileNotFoundError(f"no score table at {item!r}: expected a .parquet file or a folder with such files")
+        urls.extend(found)
+    looks = look_at_all(urls, storage_options)
+    looks.sort(key=lambda file: (str(file.provenance.get("shard", "")), file.url))
+    return ScoreTable(looks, dict(storage_options or {}))
+
+
+def scores_from_files(urls: Iterable[str | Sequence[str]], spec: ScoreFiles) -> dd.DataFrame:
+    """Read score files as partitions, in the order given, one or several files each."""
+    groups = [(item,) if isinstance(item, str) else tuple(item) for item in urls]
+    meta = get_backend(spec.backend).from_arrow(spec.schema.empty_table())
+    return from_map(read_score_files, groups, "read-scores", meta, spec=spec)
 
 
 def read_scores(
@@ -125,42 +237,14 @@ def read_scores(
     Returns
     -------
     dask.dataframe.DataFrame
-        One partition a file. Files are ordered by the shard that they describe (as its URL sorts), which is the order
-        of the samples that `to_webdataset` writes.
+        One partition per file, with the columns of all files: null where a file lacks one. Files are ordered by the
+        shard that they describe (as its URL sorts), which is the order of the samples that `to_webdataset` writes.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
+    ValueError
+        If a column is of types in two files that have no common one.
     """
-    return scores_from_files(score_urls(urlpath, storage_options), storage_options, backend)
-
-
-def score_urls(urlpath: URLPath, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Files of a score table, in shard order."""
-    items = [urlpath] if isinstance(urlpath, str | os.PathLike) else list(urlpath)
-    urls: list[str] = []
-    for item in [os.fspath(i) for i in items]:
-        if item.endswith(".parquet") and (not files.is_local(item) or files.local_path(item).is_file()):
-            urls.append(str(files.local_path(item)) if files.is_local(item) else item)
-            continue
-        found = files.list_files(item, ".parquet", storage_options)
-        if not found:
-            raise FileNotFoundError(f"no score table at {item!r}: expected a .parquet file or a folder with such files")
-        urls.extend(found)
-    return in_shard_order(urls, storage_options)
-
-
-def scores_from_files(
-    urls: Iterable[str | Sequence[str]],
-    storage_options: Mapping[str, Any] | None = None,
-    backend: str | None = None,
-    keep: RowFilter | None = None,
-) -> dd.DataFrame:
-    """Read score files as partitions, in the order given, one or several files each."""
-    groups = [(item,) if isinstance(item, str) else tuple(item) for item in urls]
-    name = resolve_name(backend)
-    schema = file_schema(groups[0][0], storage_options)
-    meta = get_backend(name).from_arrow(schema.empty_table())
-    spec = ScoreFiles(name, tuple(schema.names), dict(storage_options or {}), keep)
-    return from_map(read_score_files, groups, "read-scores", meta, spec=spec)
+    return open_scores(urlpath, storage_options).frame(resolve_name(backend))

@@ -72,9 +72,13 @@ class Sample:
         """
         if preferred:
             return next((m for ext in preferred if (m := self.get(ext)) is not None), None)
-        images = [m for m in self.members if _is_image(m.ext)]
-        plain = [m for m in images if "." not in m.ext]
-        return next(iter(plain or images), None)
+        plain = [m for m in self.images if "." not in m.ext]
+        return next(iter(plain or self.images), None)
+
+    @property
+    def images(self) -> list[Member]:
+        """Members whose extension is an image's."""
+        return [m for m in self.members if _is_image(m.ext)]
 
     def why_no_image(self, preferred: Sequence[str] = ()) -> str:
         """Say what there is instead, where `image` finds none."""

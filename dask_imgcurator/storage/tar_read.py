@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import IO, Any
 
 from .files import is_local
@@ -65,14 +66,13 @@ def read_json(file: IO[bytes], member: Member) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def first_json(url: str, count: int, storage_options: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield a shard's first JSON members, reading no further than needed; fewer if it is damaged."""
+def first_members(
+    url: str, count: int, storage_options: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Yield the extensions of a shard's first members, and the content of JSON; fewer if the shard is damaged."""
     with open_shard(url, storage_options) as file, contextlib.suppress(ShardError):
-        for entry in entries(file):
+        for entry in islice(entries(file), count):
             parts = split_name(entry.name)
-            if parts is None or parts[1] != "json" or entry.left_out is not None:
-                continue
-            yield read_json(file, Member(entry.name, parts[1], entry.offset, entry.nbytes, entry.pieces))
-            count -= 1
-            if count <= 0:
-                return
+            if parts is not None and entry.left_out is None:
+                member = Member(entry.name, parts[1], entry.offset, entry.nbytes, entry.pieces)
+                yield member.ext, read_json(file, member) if member.ext == "json" else None

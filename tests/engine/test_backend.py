@@ -24,6 +24,7 @@ import torch
 
 from dask_imgcurator.engine.backend import BackendError, backend_of, get_backend, gpu_problem, resolve_name
 from dask_imgcurator.schema import COLUMNS, arrow_schema
+from dask_imgcurator.steps.score_table import ScoreFiles, read_score_files, write_score_file
 
 needs_no_gpu = pytest.mark.skipif(gpu_problem() is None, reason="there is a card, and RAPIDS")
 
@@ -262,21 +263,20 @@ def test_a_score_that_is_not_a_number_is_null(backend: Any) -> None:
 def test_parquet(backend: Any, tmp_path: Path) -> None:
     table = whole_table()
     path = str(tmp_path / "x.parquet")
-    about = {"imgcurator": json.dumps({"model": "ünï"}), "other": "x"}
-    backend.write_parquet(backend.from_arrow(table), path, about, {})
+    about = {"model": "ünï"}
+    write_score_file(backend.from_arrow(table), path, about, backend.name, {})
     # as pyarrow sees it
     footer = pq.read_schema(path)
-    assert {k: v for k, v in (footer.metadata or {}).items() if k != b"ARROW:schema"} == {
-        k.encode(): v.encode() for k, v in about.items()
-    }
+    assert json.loads((footer.metadata or {})[b"imgcurator"]) == about
     assert footer.remove_metadata().equals(table.schema)
     assert pq.read_table(path).replace_schema_metadata(None).equals(table)
     assert footer.field("embedding").type == pa.list_(pa.float32())
     # as this backend reads it
-    back = backend.read_parquet(path, None, {})
+    spec = ScoreFiles(backend.name, table.schema)
+    back = read_score_files([path], spec)
     assert list(back.dtypes) == list(backend.from_arrow(table).dtypes)
     assert backend.to_arrow(back).equals(table)
-    some = backend.read_parquet(path, ["nsfw_score", "key"], {})
+    some = read_score_files([path], spec, ["nsfw_score", "key"])
     assert backend.to_arrow(some).equals(table.select(["nsfw_score", "key"]))
     assert [p.name for p in tmp_path.iterdir()] == ["x.parquet"]
 
@@ -285,7 +285,7 @@ def test_duckdb_reads_the_parquet(backend: Any, tmp_path: Path) -> None:
     duckdb = pytest.importorskip("duckdb")
     table = whole_table()
     path = str(tmp_path / "x.parquet")
-    backend.write_parquet(backend.from_arrow(table), path, {}, {})
+    write_score_file(backend.from_arrow(table), path, {}, backend.name, {})
     names = ["key", "offset", "width", "embedding", "aesthetic_score", "my_5"]
     with duckdb.connect() as db:
         # "offset" is a word of SQL
@@ -299,7 +299,7 @@ def test_duckdb_reads_the_parquet(backend: Any, tmp_path: Path) -> None:
 def test_a_failed_write_leaves_nothing(backend: Any, tmp_path: Path) -> None:
     frame = backend.from_arrow(whole_table())
     with pytest.raises(OSError, match="nowhere"):
-        backend.write_parquet(frame, str(tmp_path / "nowhere" / "x.parquet"), {}, {})
+        write_score_file(frame, str(tmp_path / "nowhere" / "x.parquet"), {}, backend.name, {})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -26,6 +26,7 @@ from dask_imgcurator.engine.backend import get_backend
 from dask_imgcurator.exports import base, lists
 from dask_imgcurator.exports.base import Exported, ExportError, export, formats
 from dask_imgcurator.select.selection import apply_steps
+from dask_imgcurator.steps.score_table import write_score_file
 
 WIDTH = 16
 
@@ -422,7 +423,7 @@ def score_folder(folder: Path, files: int = 24) -> Path:
         rows = 5 + i % 7
         frame = table(rows, seed=i, failed=(i % rows,), width=256).assign(shard=f"{i}.tar")
         frame["key"] = [f"{i:03d}-{j}" for j in range(rows)]
-        get_backend("pandas").write_parquet(frame, str(folder / f"{i:03d}.parquet"), {})
+        write_score_file(frame, str(folder / f"{i:03d}.parquet"), {}, "pandas", {})
     return folder
 
 

@@ -18,9 +18,9 @@ from distributed import Client
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
-from dask_imgcurator.engine.pandas import PandasBackend
 from dask_imgcurator.select.ranks import SelectionError
 from dask_imgcurator.select.syntax import WhereError
+from dask_imgcurator.steps import score_table
 from dask_imgcurator.steps.score_table import file_provenance
 
 
@@ -169,13 +169,13 @@ def test_a_selection_of_many_steps_reads_each_column_at_most_twice(
 ) -> None:
     """Once to find all bounds, once to apply them; the rest of a file only where it keeps something."""
     reads: list[tuple[str, str]] = []
-    read_parquet = PandasBackend.read_parquet
+    read_columns = score_table._read
 
-    def counted(self: PandasBackend, path: str, columns: list[str], storage_options: Any = None) -> Any:
-        reads.extend((Path(path).name, column) for column in columns)
-        return read_parquet(self, path, columns, storage_options)
+    def counted(url: str, spec: Any, names: list[str]) -> Any:
+        reads.extend((Path(url).name, name) for name in names)
+        return read_columns(url, spec, names)
 
-    monkeypatch.setattr(PandasBackend, "read_parquet", counted)
+    monkeypatch.setattr(score_table, "_read", counted)
     first = str(sorted(table.glob("*.parquet"))[0])
     shard = pq.read_table(first, columns=["shard"])["shard"][0].as_py()
     counts = dic.select_rows(

@@ -33,7 +33,7 @@ from dask_imgcurator.models import ModelError
 from dask_imgcurator.models.encoders import load_encoder, resolve_encoder
 from dask_imgcurator.select.syntax import WhereError
 from dask_imgcurator.similarity.scan import SearchError
-from dask_imgcurator.steps.score_table import METADATA_KEY
+from dask_imgcurator.steps.score_table import METADATA_KEY, write_score_file
 
 WIDTH = 16
 #: The smallest architecture among those that open_clip lists.
@@ -276,8 +276,7 @@ def written(made: SampleShards, out: Path, model: str, pretrained: str | None) -
         with dask.config.set(scheduler="sync"):
             frame = df.compute()
         provenance = {"encoder": encoder, "decode": {"decoder": "pillow"}, "shard": str(path)}
-        metadata = {METADATA_KEY: json.dumps(provenance)}
-        get_backend("pandas").write_parquet(frame, str(out / f"{path.stem}.parquet"), metadata, {})
+        write_score_file(frame, str(out / f"{path.stem}.parquet"), provenance, "pandas", {})
     return out
 
 

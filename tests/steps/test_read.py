@@ -18,7 +18,8 @@ import pytest
 
 from dask_imgcurator import read_webdataset
 from dask_imgcurator.engine.backend import backend_of
-from dask_imgcurator.steps.read import ReadSpec, index_partition, peek_fields
+from dask_imgcurator.json_fields import JsonField
+from dask_imgcurator.steps.read import ReadSpec, index_partition, peek
 
 OWN = [
     "key",
@@ -61,7 +62,8 @@ def column(frame: Any, name: str) -> list[Any]:
 
 
 def read(url: str, **spec: Any) -> list[dict[str, Any]]:
-    return rows(index_partition([url], ReadSpec(**spec)))
+    fields = tuple(JsonField(name, name, type_) for name, type_ in spec.pop("fields", ()))
+    return rows(index_partition([url], ReadSpec(fields=fields, **spec)))
 
 
 @pytest.fixture
@@ -198,7 +200,8 @@ def test_enormous_text_is_not_read(tmp_path: Path, kind: str) -> None:
     tracemalloc.stop()
     assert [(r["key"], r["status"], r["caption"]) for r in table] == 2 * [("a", "ok", None), ("b", "ok", None)]
     assert peak < 32 << 20
-    assert peek_fields([str(path)], ["n"]) == {"n": "string"}
+    with pytest.raises(ValueError, match="the first samples have no JSON field 'n'"):
+        types([str(path)], ["n"])
 
 
 @pytest.mark.parametrize("key", ["../x", "/etc/x", "../../żółć/x", "a b", "folder/v1.5/x"])
@@ -232,7 +235,7 @@ def test_caption(tmp_path: Path) -> None:
     assert [r["caption"] for r in read(url)] == ["from txt", "", None, "żółć 猫\n", "caf\ufffd", "cat", "capitals"]
     by_field = [r["caption"] for r in read(url, caption="text")]
     assert by_field == ["from json", None, None, "żółć", "caf\ufffd", "cat", "CAPITALS"]
-    assert [r["caption"] for r in read(url, caption="words")][:2] == ['["a", "b"]', None]
+    assert [r["caption"] for r in read(url, caption="words")][:2] == ["a", None]
     assert read(url, caption="n")[0]["caption"] == "3"
 
 
@@ -360,7 +363,9 @@ def damaged(folder: Path, kind: str) -> str:
 )
 def test_damage_adds_one_row(folder: Path, kind: str, keys: list[str], key: str | None, message: str) -> None:
     url = damaged(folder, kind)
-    table = rows(index_partition([url, str(folder / "00001.tar")], ReadSpec(fields=(("uid", "string"),))))
+    table = rows(
+        index_partition([url, str(folder / "00001.tar")], ReadSpec(fields=(JsonField("uid", "uid", "string"),)))
+    )
     assert [r["key"] for r in table] == [*keys, key, "10", "11", "12"]
     assert [r["status"] for r in table] == ["ok"] * len(keys) + ["read_error"] + ["ok"] * 3
     bad = table[len(keys)]
@@ -372,13 +377,17 @@ def test_damage_adds_one_row(folder: Path, kind: str, keys: list[str], key: str 
 # --- types of JSON fields -------------------------------------------------------------------------
 
 
-def test_peek_fields(tmp_path: Path) -> None:
+def types(urls: Sequence[str], names: Sequence[str], **options: Any) -> dict[str, str | None]:
+    return peek(urls, ReadSpec(fields=tuple(JsonField(name, name) for name in names)), **options)
+
+
+def test_types_by_the_first_samples(tmp_path: Path) -> None:
     documents: list[dict[str, Any]] = [
         {"i": 1, "f": 1.5, "b": True, "s": "x", "l": [1], "o": {}, "if": 1, "ib": 1, "is": 1, "n": None},
         {"i": 2, "f": 2.5, "b": False, "s": "y", "l": [2], "o": {}, "if": 0.5, "ib": True, "is": "1", "late": 7},
     ]
     url = write_tar(tmp_path / "a.tar", {str(i): {"jpg": b"1", "json": d} for i, d in enumerate(documents)})
-    names = [*documents[0], "late", "never"]
+    names = [*documents[0], "late"]
     expected = {
         **dict.fromkeys(names, "string"),
         "i": "int64",
@@ -386,24 +395,87 @@ def test_peek_fields(tmp_path: Path) -> None:
         "f": "float64",
         "if": "float64",
         "b": "bool",
+        "n": None,
     }
-    assert peek_fields([url], names) == expected
-    assert list(peek_fields([url], names)) == names
-    assert peek_fields([url], ["if", "ib", "late"], samples=1) == {"if": "int64", "ib": "int64", "late": "string"}
+    assert types([url], names) == expected
+    assert types([url], ["if", "ib"], members=2) == {"if": "int64", "ib": "int64"}
 
 
 def test_peek_goes_on_where_the_first_shard_tells_nothing(folder: Path) -> None:
     (folder / "garbage.tar").write_bytes(b"garbage" * 1000)
     write_tar(folder / "pictures.tar", {"a": {"jpg": b"1"}})
     urls = [str(folder / name) for name in ("missing.tar", "garbage.tar", "00002.tar", "pictures.tar", "00001.tar")]
-    assert peek_fields(urls, ["rank", "score"]) == {"rank": "int64", "score": "float64"}
-    assert peek_fields(urls[:4], ["rank", "score"]) == {"rank": "string", "score": "string"}
+    assert types(urls, ["rank", "score"]) == {"rank": "int64", "score": "float64"}
+    assert types(urls[:3], ["rank", "score"]) == {"rank": None, "score": None}  # nothing can be read
 
 
 def test_peek_reads_the_beginning_of_a_truncated_shard(folder: Path) -> None:
     path = folder / "00001.tar"
     path.write_bytes(path.read_bytes()[:4000])
-    assert peek_fields([str(path)], ["rank"]) == {"rank": "int64"}
+    assert types([str(path)], ["rank"]) == {"rank": "int64"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": ["licence"]}, r"no JSON field 'licence': did you mean 'license'?"),
+        ({"columns": ["x"]}, r"no JSON field 'x' \(they have: license, text, txt\) If later ones have it"),
+        ({"caption": "texd"}, "no caption 'texd': did you mean 'text'"),
+        ({"caption": "fr.txt"}, "no caption 'fr.txt'"),
+        ({"columns": ["width"]}, "another name, as in original_width=width"),
+        ({"columns": ["license", "license:string"]}, "two JSON fields give the column 'license'"),
+        ({"columns": ["=x"]}, "cannot read '=x' as a column"),
+    ],
+)
+def test_names_that_are_nowhere(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    url = write_tar(tmp_path / "a.tar", {"a": {"jpg": b"1", "json": {"license": "cc0", "text": "A"}, "txt": "B"}})
+    with pytest.raises(ValueError, match=message):
+        read_webdataset(url, **options, backend="pandas")
+
+
+def test_columns_under_other_names_and_captions_by_language(tmp_path: Path) -> None:
+    document = {"width": 3, "og:title": "T", "score": 1}
+    url = write_tar(tmp_path / "a.tar", {"a": {"jpg": b"1", "json": document, "txt": "A", "En.txt": "B"}})
+    columns = ["original_width=width", "og:title", "score:float64"]
+    frame = read_webdataset(url, columns, caption="en.txt", backend="pandas").compute(scheduler="sync")
+    (row,) = rows(frame)
+    assert {n: row[n] for n in ("original_width", "og:title", "score", "caption")} == {
+        "original_width": 3, "og:title": "T", "score": 1.0, "caption": "B",
+    }  # fmt: skip
+    assert isinstance(row["score"], float)
+
+
+def test_a_guess_that_does_not_hold_is_an_error_and_no_null(tmp_path: Path) -> None:
+    values: list[Any] = [1] * 200 + [0.5]
+    url = write_tar(tmp_path / "a.tar", {f"{i}": {"jpg": b"1", "json": {"s": v}} for i, v in enumerate(values)})
+    frame = read_webdataset(url, ["s"], backend="pandas")
+    with pytest.raises(
+        ValueError, match=r"'s' seemed to be int64 by the first samples, but is 0\.5 in 200 of .*a\.tar"
+    ):
+        frame.compute(scheduler="sync")
+    exact = read_webdataset(url, ["s:float64"], backend="pandas").compute(scheduler="sync")
+    assert exact["s"].tolist() == values
+
+
+def test_what_is_not_taken_as_it_is_is_told_in_the_row(tmp_path: Path) -> None:
+    url = write_tar(
+        tmp_path / "a.tar",
+        {
+            "2023": {"01.05.jpg": b"1", "01.06.jpg": b"2", "json": {"n": 1, "c": "x"}},
+            "b": {"jpg": b"1", "json": {"n": "a;b", "c": ["first", "second"], "m": 1}},
+            "c": {"jpg": b"1", "json": {"n": float("nan"), "c": 2, "m": "x"}},
+            "d": {"jpg": b"1", "json": "[]"},
+        },
+    )
+    fields = (JsonField("n", "n", "int64"), JsonField("m", "m"))
+    table = rows(index_partition([url], ReadSpec(fields=fields, caption="c", notes=True)))
+    assert [(r["n"], r["m"], r["caption"], r["note"]) for r in table] == [
+        (1, None, "x", "several images: 01.05.jpg, 01.06.jpg"),
+        (None, "1", "first", "the caption is a list: its first text is taken; n is no int64: \"a,b\"; "
+         "m is kept as text, as its values are of several types"),
+        (None, "x", "2", None),
+        (None, None, None, "the JSON is no object, or empty"),
+    ]  # fmt: skip
 
 
 # --- the Dask DataFrame ---------------------------------------------------------------------------
@@ -544,8 +616,8 @@ def test_rows_against_webdataset(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"columns": ["uid", "key"]}, ValueError, r"columns=\['key'\].*rename"),
-        ({"columns": {"embedding": "string"}}, ValueError, r"columns=\['embedding'\]"),
+        ({"columns": ["uid", "key"]}, ValueError, "'key' is a column of this library.*original_key=key"),
+        ({"columns": {"embedding": "string"}}, ValueError, "'embedding' is a column of this library"),
         ({"columns": {"uid": "int"}}, ValueError, r"'uid': 'int'.*string, int64, float64, bool"),
         ({"columns": "uid"}, TypeError, r"columns=\['uid'\]"),
         ({"shards_per_partition": 0}, ValueError, "shards_per_partition=0"),

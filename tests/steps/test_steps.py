@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from dask_imgcurator.models import ModelError
 from dask_imgcurator.models.heads import HeadError
 from dask_imgcurator.models.weights import WeightsError
 from dask_imgcurator.schema import COLUMNS, arrow_schema
+from dask_imgcurator.steps.score_table import write_score_file
 
 BACKENDS = ["pandas", pytest.param("cudf", marks=pytest.mark.gpu)]
 
@@ -306,9 +306,8 @@ def test_read_scores(tmp_path: Path, backend: str) -> None:
     engine = get_backend(backend)
     names = {"b/1.tar": "zz", "a/2.tar": "mm", "b/0.tar": "kk", "a/10.tar": "aa"}
     for shard, name in names.items():
-        about = {"imgcurator": json.dumps({"shard": shard})}
         frame = engine.from_arrow(score_table(shard, 5))
-        engine.write_parquet(frame, str(tmp_path / f"{name}.parquet"), about, {})
+        write_score_file(frame, str(tmp_path / f"{name}.parquet"), {"shard": shard}, backend, {})
     (tmp_path / ".partial-0-x.parquet").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("no table")
     df = dic.read_scores(tmp_path, backend=backend)
