@@ -21,8 +21,13 @@ def meta_of(frame: Any) -> Any:
 
 def from_map(function: Callable[..., Any], items: Sequence[Any], label: str, meta: Any, **spec: Any) -> dd.DataFrame:
     """Make a lazy frame of one partition per item."""
-    with dask.config.set({"dataframe.convert-string": False}):  # Dask would make text of objects
-        return dd.from_map(function, items, meta=meta, enforce_metadata=False, label=label, **spec)
+    return dd.from_map(function, items, meta=meta, enforce_metadata=False, label=label, **spec)
+
+
+def objects_stay() -> Any:
+    """Context in which Dask does not make text of the objects in new frames."""
+    # For graphs of our own: in users' frames it would bring up a fault of Dask (`df.partitions[0].repartition(1)`).
+    return dask.config.set({"dataframe.convert-string": False})
 
 
 def apply_step(frame: Any, function: Callable[[Any, Any], Any], spec: Any, added: pa.Schema) -> Any:

@@ -24,7 +24,7 @@ from distributed.scheduler import KilledWorker
 from ..monitor import Monitor
 from .backend import is_dask
 from .cluster import start_client
-from .frames import from_map
+from .frames import from_map, objects_stay
 
 #: Where a job runs: a client, the address of a scheduler, a number of new worker processes, or None (a job's default).
 Place: TypeAlias = Client | str | int | None
@@ -96,7 +96,8 @@ def results(
     meta = _row(None).iloc[:0]
     if each is None:
         return df.map_partitions(_to_row, function, *args, meta=meta, enforce_metadata=False, token=label)
-    own = from_map(_row, list(each), f"{label}-items", meta)
+    with objects_stay():
+        own = from_map(_row, list(each), f"{label}-items", meta)
     return df.map_partitions(
         _to_own_row, own, function, *args, meta=meta, enforce_metadata=False, token=label, align_dataframes=False
     )

@@ -19,7 +19,7 @@ import pyarrow as pa
 from distributed import Client
 
 from ..engine.backend import backend_of
-from ..engine.frames import apply_step, from_map, host_column
+from ..engine.frames import apply_step, from_map, host_column, objects_stay
 from ..engine.run import JobError, Place, Wave, place, results, run, waves
 from ..models import ModelError
 from ..models.weights import WeightsError
@@ -137,7 +137,8 @@ def tell(parts: Sequence[Measured], schema: pa.Schema, plan: ScorePlan, monitor:
 
 def score_graph(targets: Sequence[Target], plan: ScorePlan, last: Last) -> dd.DataFrame:
     """Make the graph that scores shards: index, embed, heads, write, count; one task per shard."""
-    df = read_groups([(target.shard,) for target in targets], plan.read)
+    with objects_stay():
+        df = read_groups([(target.shard,) for target in targets], plan.read)
     df = apply_step(df, embed_partition, plan.embed, plan.embed.schema)
     for use in plan.heads:
         df = apply_step(df, score_partition, use, arrow_schema([use.column]))

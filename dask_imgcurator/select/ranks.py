@@ -123,7 +123,8 @@ def value_order(df: Any, column: str, largest: bool = False) -> ValueOrder:
     if column not in df.columns:
         raise SelectionError(f"there is no column {column!r} (there are: {', '.join(map(str, df.columns))})")
     type_ = arrow_type(df, column)
-    if pa.types.is_decimal(type_) or not (kind_of(type_) == "number" or pa.types.is_null(type_)):
+    long = pa.types.is_decimal(type_) and type_.precision > 15  # which float64 cannot tell apart
+    if long or kind_of(type_) not in ("number", "unknown"):
         raise SelectionError(f"column {column!r} holds {type_}, which has no rank here: name a column of int or float")
     dtype = {pa.int64(): "i8", pa.uint64(): "u8"}.get(type_, "f8")  # shorter integers are exact in float64
     return ValueOrder(column, dtype, largest)

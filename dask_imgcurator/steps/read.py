@@ -84,9 +84,9 @@ def _convert(item: JsonField, rows: Sequence[dict[str, Any]]) -> JsonField:
                     f"JSON field {item.name!r} seemed to be {type_} by the first samples, but is {shown} in "
                     f"{row['key']} of {row['shard']}: give its type, such as columns={{{item.name!r}: 'string'}}"
                 )
-            row["notes"].append(f"{name} is no {type_}: {shown}".replace(";", ","))
+            row["notes"].append(f"{name} is not of type {type_} and so missing: {shown}".replace(";", ","))
         elif item.type is None and type_ == "string" and not isinstance(value, str | list | dict):
-            row["notes"].append(f"{name} is kept as text, as its values are of several types")
+            row["notes"].append(f"{name} has values of several types, kept as text")
     return replace(item, type=type_)
 
 
@@ -136,7 +136,7 @@ def _row(url: str, sample: Sample, file: IO[bytes], spec: ReadSpec) -> dict[str,
     if member is not None and (spec.fields or spec.caption is not None):
         document = read_json(file, member)
         if not document:
-            notes.append("the JSON is no object, or empty")
+            notes.append("the JSON is empty or not an object")
     row["caption"] = _caption(sample, document, file, spec.caption, notes)
     return row | {item.column: document.get(item.name) for item in spec.fields}
 
@@ -150,7 +150,7 @@ def _caption(
         return None if member is None else read_text(file, member)
     value = document.get(name)
     if isinstance(value, list):
-        notes.append("the caption is a list: its first text is taken")
+        notes.append("the caption is a list, of which the first text is taken")
         value = next((item for item in value if isinstance(item, str)), None)
     text: str | None = as_type(value, "string")
     return text
@@ -185,9 +185,9 @@ def _not_found(name: str, seen: Sequence[str], is_caption: bool) -> str:
     close = difflib.get_close_matches(name, seen, n=2)
     hint = f" (they have: {', '.join(seen[:30]) or 'neither JSON nor text members'})"
     if close:
-        hint = f": did you mean {' or '.join(map(repr, close))}?"
-    later = "" if is_caption else f" If later ones have it, give its type, such as {name}:string."
-    return f"the first samples have no {'caption' if is_caption else 'JSON field'} {name!r}{hint}{later}"
+        hint = f" (did you mean {' or '.join(map(repr, close))}?)"
+    later = "" if is_caption else f". If later ones have it, give its type, such as {name}:string."
+    return f"the first samples have no {'caption' if is_caption else 'JSON field'} {name!r}{hint}{later or '.'}"
 
 
 def read_webdataset(

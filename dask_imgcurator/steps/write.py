@@ -22,7 +22,7 @@ import pyarrow as pa
 from distributed import Client
 
 from ..engine.backend import backend_of, is_dask
-from ..engine.frames import meta_of, require_columns
+from ..engine.frames import meta_of, objects_stay, require_columns
 from ..engine.run import JobError, Wave, current_client, results, run, waves
 from ..schema import kinds_of_schema
 from ..storage import files
@@ -356,7 +356,7 @@ def _regroup(df: dd.DataFrame) -> Regroup:
     def regroup(groups: Sequence[Group], columns: Sequence[str] | None) -> dd.DataFrame:
         names = list(columns) if columns is not None else list(meta.columns)
         frames = [together([parts[i] for i in group.partitions], names) for group in groups]
-        with dask.config.set({"dataframe.convert-string": False}):  # Dask would make text of objects
+        with objects_stay():
             return dd.from_delayed(frames, meta=meta[names], verify_meta=False, prefix="group")
 
     return regroup

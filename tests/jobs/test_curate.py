@@ -316,7 +316,7 @@ def test_interrupted_run_leaves_nothing_half_and_goes_on(signal_: int, client: A
     # As many workers as the client below has: the number of threads may change a score's last bits.
     arguments = ["curate", str(made.folder / "*.tar"), "--model", "starter", "--where", WHERE, "--n-workers", "2"]
     process = start([*arguments, "--out", str(out)])
-    wait_for(lambda: len(list(out.glob("scores/*.parquet"))) >= 2)
+    wait_for(lambda: any(out.glob("scores/*.parquet")))
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
     if signal_ == signal.SIGINT:
@@ -330,7 +330,7 @@ def test_interrupted_run_leaves_nothing_half_and_goes_on(signal_: int, client: A
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
     done = sorted(p.name for p in (out / "scores").iterdir())
-    assert 2 <= len(done) < 10
+    assert 1 <= len(done) < 10
     assert all(name.endswith(".parquet") and not name.startswith(".") for name in done)
     for name in done:
         pq.read_table(out / "scores" / name)

@@ -141,11 +141,11 @@ def test_a_registered_head_is_added_and_its_column_then_left_alone(
     table: Path, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     width = len(read(table).query("status == 'ok'")["embedding"].iloc[0])
-    about = tmp_path / "dic_heads-1.0.dist-info"
+    about = tmp_path / "dic_heads_for_tables-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: dic-heads\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[dask_imgcurator.heads]\nones = dic_heads:ONES\n")
-    (tmp_path / "dic_heads.py").write_text(f"ONES = {str(tmp_path / 'ones.safetensors')!r}\n")
+    (about / "entry_points.txt").write_text("[dask_imgcurator.heads]\nones = dic_heads_for_tables:ONES\n")
+    (tmp_path / "dic_heads_for_tables.py").write_text(f"ONES = {str(tmp_path / 'ones.safetensors')!r}\n")
     ones = [(np.ones((1, width), np.float32), np.zeros(1, np.float32))]
     dic.save_head(tmp_path / "ones.safetensors", ones, column="ones_score", name="ones")
     dic.save_head(tmp_path / "other.safetensors", ones, column="ones_score", name="other")

@@ -418,9 +418,9 @@ def test_peek_reads_the_beginning_of_a_truncated_shard(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"columns": ["licence"]}, r"no JSON field 'licence': did you mean 'license'?"),
-        ({"columns": ["x"]}, r"no JSON field 'x' \(they have: license, text, txt\) If later ones have it"),
-        ({"caption": "texd"}, "no caption 'texd': did you mean 'text'"),
+        ({"columns": ["licence"]}, r"no JSON field 'licence' .did you mean 'license'"),
+        ({"columns": ["x"]}, r"no JSON field 'x' \(they have: license, text, txt\)\. If later ones have it"),
+        ({"caption": "texd"}, "no caption 'texd' .did you mean 'text'"),
         ({"caption": "fr.txt"}, "no caption 'fr.txt'"),
         ({"columns": ["width"]}, "another name, as in original_width=width"),
         ({"columns": ["license", "license:string"]}, "two JSON fields give the column 'license'"),
@@ -471,10 +471,10 @@ def test_what_is_not_taken_as_it_is_is_told_in_the_row(tmp_path: Path) -> None:
     table = rows(index_partition([url], ReadSpec(fields=fields, caption="c", notes=True)))
     assert [(r["n"], r["m"], r["caption"], r["note"]) for r in table] == [
         (1, None, "x", "several images: 01.05.jpg, 01.06.jpg"),
-        (None, "1", "first", "the caption is a list: its first text is taken; n is no int64: \"a,b\"; "
-         "m is kept as text, as its values are of several types"),
+        (None, "1", "first", "the caption is a list, of which the first text is taken; "
+         "n is not of type int64 and so missing: \"a,b\"; m has values of several types, kept as text"),
         (None, "x", "2", None),
-        (None, None, None, "the JSON is no object, or empty"),
+        (None, None, None, "the JSON is empty or not an object"),
     ]  # fmt: skip
 
 
