@@ -16,7 +16,7 @@ from ..select import selection
 from ..select.settle import settled_where
 from ..select.where import parse_where
 from ..steps.read import URLPath
-from ..steps.score_table import ScoreTable, open_scores
+from ..steps.score_table import ScoreTable, look_at, open_scores
 from ..storage import files
 from .plan import model_notes
 from .tables import opened, steps_of
@@ -221,6 +221,7 @@ def _read_groups(
     if groups is None:
         return None
     if not isinstance(groups, pd.DataFrame):
+        look_at(os.fspath(groups), storage_options)  # which says what it is, if it is no Parquet file
         with files.opened(os.fspath(groups), storage_options) as file:
             frame = pd.read_parquet(file)
         name = repr(os.fspath(groups))

@@ -107,7 +107,10 @@ def _remarks(frame: Any) -> dict[str, Remark]:
 
 
 #: What to do about a kind of note.
-_REMEDIES = {"several images": "; only one of them is scored (--image EXT names it)"}
+_REMEDIES = {
+    "several images": "; only one of them is scored (--image EXT names it)",
+    "samples of more than 8 bits are clipped at 255": " (imgcurator.scale-high-bit-depth stretches them)",
+}
 
 
 def tell(parts: Sequence[Measured], schema: pa.Schema, plan: ScorePlan, monitor: Monitor) -> None:

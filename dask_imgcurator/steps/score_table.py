@@ -18,6 +18,7 @@ from ..engine.backend import get_backend, resolve_name
 from ..engine.frames import from_map
 from ..schema import conform, kinds_of_schema, unify_schemas
 from ..storage import files
+from ..storage.urls import read_head, what_is
 from .read import URLPath
 
 #: Key of this library's entry in a Parquet file's metadata.
@@ -129,7 +130,10 @@ def look_at(url: str, storage_options: Mapping[str, Any] | None = None) -> Score
     try:
         schema = files.persist(url, read)
     except pa.ArrowException as err:
-        raise ValueError(f"{url} is no Parquet file that can be read: {err}") from err
+        words = what_is(read_head(url, storage_options))
+        raise ValueError(
+            f"{url} is no Parquet file that can be read{f'; it is {words}' if words else f': {err}'}"
+        ) from err
     try:
         provenance = json.loads((schema.metadata or {})[METADATA_KEY.encode()])
     except (KeyError, ValueError):
@@ -197,7 +201,21 @@ class ScoreTable:
 
 
 def open_scores(urlpath: URLPath, storage_options: Mapping[str, Any] | None = None) -> ScoreTable:
-    """Find the files of a score table, and look at each."""
+    """Find the files of a score table, and look at each; ValueError for tables that are not of images."""
+    table = open_files(urlpath, storage_options)
+    # Tables of other origin may lack much, even keys; but they have samples to write or embeddings to compare.
+    if "shard" not in table.kinds and "list" not in table.kinds.values():
+        first = table.urls[0]
+        raise ValueError(
+            f"{first} is no score table: it has neither a column 'shard' nor embeddings (there are: "
+            f"{', '.join(table.schema.names)}); if shards lie beside it, as img2dataset leaves them, score those "
+            f"first: dask-imgcurator score '{first.rpartition('/')[0]}/*.tar' --out SCORES"
+        )
+    return table
+
+
+def open_files(urlpath: URLPath, storage_options: Mapping[str, Any] | None = None) -> ScoreTable:
+    """Find Parquet files, and look at each."""
     items = [urlpath] if isinstance(urlpath, str | os.PathLike) else list(urlpath)
     urls: list[str] = []
     for item in [os.fspath(i) for i in items]:
@@ -247,4 +265,4 @@ def read_scores(
     ValueError
         If a column is of types in two files that have no common one.
     """
-    return open_scores(urlpath, storage_options).frame(resolve_name(backend))
+    return open_files(urlpath, storage_options).frame(resolve_name(backend))

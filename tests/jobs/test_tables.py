@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,10 +15,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from distributed import Client
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
+from dask_imgcurator.cli.main import cli
 from dask_imgcurator.select.ranks import SelectionError
 from dask_imgcurator.select.syntax import WhereError
 from dask_imgcurator.steps import score_table
@@ -237,3 +240,59 @@ def test_by_the_command_line(table: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     provenance = file_provenance(str(next((tmp_path / "unique").glob("*.parquet"))))
     assert provenance is not None and json.dumps(provenance["deduplicated"]["tiers"]) == '["exact"]'
+
+
+# --- what is no score table -----------------------------------------------------------------------
+
+
+def img2dataset_table(folder: Path) -> Path:
+    """What img2dataset writes beside 00000.tar."""
+    names = ["url", "caption", "key", "status", "error_message", "width", "height", "original_width", "sha256"]
+    rows = {name: pd.array([None, None], dtype="string") for name in names}
+    rows |= {"key": ["000000000", "000000001"], "status": ["success", "failed_to_download"]}
+    folder.mkdir()
+    pd.DataFrame(rows).to_parquet(folder / "00000.parquet")
+    return folder
+
+
+COMMANDS = {
+    "select": ("--where", "width > 1"),
+    "write": (),
+    "dedup": (),
+    "export": ("--format", "list"),
+    "add": ("--caption-stats",),
+    "report": (),
+    "search": ("--like", "000000000"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("what", ["img2dataset", "pointer", "page"])
+def test_what_is_no_score_table_is_told(command: str, what: str, tmp_path: Path) -> None:
+    folder = img2dataset_table(tmp_path / "in")
+    file = folder / "00000.parquet"
+    expected = rf"{file} is no score table: .*'shard' .*dask-imgcurator score '{folder}/\*\.tar' --out SCORES"
+    if what == "pointer":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+        expected = rf"{file} is no Parquet file that can be read; it is a Git LFS pointer, .* git lfs pull"
+    if what == "page":
+        file.write_text("<!DOCTYPE html>\n<html><body>404</body></html>\n")
+        expected = rf"{file} is no Parquet file that can be read; it is a web page"
+    out = str(tmp_path / ("out.html" if command == "report" else "out.parquet"))
+    result = CliRunner().invoke(cli, [command, str(folder), *COMMANDS[command], "--out", out])
+    assert result.exit_code == 2, result.output
+    assert re.match(rf"dask-imgcurator: {expected}", result.stderr), result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+
+
+def test_groups_that_are_no_table(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "groups.parquet").write_text("<html>")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/groups\.parquet is no Parquet file .* it is a web page"):
+        dic.write_report(table, tmp_path / "out.html", groups=tmp_path / "groups.parquet")
+
+
+def test_tables_of_other_origin_need_samples_or_embeddings(tmp_path: Path) -> None:
+    for name, column in {"shard": ["a.tar"], "vectors": [[0.6, 0.8]]}.items():
+        pq.write_table(pa.table({"key": ["a"], "rating": [3], name: column}), tmp_path / f"{name}.parquet")
+        assert dic.select_rows(tmp_path / f"{name}.parquet", tmp_path / name, "rating > 2").kept == 1
