@@ -102,7 +102,8 @@ class _Rows:
             if isinstance(info, BadImage):
                 self.status[i], self.message[i] = info.status, str(info)
             elif self.notes is not None and is_deep(info.mode):
-                note = f"samples of more than 8 bits are {self._deep}: {info.mode.replace(';', ',')}"
+                kind = {"I": "integers", "F": "floats"}.get(info.mode, "16 bits")
+                note = f"samples of more than 8 bits are {self._deep}: {kind}"
                 self.notes[i] = f"{self.notes[i]}; {note}" if self.notes[i] else note
 
 

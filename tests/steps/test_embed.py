@@ -236,7 +236,7 @@ def test_deep_images_say_what_became_of_them(spec: EmbedSpec, tmp_path: Path, sc
     frame["note"] = pd.array([None, None, "several images: png, jpg", None], dtype=frame["key"].dtype)
     done = embed_partition(frame, replace(spec, scale_high_bit_depth=settled))
     assert list(done["status"]) == ["ok"] * 4
-    note = f"samples of more than 8 bits are {'scaled to 8 bits' if scale else 'clipped at 255'}: I,16"
+    note = f"samples of more than 8 bits are {'scaled to 8 bits' if scale else 'clipped at 255'}: 16 bits"
     assert [None if pd.isna(n) else n for n in done["note"]] == [None, note, f"several images: png, jpg; {note}", note]
     assert len({tuple(vector) for vector in done["embedding"][1:]}) == (3 if scale else 1)
 
