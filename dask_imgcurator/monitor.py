@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from .results import Counts
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -67,3 +71,36 @@ class Monitor:
 
     def wrote(self, shard: Mapping[str, Any]) -> None:
         """A curated shard was written or taken over."""
+
+
+class ShardProgress:
+    """Adds up events, which arrive in the client's event loop, and results, which arrive in the caller's thread."""
+
+    def __init__(self, monitor: Monitor, total: int) -> None:
+        self.state = Progress(total_shards=total)
+        self._monitor = monitor
+        self._seen: dict[str, Mapping[str, Any]] = {}
+        self._totals: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def update(self, counts: Mapping[str, Any]) -> None:
+        """Take in an event; a shard that is redone starts at 0."""
+        with self._lock:
+            before = self._seen.get(counts["shard"], {})
+            if before.get("finished"):
+                return
+            self._seen[counts["shard"]] = counts
+            for name in ("rows", "done", "errors"):
+                self._totals[name] += counts[name] - before.get(name, 0)
+            self.state.images, self.state.errors = self._totals["done"], self._totals["errors"]
+            self.state.expected = round(self._totals["rows"] * self.state.total_shards / len(self._seen))
+        self._monitor.progress(self.state)
+
+    def finish(self, shard: str, counts: Counts) -> None:
+        """Take in a finished shard."""
+        self.state.shards += 1
+        self.state.kept += counts.kept
+        self.state.decided += counts.rows
+        errors = counts.rows - counts.readable
+        done = {"shard": shard, "rows": counts.rows, "done": counts.rows, "errors": errors, "finished": True}
+        self.update(done)

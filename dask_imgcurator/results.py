@@ -26,6 +26,8 @@ class RunResult:
         What each condition keeps.
     shards_scored, shards_taken_over : int
         Source shards of this run, and of earlier ones.
+    shards_missing : list of str
+        Source shards that could not be read, or are no longer there. They have no rows, or those of an earlier run.
     images_scored, scoring_seconds : int, float
         Of this run, from the first shard's start to the last one's end.
     loading_seconds : float
@@ -47,6 +49,7 @@ class RunResult:
     funnel: list[ConditionCount] = field(default_factory=list)
     shards_scored: int = 0
     shards_taken_over: int = 0
+    shards_missing: list[str] = field(default_factory=list)
     images_scored: int = 0
     loading_seconds: float = 0.0
     scoring_seconds: float = 0.0

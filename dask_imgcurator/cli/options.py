@@ -226,6 +226,12 @@ resume_option = click.option(
     show_default=True,
     help="Reuse what an earlier run with the same settings finished.",
 )
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace another result in the output folder, whole. [default: refuse]"
+)
+missing_option = click.option(
+    "--allow-missing", is_flag=True, help="Exit with 0 even if shards cannot be read. [default: exit with 1 in the end]"
+)
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
 shards_argument = click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
 scores_argument = click.argument("scores", nargs=-1, required=True, metavar="SCORES...")

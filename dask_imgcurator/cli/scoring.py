@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from .live import display, make_console
 from .options import (
     cluster_options,
     given_of,
+    missing_option,
     model_options,
+    overwrite_option,
     pack_options,
     quiet_option,
     remote,
@@ -24,6 +28,19 @@ from .options import (
 )
 
 
+@contextlib.contextmanager
+def _shown_all_the_same(quiet: bool) -> Iterator[None]:
+    """Show what was done where shards are missing, too."""
+    from ..jobs.score import MissingShardsError
+
+    try:
+        yield
+    except MissingShardsError as err:
+        if not quiet:
+            summary.print_run(err.result)
+        raise
+
+
 @click.command()
 @shards_argument
 @click.option("--out", required=True, metavar="DIR", help="Folder for scores/, shards/, report.html and run.json.")
@@ -33,6 +50,8 @@ from .options import (
 @cluster_options
 @remote_options
 @resume_option
+@overwrite_option
+@missing_option
 @quiet_option
 def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
     """Score shards, keep the images that match an expression, write them as curated shards.
@@ -45,7 +64,7 @@ def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> No
     """
     from ..jobs.curate import curate as run
 
-    with display(quiet) as monitor:
+    with _shown_all_the_same(quiet), display(quiet) as monitor:
         result = run(list(shards), out, monitor=monitor, **given_of(remote(options)))
     if not quiet:
         summary.print_run(result)
@@ -58,6 +77,8 @@ def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> No
 @cluster_options
 @remote_options
 @resume_option
+@overwrite_option
+@missing_option
 @quiet_option
 def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
     """Score shards into a table: the expensive part, done once.
@@ -67,7 +88,7 @@ def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> Non
     """
     from ..jobs.score import score_shards as run
 
-    with display(quiet) as monitor:
+    with _shown_all_the_same(quiet), display(quiet) as monitor:
         result = run(list(shards), out, monitor=monitor, **given_of(remote(options)))
     if not quiet:
         summary.print_run(result)
@@ -81,6 +102,7 @@ def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> Non
 @cluster_options
 @remote_options
 @resume_option
+@overwrite_option
 @quiet_option
 def write(
     scores: tuple[str, ...],
@@ -143,6 +165,7 @@ def demo(out: str, count: int, quiet: bool, **options: Any) -> None:
             where=where,
             model="starter",
             columns=["kind"],
+            overwrite=True,  # of an earlier demo with other samples
             monitor=monitor,
             **given_of(options),
         )

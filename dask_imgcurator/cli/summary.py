@@ -71,6 +71,8 @@ def print_run(result: RunResult) -> None:
         )
     if result.shards_taken_over:
         console.print(f"taken over from an earlier run: {result.shards_taken_over:,} shards")
+    if result.shards_missing:
+        console.print(f"missing: {len(result.shards_missing):,} shards")
     if result.kept is not None:
         console.print(written_line(result.written, str(Path(result.out) / "shards")))
         console.print(f"report: {Path(result.out) / 'report.html'}")

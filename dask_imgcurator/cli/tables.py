@@ -15,6 +15,7 @@ from .options import (
     cluster_options_with,
     given_of,
     light_options,
+    overwrite_option,
     quiet_option,
     ranking_options,
     scores_argument,
@@ -30,6 +31,7 @@ from .options import (
 @ranking_options
 @light_options
 @storage_option
+@overwrite_option
 @quiet_option
 def select(
     scores: tuple[str, ...],
@@ -106,6 +108,7 @@ def select(
 )
 @light_options
 @storage_option
+@overwrite_option
 @quiet_option
 def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[float, ...], **options: Any) -> None:
     """Drop the duplicates of a score table: same bytes, same look, same content.
@@ -143,6 +146,7 @@ def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[floa
 @click.option("--weights-dir", metavar="DIR", help="Folder with the published heads.")
 @cluster_options_with("none: threads of this process; for texts as in score")
 @storage_option
+@overwrite_option
 @quiet_option
 def add(scores: tuple[str, ...], out: str, quiet: bool, prompts: tuple[str, ...], **options: Any) -> None:
     """Add columns to a score table from its embeddings and captions; no image is decoded.
@@ -195,6 +199,7 @@ class _Formats(click.Choice):
 @click.option("--arch", type=click.Choice(["b32", "l14"]), help="For datacomp: CLIP model of scores and embeddings.")
 @light_options
 @storage_option
+@overwrite_option
 @quiet_option
 def export_(scores: tuple[str, ...], out: str, format_: str, where: str | None, quiet: bool, **options: Any) -> None:
     """Write a score table in the layout of another project.

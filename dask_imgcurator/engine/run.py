@@ -8,9 +8,10 @@ all partitions' results on the workers; `stream` brings larger ones here one by 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeAlias
 
@@ -18,10 +19,11 @@ import dask
 import dask.dataframe as dd
 import pandas as pd
 from dask.system import CPU_COUNT
-from distributed import Client, Future, futures_of, get_client
+from distributed import Client, Future, futures_of, get_client, get_worker
 from distributed.scheduler import KilledWorker
 
 from ..monitor import Monitor
+from ..storage import files
 from .backend import is_dask
 from .cluster import start_client
 from .frames import from_map, objects_stay
@@ -34,9 +36,32 @@ WAVE = 1000
 
 _FAN_IN = 16
 
+#: From so many failures on, a run of which nearly everything fails is stopped.
+_MOST_FAULTS = 8
+
 
 class JobError(RuntimeError):
     """The run could not finish; what is finished is kept."""
+
+
+class WorkerFault(JobError):
+    """What a worker could not read or write, though others perhaps can; `worker` is its address."""
+
+    def __init__(self, message: str, worker: str = "") -> None:
+        super().__init__(message, worker)
+        self.worker = worker
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def worker_fault(err: OSError) -> WorkerFault:
+    """Make an error of this machine, where it is one, tell where it happened."""
+    try:
+        worker = str(get_worker().address)
+    except ValueError:  # not in a task
+        worker = ""
+    return WorkerFault(f"{os.uname().nodename}: {type(err).__name__}: {err}", worker)
 
 
 # --- where ----------------------------------------------------------------------------------------
@@ -93,13 +118,21 @@ def results(
     df: dd.DataFrame, function: Callable[..., Any], *args: Any, label: str, each: Sequence[Any] | None = None
 ) -> dd.DataFrame:
     """Apply a function (partition, its item of `each` if given, *args) lazily: a row with one object, for `run`."""
-    meta = _row(None).iloc[:0]
+    meta, writer = _row(None).iloc[:0], files.this_writer()
     if each is None:
-        return df.map_partitions(_to_row, function, *args, meta=meta, enforce_metadata=False, token=label)
+        return df.map_partitions(_to_row, writer, function, *args, meta=meta, enforce_metadata=False, token=label)
     with objects_stay():
         own = from_map(_row, list(each), f"{label}-items", meta)
     return df.map_partitions(
-        _to_own_row, own, function, *args, meta=meta, enforce_metadata=False, token=label, align_dataframes=False
+        _to_own_row,
+        own,
+        writer,
+        function,
+        *args,
+        meta=meta,
+        enforce_metadata=False,
+        token=label,
+        align_dataframes=False,
     )
 
 
@@ -107,12 +140,30 @@ def _row(value: Any) -> pd.DataFrame:
     return pd.DataFrame({"result": pd.Series([value], dtype=object)})
 
 
-def _to_row(frame: Any, function: Callable[..., Any], *args: Any) -> pd.DataFrame:
-    return _row(function(frame, *args))
+def _to_row(frame: Any, writer: str, function: Callable[..., Any], *args: Any) -> pd.DataFrame:
+    with files.writing_for(writer):
+        return _row(function(frame, *args))
 
 
-def _to_own_row(frame: Any, own: pd.DataFrame, function: Callable[..., Any], *args: Any) -> pd.DataFrame:
-    return _row(function(frame, own["result"].iat[0], *args))
+def _to_own_row(frame: Any, own: pd.DataFrame, writer: str, function: Callable[..., Any], *args: Any) -> pd.DataFrame:
+    with files.writing_for(writer):
+        return _row(function(frame, own["result"].iat[0], *args))
+
+
+@dataclass(frozen=True)
+class _Aside:
+    """Partitions that could not be done and are set aside while others go on: by workers that died, or say why."""
+
+    lost: list[str] = field(default_factory=list)
+    faults: dict[str, WorkerFault] = field(default_factory=dict)
+
+    def hosts(self) -> set[str]:
+        """Machines on which something failed."""
+        return {_host(fault.worker) for fault in self.faults.values()}
+
+
+def _host(worker: str) -> str:
+    return worker.rpartition(":")[0]
 
 
 def run(
@@ -121,40 +172,77 @@ def run(
     what: str,
     again: Callable[[Sequence[str]], Wave] | None = None,
     label: Callable[[str], str] = str,
+    build: Callable[[Sequence[str]], dd.DataFrame] | None = None,
 ) -> Generator[tuple[str, Any], None, None]:
     """Compute graphs, two at a time, and yield the name and result of each partition as it is done."""
     # A partition whose workers died more often than Dask allows is set aside while the others go on, then done once
-    # more by the graph that `again` makes. Any other error stops the run with a `JobError`: it would hit the other
-    # partitions too (a full disk, a missing file). `what` and `label` say what is done to which partition.
+    # more by the graph that `again` makes. One that its worker could not read is done on another machine, by the graph
+    # that `build` makes. Any other error stops the run with a `JobError`: it would hit the other partitions too (a full
+    # disk). `what` and `label` say what is done to which partition.
     if client is None:
         yield from _run_in_threads(waves, what)
         return
-    lost: list[str] = []
-    yield from _run_on(client, waves, what, label, lost)
-    if lost and again is not None:
-        retried, lost = lost, []
-        yield from _run_on(client, [again(retried)], what, label, lost)
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    aside = _Aside()
+    yield from _run_on(client, waves, what, label, aside)
+    if aside.lost and again is not None:
+        retried = list(aside.lost)
+        aside.lost.clear()
+        yield from _run_on(client, [again(retried)], what, label, aside)
+    if aside.faults and build is not None:
+        yield from _run_elsewhere(client, build, what, label, aside)
+    if aside.faults:
+        name, fault = next(iter(aside.faults.items()))
+        raise JobError(f"{what} {label(name)}{_more(aside.faults)} failed: {fault}; all others are finished") from fault
+    if aside.lost:
         raise JobError(
-            f"the workers that were {what} {label(lost[0])}{more} died again and again (out of memory, or a crash in a "
-            "native library); all others are finished. A smaller --batch-size or fewer --n-workers may help."
+            f"the workers that were {what} {label(aside.lost[0])}{_more(aside.lost)} died again and again (out of "
+            "memory, or a crash in a native library); all others are finished. A smaller --batch-size or fewer "
+            "--n-workers may help."
         )
 
 
+def _more(names: Collection[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _run_elsewhere(
+    client: Client,
+    build: Callable[[Sequence[str]], dd.DataFrame],
+    what: str,
+    label: Callable[[str], str],
+    aside: _Aside,
+) -> Iterator[tuple[str, Any]]:
+    """Do partitions that one machine could not read on the others."""
+    for host in aside.hosts():
+        others = [worker for worker in client.nthreads() if _host(worker) != host]
+        names = [name for name, fault in aside.faults.items() if _host(fault.worker) == host]
+        if not others:
+            continue
+        for name in names:
+            del aside.faults[name]
+        yield from _run_on(client, waves(names, build), what, label, aside, others)
+
+
 def _run_on(
-    client: Client, waves: Iterable[Wave], what: str, label: Callable[[str], str], lost: list[str]
+    client: Client,
+    waves: Iterable[Wave],
+    what: str,
+    label: Callable[[str], str],
+    aside: _Aside,
+    workers: list[str] | None = None,
 ) -> Iterator[tuple[str, Any]]:
     done: SimpleQueue[Future] = SimpleQueue()
     running: dict[Any, tuple[str, Future]] = {}
     waiting = iter(waves)
+    finished = 0
 
     def submit() -> bool:
         wave = next(waiting, None)
         if wave is None:
             return False
         # A partition's key is the graph's name and the partition's number.
-        futures = sorted(futures_of(client.persist(wave.frame.optimize())), key=lambda future: future.key[1])
+        graph = client.persist(wave.frame.optimize(), workers=workers)
+        futures = sorted(futures_of(graph), key=lambda future: future.key[1])
         running.update({f.key: (name, f) for name, f in zip(wave.names, futures, strict=True)})
         for future in futures:
             future.add_done_callback(done.put)
@@ -173,16 +261,27 @@ def _run_on(
                 if future.status == "cancelled":
                     raise JobError(f"the cluster went away while {what} {label(name)}")
                 if isinstance(error, KilledWorker):
-                    lost.append(name)
+                    aside.lost.append(name)
+                elif isinstance(error, WorkerFault):
+                    aside.faults[name] = error
+                    if len(aside.faults) >= _MOST_FAULTS and len(aside.faults) > 9 * finished:
+                        _stop_if_all_fail(client, aside, f"{what} {label(name)}")
                 elif error is not None:
-                    cause = error.with_traceback(future.traceback())
-                    raise JobError(f"{what} {label(name)}: {type(error).__name__}: {error}") from cause
+                    raise JobError(f"{what} {label(name)}: {type(error).__name__}: {error}") from error
                 else:
+                    finished += 1
                     yield name, future.result()["result"].iat[0]
             del ready, future  # the scheduler forgets what nobody holds
     finally:
         if running:
             client.cancel([future for _, future in running.values()], force=True)
+
+
+def _stop_if_all_fail(client: Client, aside: _Aside, doing: str) -> None:
+    """Stop a run of which nearly everything fails, unless there is a machine on which nothing has."""
+    if all(_host(worker) in aside.hosts() for worker in client.nthreads()):
+        fault = list(aside.faults.values())[-1]
+        raise JobError(f"{doing} failed, as did {len(aside.faults) - 1} more, nearly all: {fault}") from fault
 
 
 def _run_in_threads(waves: Iterable[Wave], what: str) -> Iterator[tuple[str, Any]]:

@@ -336,6 +336,7 @@ def _write_folder(df: Any, folder: str, layout: Layout, storage: Mapping[str, An
         urls = _name(parts, layout, folder, storage)
     finally:
         _clear(prefix, storage)
+        files.remove_partial(folder, own=True)
     new = {url.rpartition("/")[2] for url in urls}  # whole URLs may be spelled in several ways
     for url in there:
         if url.rpartition("/")[2] not in new:

@@ -14,6 +14,7 @@ from ..steps import captions
 from ..steps import heads as steps_heads
 from ..steps.prompts import score_prompts
 from ..steps.read import URLPath
+from .records import made_of, replacing
 from .tables import opened, targets_of, write_table
 
 
@@ -29,6 +30,7 @@ def add_columns(
     aesthetic_head: str | None = None,
     nsfw_head: str | None = None,
     weights_dir: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     backend: str | None = None,
     client: Place = None,
@@ -54,6 +56,8 @@ def add_columns(
         A published head, see `score_aesthetic`.
     weights_dir : path, optional
         Folder with the published heads.
+    overwrite : bool
+        Whether another result in `out` is replaced, whole.
     storage_options, backend, client, monitor
         As for `select_rows`; texts need a model, which new worker processes load.
 
@@ -64,13 +68,17 @@ def add_columns(
 
     Raises
     ------
+    FileExistsError
+        As `select_rows`.
     ValueError
-        If nothing is asked for, or a text is compared with embeddings of an unknown model.
+        If nothing is asked for, several models made the embeddings, or a text is compared with those of an unknown
+        model.
     """
     light = not (clip_score or prompts)
     with opened(scores, storage_options, backend, client, monitor, light=light) as table:
         df, there, added = table.df, set(table.df.columns), {}
-        encoder = table.encoder
+        vectors = heads or clip_score or prompts or aesthetic_head or nsfw_head
+        encoder = table.made(*(["embedding"] if vectors else [])).get("encoder", {})
         for head in map(steps_heads.resolve_head, heads):
             if head.column in added:
                 raise ValueError(f"two heads give the column {head.column!r}: save one with another column name")
@@ -96,7 +104,10 @@ def add_columns(
         if not new:
             raise ValueError(f"nothing to add: the table has what was asked for ({', '.join(sorted(there))})")
         targets = targets_of(table, out)
-        write_table(df, table, targets, {"added": json.loads(json.dumps(added, default=str))})
+        note = json.loads(json.dumps(added, default=str))
+        made = made_of("add", scores, note, ", ".join(new))
+        with replacing(os.fspath(out), made, targets, overwrite, table.scores.storage_options):
+            write_table(df, table, targets, {"added": note})
     return new
 
 

@@ -22,12 +22,14 @@ from ..results import Counts, RunResult
 from ..select.settle import settled_where
 from ..select.where import combine, parse_where
 from ..steps.read import URLPath
-from ..steps.score_table import ScoreFiles, open_scores, scores_from_files
+from ..steps.score_table import ScoreFiles, check_makers, open_scores, scores_from_files
 from ..steps.write import Group, check_keys, plan_write, run_write, write_spec
 from ..storage import files
+from ..storage.curated import check_replaced
 from ..storage.urls import expand
 from .plan import ScoreOptions, make_plan
-from .score import Last, Run, Scored, measure_files, score_into
+from .records import Run, alone, note_unfinished
+from .score import Last, MissingShardsError, Scored, measure_files, score_into
 
 
 def write_scored(
@@ -45,10 +47,11 @@ def write_scored(
     plan = plan_write(client, [one.kept for one in scored.measured if one.kept], regroup, last.spec, resume)
     monitor.writing(plan.firsts[-1])
     done = {}
-    for number, written in run_write(client, plan):
-        done[number] = written
-        for stats in written:
-            monitor.wrote(stats)
+    with alone(last.spec.folder, "write", last.spec.storage_options):
+        for number, written in run_write(client, plan):
+            done[number] = written
+            for stats in written:
+                monitor.wrote(stats)
     return [stats for number in sorted(done) for stats in done[number]]
 
 
@@ -60,6 +63,7 @@ def write_selection(
     max_count: int = 10_000,
     max_size: int | str = "1GB",
     resume: bool = True,
+    overwrite: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     source_options: Mapping[str, Any] | None = None,
     backend: str | None = None,
@@ -80,6 +84,9 @@ def write_selection(
         See `to_webdataset`.
     resume : bool
         Whether curated shards that are there already and hold the same samples are taken over.
+    overwrite : bool
+        Whether curated shards of other source shards that are in `out` are replaced, whole. Those of the same source
+        shards always are: `out` then holds the new selection.
     storage_options, source_options : mapping, optional
         For the fsspec file systems of both folders, and of the source shards.
     backend : {"auto", "cudf", "pandas"}, optional
@@ -93,6 +100,13 @@ def write_selection(
     -------
     (Counts, list of dict)
         What was kept, and ``_stats.json`` of each shard.
+
+    Raises
+    ------
+    FileExistsError
+        If `out` holds curated shards of other source shards and `overwrite` is False.
+    ValueError
+        If several models made the scores that are compared.
     """
     monitor = monitor or Monitor()
     spec = write_spec(out, max_count, max_size, storage_options, source_options)
@@ -100,9 +114,13 @@ def write_selection(
     check_keys(table.schema)
     read = ScoreFiles(resolve_name(backend), table.schema, table.storage_options)
     parsed = parse_where(where, table.kinds) if where is not None else None
+    check_makers(table, () if parsed is None else parsed.columns)
+    note_unfinished(scores, storage_options, monitor)
+    shards = {file.provenance["shard"] for file in table.files if "shard" in file.provenance}
+    if shards and not overwrite:
+        check_replaced(spec.folder, shards, storage_options)
     last = Last(settled_where(parsed), spec)
-    files.remove_partial(spec.folder)
-    with place(client, read.backend, monitor) as lent:
+    with files.no_partial(spec.folder), place(client, read.backend, monitor) as lent:
         found = measure_files(lent, table.urls, last, read)
         scored = Scored(table.urls, [found[url] for url in table.urls], read)
         return scored.counts, write_scored(lent, scored, last, resume, monitor)
@@ -118,6 +136,8 @@ def curate(
     max_count: int = 10_000,
     max_size: int | str = "1GB",
     resume: bool = True,
+    overwrite: bool = False,
+    allow_missing: bool = False,
     client: Place = None,
     monitor: Monitor | None = None,
     **options: Any,
@@ -141,6 +161,10 @@ def curate(
         Size of the curated shards, see `to_webdataset`.
     resume : bool
         Whether what an earlier run of the same provenance finished is taken over.
+    overwrite : bool
+        Whether scores of another model, with other settings or of other shards that are in `out` are replaced, whole.
+    allow_missing : bool
+        Whether shards that cannot be read now are only noted, and no error in the end.
     client : distributed.Client, str, or int, optional
         Where to run: a client, the address of a scheduler (``tcp://host:8786``), or a number of new worker processes on
         this machine. By default new ones: one per GPU; on a CPU one per core with 4 GB.
@@ -162,8 +186,10 @@ def curate(
     ------
     WhereError
         For a mistake in the expression, before anything is done.
+    FileExistsError
+        If `out` holds something else and `overwrite` is False, or files that this library did not write.
     JobError
-        If the run could not finish. Completed work is saved: the same call resumes.
+        If the run could not finish, or shards are missing. Completed work is saved: the same call resumes.
     """
     monitor = monitor or Monitor()
     begin = time.perf_counter()
@@ -174,21 +200,30 @@ def curate(
     curated = files.join(folder, "shards")
     spec = write_spec(curated, max_count, max_size, given.out_options, given.storage_options)
     urls = expand(urlpath, given.storage_options)
+    if not overwrite:
+        check_replaced(curated, urls, given.out_options)
     plan, parsed = make_plan(urls, given, where, monitor)
     last = Last(settled_where(parsed, planned=plan.planned), spec, plan.chosen)
-    files.remove_partial(curated)
-    with place(client, plan.read.backend, monitor) as lent:
+    scores, run_of = files.join(folder, "scores"), Run(resume, overwrite, monitor, result)
+    with files.no_partial(scores, curated), place(client, plan.read.backend, monitor) as lent:
         assert lent is not None
-        scored = score_into(lent, urls, files.join(folder, "scores"), plan, last, Run(resume, monitor, result))
+        scored = score_into(lent, urls, scores, plan, last, run_of)
         counts = scored.counts
         result.samples, result.by_status = counts.rows, counts.by_status
         result.kept, result.funnel = counts.kept, counts.funnel
+        new = set(result.shards_missing) <= set(urls) and not scored.lost
+        if not (new or allow_missing):  # their kept samples would vanish from the curated shards
+            result.kept = None
+            raise MissingShardsError(result, "; the curated shards are left as they are")
+        scored = scored.readable
         result.written = write_scored(lent, scored, last, resume, monitor)
     result.seconds = time.perf_counter() - begin
     arguments = {"shards": urls, "out": folder, "where": where, **given.record}
     _record(folder, arguments, result, plan.storage_options)
     source_options = plan.read.storage_options
     report.write_run_report(folder, scored.urls, where, result, plan.storage_options, source_options, plan.planned)
+    if result.shards_missing and not allow_missing:
+        raise MissingShardsError(result)
     return result
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 from ..engine.run import Place
 from ..monitor import Monitor
@@ -16,7 +17,7 @@ from ..select import selection
 from ..select.settle import settled_where
 from ..select.where import parse_where
 from ..steps.read import URLPath
-from ..steps.score_table import ScoreTable, look_at, open_scores
+from ..steps.score_table import ScoreTable, check_makers, look_at, open_scores
 from ..storage import files
 from .plan import model_notes
 from .tables import opened, steps_of
@@ -78,7 +79,7 @@ def write_report(
     FileNotFoundError
         If there is no such score table, or no such file of groups.
     ValueError
-        If `groups` is no such table.
+        If `groups` is no such table, or several models made the scores.
 
     Notes
     -----
@@ -91,6 +92,7 @@ def write_report(
     shown = _read_groups(groups, options)
     # Pages are made of a few rows, in pandas, wherever the selection is computed.
     with opened(scores, options, "pandas", client, monitor) as table:
+        check_makers(table.scores, _shown_of(table.scores.schema))
         steps = [] if where is None else [parse_where(where, table.scores.kinds)]
         settled = selection.settle(table.df, [*steps, *ranked], alone=True)
         found = survey(table.scores, settled)
@@ -159,6 +161,11 @@ def compare_selections(
     return found
 
 
+def _shown_of(schema: pa.Schema) -> list[str]:
+    """Columns that a page is about."""
+    return [name for name in schema.names if name != "embedding"]
+
+
 def _check_target(target: str) -> None:
     if not target.lower().endswith((".html", ".htm")):
         raise ValueError(f"{target!r} is no HTML file: name one, such as 'report.html'")
@@ -210,6 +217,7 @@ def _side(
             ) from None
         table, where = open_scores(scores, storage_options), name
     parsed = None if where is None else parse_where(where, table.kinds)
+    check_makers(table, _shown_of(table.schema))
     provenance, notes = _provenance(table)
     steps = provenance.get("selected", {}).get("steps", []) if where is None else []
     return comparison.Side(name, table, settled_where(parsed), steps), notes

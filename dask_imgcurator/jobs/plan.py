@@ -25,7 +25,6 @@ from ..select.where import Where, parse_where
 from ..steps.embed import EmbedSpec, embed_spec
 from ..steps.heads import HeadUse
 from ..steps.read import ReadSpec, peek, read_spec
-from ..steps.score_table import file_provenance
 from ..steps.stream import settle_decoder
 from ..storage import files
 from ..storage.urls import check_shards
@@ -84,10 +83,10 @@ class ScorePlan:
         return pa.schema([(f.column, FIELD_TYPES[f.likely]) for f in self.read.fields if f.likely])
 
     def settled(self, provenance: Mapping[str, Any], topic: str) -> ScorePlan:
-        """Return the plan by which all workers use what the first one has, and report their progress."""
+        """Return the plan by which all workers use what the first one has, and report progress and their faults."""
         encoder = replace(self.embed.encoder, dtype=provenance["encoder"]["dtype"])
         embed = replace(self.embed, encoder=encoder, decoder=provenance["decode"]["decoder"], topic=topic)
-        return replace(self, embed=embed)
+        return replace(self, read=replace(self.read, strict=True), embed=replace(embed, strict=True))
 
     @property
     def isolated(self) -> ScorePlan:
@@ -253,16 +252,12 @@ def choose_heads(model: str, pretrained: str | None, options: ScoreOptions, moni
 # --- files ----------------------------------------------------------------------------------------
 
 
-def score_files(urls: Sequence[str], folder: str, storage_options: Mapping[str, Any] | None) -> dict[str, str]:
-    """Name each shard's score file."""
+def score_files(urls: Sequence[str], folder: str, there: Mapping[str, str]) -> dict[str, str]:
+    """Name each shard's score file; `there`: shards whose files have names already."""
     # A shard gets its stem. If that name is taken, by another shard of this run or by an earlier run's file for another
     # shard, a hash of its URL is appended; so a name never changes once given.
-    taken: dict[str, str] = {}
-    for url in files.list_files(folder, ".parquet", storage_options):
-        provenance = file_provenance(url, storage_options)
-        if provenance is not None and "shard" in provenance:
-            taken[url.rpartition("/")[2]] = provenance["shard"]
-    by_shard = {shard: name for name, shard in taken.items()}
+    by_shard = {shard: url.rpartition("/")[2] for shard, url in there.items()}
+    taken = {name: shard for shard, name in by_shard.items()}
     out = {}
     for url in urls:
         name = by_shard.get(url)

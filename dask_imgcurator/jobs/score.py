@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import threading
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +14,11 @@ import pyarrow as pa
 from distributed import Client
 
 from ..engine.backend import backend_of
-from ..engine.frames import apply_step, from_map, host_column, objects_stay
-from ..engine.run import JobError, Place, Wave, place, results, run, waves
+from ..engine.frames import apply_step, from_map, objects_stay
+from ..engine.run import JobError, Place, Wave, place, results, run, waves, worker_fault
 from ..models import ModelError
 from ..models.weights import WeightsError
-from ..monitor import Monitor, Progress
+from ..monitor import Monitor, ShardProgress
 from ..results import Counts, RunResult
 from ..schema import arrow_schema, kind_of, unify_schemas
 from ..select.settle import Settled, settled_where
@@ -35,19 +30,8 @@ from ..steps.write import Kept, measure_partition
 from ..storage import files
 from ..storage.curated import LOCATORS, WriteSpec
 from ..storage.urls import expand, fingerprint
-from .plan import ScoreOptions, ScorePlan, describe, make_plan, score_files
-
-#: Shards whose version is asked for side by side.
-_LOOKS = 16
-
-
-@dataclass(frozen=True)
-class Target:
-    """A shard's score file and its provenance."""
-
-    shard: str
-    url: str
-    provenance: Mapping[str, Any]
+from .plan import ScoreOptions, ScorePlan, describe, make_plan
+from .records import Run, Target, check_dataset, difference, filling, look, settle_work
 
 
 @dataclass(frozen=True)
@@ -149,19 +133,21 @@ def score_graph(targets: Sequence[Target], plan: ScorePlan, last: Last) -> dd.Da
 
 
 def _write(frame: Any, target: Target, plan: ScorePlan, last: Last) -> tuple[Measured, pa.Schema]:
-    # What a store failed to give may come the next time: such a file is not taken over by a later run.
-    lost = {"unreached": n} if (n := _unreached(frame, target.shard)) else {}
-    provenance = {**target.provenance, **lost}
-    schema = write_score_file(frame, target.url, provenance, plan.read.backend, plan.storage_options)
+    if differs := difference({**target.provenance, **describe(plan)}, target.provenance):
+        raise JobError(f"the worker on {_process()} would score otherwise than the others: {differs}")
+    there = file_provenance(target.url, plan.storage_options) or {}
+    if there.get("shard", target.shard) != target.shard:
+        raise JobError(f"another run, at the same time, wrote the scores of {there['shard']} to {target.url}")
+    if (here := _seen(target, plan.read.storage_options)) != (version := target.provenance["fingerprint"]):
+        raise worker_fault(OSError(f"{target.shard} is another file than the client sees: {here}, not {version}"))
+    schema = write_score_file(frame, target.url, target.provenance, plan.read.backend, plan.storage_options)
     return last.measure(frame), schema
 
 
-def _unreached(frame: Any, url: str) -> int:
-    """Rows lost to a remote file system's errors, by the wording of `files.RemoteError`; not damaged tars."""
-    if files.is_local(url):
-        return 0
-    messages = host_column(frame[frame["status"] == "read_error"], "error_message")
-    return sum(str(message).startswith(f"{url}: ") for message in messages)
+def _seen(target: Target, storage_options: Mapping[str, Any]) -> str:
+    """The version of a shard on this machine; copies of a local file may differ in their times."""
+    here, there = fingerprint(target.shard, storage_options), str(target.provenance["fingerprint"])
+    return there if files.is_local(target.shard) and here.split()[0] == there.split()[0] else here
 
 
 def measure_files(client: Client | None, urls: Sequence[str], last: Last, read: ScoreFiles) -> dict[str, Measured]:
@@ -179,34 +165,65 @@ def measure_files(client: Client | None, urls: Sequence[str], last: Last, read: 
 
 @dataclass(frozen=True)
 class Scored:
-    """Score files in shard order, and their totals."""
+    """Score files in shard order, and their totals; `lost` are those whose shard cannot be read now."""
 
     urls: list[str]
     measured: list[Measured]
     read: ScoreFiles  # how to read them
+    lost: Collection[str] = ()
 
     @property
     def counts(self) -> Counts:
         """Counts of the whole table."""
         return Counts.sum(one.counts for one in self.measured)
 
+    @property
+    def readable(self) -> Scored:
+        """The files whose samples can be copied."""
+        pairs = [(url, one) for url, one in zip(self.urls, self.measured, strict=True) if url not in self.lost]
+        return Scored([url for url, _ in pairs], [one for _, one in pairs], self.read)
+
 
 def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan, last: Last, run_of: Run) -> Scored:
     """Score what is not scored yet, and count everything."""
     begin = time.perf_counter()
-    files.make_folder(folder)
-    files.remove_partial(folder)
+    there = look(folder, plan.storage_options)
+    if not run_of.overwrite:
+        check_dataset(there, urls)
     result, monitor = run_of.result, run_of.monitor
     result.provenance = provenance = _load(client, plan)
-    topic = f"imgcurator-{os.getpid()}-{time.time_ns()}"
-    plan = plan.settled(provenance, topic)
-    targets = _look(urls, folder, plan, provenance)
-    todo = {url: target for url, (target, done) in targets.items() if not (done and run_of.resume)}
-    result.shards_taken_over = len(targets) - len(todo)
+    work = settle_work(there, urls, plan, provenance, run_of)
+    result.shards_missing = work.missing
+    result.shards_taken_over = len(work.targets) - len(work.todo)
     result.loading_seconds = time.perf_counter() - begin
+    monitor.scoring(len(work.targets), result.shards_taken_over)
+    with filling(there, urls, provenance, run_of.overwrite, bool(work.todo)):
+        done = _score(client, work.todo, plan.settled(provenance, _topic()), last, run_of)
+    tables = [target.url for target in work.targets.values()]
+    rest = [table for table in tables if table not in done]
+    schemas = {schema: table for table, (_, schema) in reversed(done.items())}
+    schemas |= {file.schema: file.url for file in look_at_all(rest, plan.storage_options)}
+    fields = [item.column for item in plan.read.fields if item.type is None]
+    whole = unify_schemas(((url, schema) for schema, url in schemas.items()), fields)
+    read = ScoreFiles(plan.read.backend, whole, plan.storage_options)
+    found = {table: one for table, (one, _) in done.items()} | measure_files(client, rest, last, read)
+    lost = {work.targets[url].url for url in work.missing if url in work.targets}
+    scored = Scored(tables, [found[table] for table in tables], read, lost)
+    tell(scored.measured, read.schema, plan, monitor)
+    return scored
+
+
+def _topic() -> str:
+    return f"imgcurator-{os.getpid()}-{time.time_ns()}"
+
+
+def _score(
+    client: Client, todo: Mapping[str, Target], plan: ScorePlan, last: Last, run_of: Run
+) -> dict[str, tuple[Measured, pa.Schema]]:
+    """Score shards, and count their files."""
+    result, monitor = run_of.result, run_of.monitor
     begin = time.perf_counter()
-    monitor.scoring(len(urls), result.shards_taken_over)
-    progress = _Progress(monitor, len(todo))
+    progress = ShardProgress(monitor, len(todo))
 
     def build(names: Sequence[str]) -> dd.DataFrame:
         return score_graph([todo[name] for name in names], plan, last)
@@ -216,45 +233,26 @@ def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan
             monitor.note(f"A worker died while it scored {name}: doing it again with its images decoded apart.")
         return Wave(names, score_graph([todo[name] for name in names], plan.isolated, last))
 
-    found: dict[str, Measured] = {}
-    schemas: dict[pa.Schema, str] = {}
-    client.subscribe_topic(topic, lambda event: progress.update(event[1]))
+    found: dict[str, tuple[Measured, pa.Schema]] = {}
+    client.subscribe_topic(plan.embed.topic, lambda event: progress.update(event[1]))
     try:
-        for url, (measured, schema) in run(client, waves(list(todo), build), "scoring", again):
+        for url, measured in run(client, waves(list(todo), build), "scoring", again, build=build):
             found[todo[url].url] = measured
-            schemas.setdefault(schema, todo[url].url)
-            progress.finish(url, measured.counts)
+            progress.finish(url, measured[0].counts)
+    except JobError as err:
+        if type(err.__cause__) is JobError:  # of a worker, which says all
+            raise JobError(str(err.__cause__)) from None
+        raise
     finally:
-        client.unsubscribe_topic(topic)
-        files.remove_partial(folder)
+        client.unsubscribe_topic(plan.embed.topic)
         result.shards_scored = progress.state.shards
         result.images_scored = progress.state.decided
         result.scoring_seconds = time.perf_counter() - begin
-    tables = [targets[url][0].url for url in urls]
-    rest = [table for table in tables if table not in found]
-    for file in look_at_all(rest, plan.storage_options):
-        schemas.setdefault(file.schema, file.url)
-    fields = [item.column for item in plan.read.fields if item.type is None]
-    read = ScoreFiles(
-        plan.read.backend, unify_schemas(((url, s) for s, url in schemas.items()), fields), plan.storage_options
-    )
-    found |= measure_files(client, rest, last, read)
-    scored = Scored(tables, [found[table] for table in tables], read)
-    tell(scored.measured, read.schema, plan, monitor)
-    return scored
-
-
-@dataclass(frozen=True)
-class Run:
-    """How a run goes: whether it resumes, its monitor, and its notes."""
-
-    resume: bool
-    monitor: Monitor
-    result: RunResult
+    return found
 
 
 def _load(client: Client, plan: ScorePlan) -> dict[str, Any]:
-    """Have all workers load the model concurrently, and return what the first one reports."""
+    """Have all workers load the model concurrently, and return what the first one reports; all must be alike."""
     try:
         client.wait_for_workers(1, timeout=60)
     except TimeoutError:
@@ -262,76 +260,59 @@ def _load(client: Client, plan: ScorePlan) -> dict[str, Any]:
     workers = [str(i) for i in range(len(client.nthreads()))]
     nothing = from_map(_nothing, workers, "workers", pd.DataFrame())
     graph = Wave(workers, results(nothing, _describe, plan, label="load-model"))
+    answers: list[tuple[str, dict[str, Any]]] = []
     try:
-        with closing(run(client, [graph], "loading")) as loading:
-            _, provenance = next(loading)
+        for _, answer in run(client, [graph], "loading"):
+            answers.append(answer)
     except JobError as err:
         if isinstance(err.__cause__, ModelError | WeightsError):
             raise JobError(str(err.__cause__)) from err.__cause__
         if err.__cause__ is not None:
             raise
-        raise JobError(
-            "the worker died while it loaded the model: it probably needs more memory (fewer --n-workers)"
-        ) from None
+        if not answers:  # others may go on without those that died
+            raise JobError(
+                "the worker died while it loaded the model: it probably needs more memory (fewer --n-workers)"
+            ) from None
+    (first, provenance), *others = answers
+    for where, other in others:
+        if differs := difference(_fixed(other), _fixed(provenance)):
+            raise JobError(
+                f"the workers on {where} and on {first} would score differently: {differs.replace('there', where)}"
+                ": install the same versions on all machines, and give them the same files"
+            )
     return dict(provenance)
+
+
+def _fixed(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What each worker has by itself, and is not told by the first one."""
+    encoder = {k: v for k, v in provenance["encoder"].items() if k != "dtype"}
+    versions = {k: v for k, v in provenance["versions"].items() if k != "dali"}
+    return {"encoder": encoder, "heads": provenance["heads"], "versions": versions}
+
+
+def _process() -> str:
+    return f"{os.uname().nodename} (process {os.getpid()})"
 
 
 def _nothing(_: str) -> pd.DataFrame:
     return pd.DataFrame()
 
 
-def _describe(_: Any, plan: ScorePlan) -> dict[str, Any]:
-    return describe(plan)
+def _describe(_: Any, plan: ScorePlan) -> tuple[str, dict[str, Any]]:
+    return _process(), describe(plan)
 
 
-def _look(
-    urls: Sequence[str], folder: str, plan: ScorePlan, provenance: Mapping[str, Any]
-) -> dict[str, tuple[Target, bool]]:
-    """Find each shard's score file, and whether it exists with the same provenance."""
-    names = score_files(urls, folder, plan.storage_options)
+class MissingShardsError(JobError):
+    """Shards could not be read; everything else is done, as `result` says."""
 
-    def look(url: str) -> tuple[Target, bool]:
-        full = {**provenance, "shard": url, "fingerprint": fingerprint(url, plan.read.storage_options)}
-        before = file_provenance(names[url], plan.storage_options) or {}
-        before.pop("added", None)  # columns that came later belong to none of its making
-        return Target(url, names[url], full), before == json.loads(json.dumps(full))
-
-    # Side by side, because each look at an object store takes a while.
-    with ThreadPoolExecutor(_LOOKS) as pool:
-        return dict(zip(names, pool.map(look, names), strict=True))
-
-
-class _Progress:
-    """Adds up events, which arrive in the client's event loop, and results, which arrive in the caller's thread."""
-
-    def __init__(self, monitor: Monitor, total: int) -> None:
-        self.state = Progress(total_shards=total)
-        self._monitor = monitor
-        self._seen: dict[str, Mapping[str, Any]] = {}
-        self._totals: Counter[str] = Counter()
-        self._lock = threading.Lock()
-
-    def update(self, counts: Mapping[str, Any]) -> None:
-        """Take in an event; a shard that is redone starts at 0."""
-        with self._lock:
-            before = self._seen.get(counts["shard"], {})
-            if before.get("finished"):
-                return
-            self._seen[counts["shard"]] = counts
-            for name in ("rows", "done", "errors"):
-                self._totals[name] += counts[name] - before.get(name, 0)
-            self.state.images, self.state.errors = self._totals["done"], self._totals["errors"]
-            self.state.expected = round(self._totals["rows"] * self.state.total_shards / len(self._seen))
-        self._monitor.progress(self.state)
-
-    def finish(self, shard: str, counts: Counts) -> None:
-        """Take in a finished shard."""
-        self.state.shards += 1
-        self.state.kept += counts.kept
-        self.state.decided += counts.rows
-        errors = counts.rows - counts.readable
-        done = {"shard": shard, "rows": counts.rows, "done": counts.rows, "errors": errors, "finished": True}
-        self.update(done)
+    def __init__(self, result: RunResult, then: str = "") -> None:
+        names = result.shards_missing
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        super().__init__(
+            f"{len(names):,} shard{'s'[: len(names) != 1]} cannot be read now: {names[0]}{more}. What was finished of "
+            f"them before is kept, all others are scored{then}. --allow-missing (allow_missing=True) goes on without"
+        )
+        self.result = result
 
 
 def score_shards(
@@ -339,6 +320,8 @@ def score_shards(
     out: str | os.PathLike[str],
     *,
     resume: bool = True,
+    overwrite: bool = False,
+    allow_missing: bool = False,
     client: Place = None,
     monitor: Monitor | None = None,
     **options: Any,
@@ -350,9 +333,13 @@ def score_shards(
     urlpath : str, path, or sequence of them
         Shards, as for `read_webdataset`.
     out : str or path
-        Folder for one Parquet file per shard.
+        Folder for one Parquet file per shard. Several runs may fill it with parts of a dataset, also at the same time.
     resume : bool
         Whether files of an earlier run with the same provenance are taken over.
+    overwrite : bool
+        Whether scores of another model, with other settings or of other shards that are in `out` are replaced, whole.
+    allow_missing : bool
+        Whether shards that cannot be read now are only noted, and no error in the end.
     client : distributed.Client, str, or int, optional
         Where to run, as for `curate`.
     monitor : Monitor, optional
@@ -368,8 +355,10 @@ def score_shards(
 
     Raises
     ------
+    FileExistsError
+        If `out` holds something else and `overwrite` is False, or files that this library did not write.
     JobError
-        If the run could not finish. Finished shards are kept.
+        If the run could not finish, or shards are missing. Finished shards are kept, also those that are missing now.
     """
     monitor = monitor or Monitor()
     begin = time.perf_counter()
@@ -378,12 +367,13 @@ def score_shards(
     given = ScoreOptions(**options)
     urls = expand(urlpath, given.storage_options)
     plan, _ = make_plan(urls, given, None, monitor)
-    with place(client, plan.read.backend, monitor) as lent:
+    run_of = Run(resume, overwrite, monitor, result)
+    with files.no_partial(folder), place(client, plan.read.backend, monitor) as lent:
         assert lent is not None
-        scored = score_into(
-            lent, urls, folder, plan, Last(settled_where(None), chosen=plan.chosen), Run(resume, monitor, result)
-        )
+        scored = score_into(lent, urls, folder, plan, Last(settled_where(None), chosen=plan.chosen), run_of)
     counts = scored.counts
     result.samples, result.by_status = counts.rows, counts.by_status
     result.seconds = time.perf_counter() - begin
+    if result.shards_missing and not allow_missing:
+        raise MissingShardsError(result)
     return result

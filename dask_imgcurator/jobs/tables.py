@@ -6,9 +6,10 @@ that any of them goes on from the result of another. No image is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,23 +22,26 @@ from ..duplicates import index as dedup_index
 from ..duplicates.cells import CellCheck
 from ..engine.backend import resolve_name
 from ..engine.run import Place, place, results, run, waves
-from ..exports.base import Exported, export
+from ..exports.base import Exported, export, formats
 from ..monitor import Monitor
 from ..results import Counts
 from ..select import selection
 from ..select.settle import Settled
-from ..select.steps import Step, parse_sample, parse_top
-from ..select.where import filter_frame, parse_where
+from ..select.steps import Step, Top, parse_sample, parse_top
+from ..select.where import Where, filter_frame, parse_where
 from ..steps.read import URLPath
 from ..steps.score_table import (
     ScoreFiles,
     ScoreTable,
+    check_makers,
     file_provenance,
     open_scores,
     read_kept,
     write_score_file,
 )
 from ..storage import files
+from ..storage.curated import same_folder
+from .records import made_of, note_unfinished, replacing
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,9 @@ class Table:
         """Its files' URLs."""
         return self.scores.urls
 
-    @property
-    def encoder(self) -> dict[str, Any]:
-        """What the table's first file records of the model; empty for tables of other origin."""
-        return dict(self.scores.files[0].provenance.get("encoder", {}))
+    def made(self, *columns: str) -> dict[str, Any]:
+        """Provenance of the first file; MixedModelsError if several models made one of the columns that are used."""
+        return check_makers(self.scores, columns)
 
 
 @contextmanager
@@ -72,20 +75,24 @@ def opened(
     """Open a score table, with a place to compute on; `light`: no model will be loaded there."""
     name = resolve_name(backend)
     table = open_scores(scores, storage_options)
-    with place(client, name, monitor or Monitor(), light) as lent:
+    monitor = monitor or Monitor()
+    note_unfinished(scores, storage_options, monitor)
+    with place(client, name, monitor, light) as lent:
         yield Table(table, name, table.frame(name), lent)
 
 
 def targets_of(table: Table, out: str | os.PathLike[str]) -> list[str]:
-    """Files of a result, named after the table's."""
+    """Files of a result, named after the table's; where several folders have a name, their own is added."""
     folder = os.fspath(out)
-    targets = [files.join(folder, url.rpartition("/")[2]) for url in table.urls]
-    if set(targets) & set(table.urls):
+    if any(same_folder(folder, url.rpartition("/")[0]) for url in table.urls):
         raise ValueError(f"{folder} is the score table itself: choose another folder for the result")
-    if len(set(targets)) < len(targets):
-        raise ValueError("two files of the score table have one name: give the folders one by one")
-    files.make_folder(folder)
-    return targets
+    taken: dict[str, str] = {}
+    for url in table.urls:
+        name = url.rpartition("/")[2]
+        if name in taken.values():
+            name = f"{name.removesuffix('.parquet')}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.parquet"
+        taken[url] = name
+    return [files.join(folder, name) for name in taken.values()]
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,7 @@ def select_rows(
     *,
     top: str | Sequence[str] = (),
     sample: str | None = None,
+    overwrite: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     backend: str | None = None,
     client: Place = None,
@@ -152,7 +160,7 @@ def select_rows(
     scores : str, path, or sequence of them
         Score table, as for `read_scores`.
     out : str or path
-        Folder for the selected rows; files have the names of their sources.
+        Folder for the selected rows; files have the names of their sources (where several have one, with a hash added).
     where : str, optional
         Expression on the columns; rows whose ``status`` is not ``ok`` are never kept.
     top : str or sequence of str
@@ -160,6 +168,8 @@ def select_rows(
         another.
     sample : str, optional
         Of what is left then, a random part: ``"10000"``, ``"10% seed 1"``, ``"20 by cluster"``.
+    overwrite : bool
+        Whether another result in `out` is replaced, whole; the same selection always may be.
     storage_options : mapping, optional
         For the fsspec file systems of both tables.
     backend : {"auto", "cudf", "pandas"}, optional
@@ -181,16 +191,32 @@ def select_rows(
         For a mistake in an expression or a step, before anything is done.
     FileNotFoundError
         If there is no such score table.
+    FileExistsError
+        If `out` holds another result and `overwrite` is False, or files that this library did not write.
     ValueError
-        If `out` is the score table itself.
+        If `out` is the score table itself, or several models made the scores that are compared.
     """
     ranked = steps_of(top, sample)
     with opened(scores, storage_options, backend, client, monitor) as table:
         steps = ranked if where is None else [parse_where(where, table.scores.kinds), *ranked]
+        table.made(*columns_of(steps))
         targets = targets_of(table, out)
         settled = selection.settle(table.df, steps, alone=True)
-        note = {"selected": {"steps": [step.text for step in steps]}}
-        return Counts.sum(write_table(table.df, table, targets, note, settled))
+        note = {"steps": [step.text for step in steps]}
+        made = made_of("select", scores, note, ", ".join(note["steps"]) or "all")
+        with replacing(os.fspath(out), made, targets, overwrite, table.scores.storage_options):
+            return Counts.sum(write_table(table.df, table, targets, {"selected": note}, settled))
+
+
+def columns_of(steps: Iterable[Step]) -> list[str]:
+    """Columns that decide a selection."""
+    found: list[str | None] = []
+    for step in steps:
+        if isinstance(step, Where):
+            found.extend(step.columns)
+        elif isinstance(step, Top):
+            found.extend([step.column, *(step.among.columns if isinstance(step.among, Where) else ())])
+    return [name for name in dict.fromkeys(found) if name is not None]
 
 
 def steps_of(top: str | Sequence[str], sample: str | None) -> list[Step]:
@@ -228,6 +254,7 @@ def drop_duplicates(
     *,
     groups: str | os.PathLike[str] | None = None,
     index: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     backend: str | None = None,
     client: Place = None,
@@ -246,6 +273,8 @@ def drop_duplicates(
         Parquet file for the table of groups: which rows, which of them is kept, how similar.
     index : str or path, optional
         Folder for an index of what is left, to compare later tables with (`against`).
+    overwrite : bool
+        Whether another result in `out` is replaced, whole.
     storage_options, backend, client, monitor
         As for `select_rows`.
     **options
@@ -258,22 +287,29 @@ def drop_duplicates(
 
     Raises
     ------
+    FileExistsError
+        As `select_rows`.
     ValueError
-        If several `eps` are given with `out` or `index`; and as `deduplication.find_duplicates` does.
+        If several `eps` are given with `out` or `index`; if several models made what is compared; and as
+        `deduplication.find_duplicates` does.
     """
     monitor = monitor or Monitor()
     eps = options.get("eps", 0.05)
     if not isinstance(eps, int | float) and len(set(eps)) > 1 and (out is not None or index is not None):
         raise ValueError(f"eps={list(eps)}: to drop rows, name one; without a folder to write to, all are counted")
+    vectors = options.get("embedding", "embedding")
     with opened(scores, storage_options, backend, client, monitor) as table:
         df = table.df[table.df["status"] == "ok"] if "status" in table.df.columns else table.df
         targets = targets_of(table, out) if out is not None else []
-        if table.encoder.get("model") == "starter" and "semantic" in (options.get("tiers") or deduplication.TIERS):
+        semantic = "semantic" in (options.get("tiers") or deduplication.TIERS) and vectors in table.scores.schema.names
+        used = [options.get("keep") or "key", *([vectors] if semantic or index is not None else [])]
+        encoder = table.made(*used).get("encoder", {})
+        if encoder.get("model") == "starter" and semantic:
             monitor.note(
                 "The starter's embeddings lie close together: its semantic duplicates at the usual eps are mostly "
                 "other pictures. Look at the groups, or use the tiers exact and perceptual."
             )
-        made = table.encoder or None
+        made = encoder or None
         found = deduplication.find_duplicates(df, provenance=made, storage_options=storage_options, **options)
         counts = json.loads(found.counts().to_json(orient="records"))
         rows = len(table.df[["key"]])  # not of the frame: Dask would read its embeddings
@@ -284,8 +320,10 @@ def drop_duplicates(
         left = found.drop(df)
         if out is not None:
             note = {k: v for k, v in options.items() if k != "against" or isinstance(v, str)}
-            note = {"deduplicated": json.loads(json.dumps(note, default=str))}
-            kept = sum(counts.rows for counts in write_table(left, table, targets, note))
+            note = json.loads(json.dumps(note, default=str))
+            record = made_of("dedup", scores, note, ", ".join(f"{k} {v}" for k, v in note.items()))
+            with replacing(os.fspath(out), record, targets, overwrite, table.scores.storage_options):
+                kept = sum(counts.rows for counts in write_table(left, table, targets, {"deduplicated": note}))
         if index is not None:
             dedup_index.build_index(left, index, provenance=made, storage_options=storage_options)
     return Deduplicated(rows, kept, counts, found.cells)
@@ -321,7 +359,7 @@ def export_scores(
     storage_options, backend, client, monitor
         As for `select_rows`.
     **options
-        Of the format.
+        Of the format; and ``overwrite``, as for `export`.
 
     Returns
     -------
@@ -332,9 +370,16 @@ def export_scores(
     ------
     ExportError, WhereError
         For an unknown format, rows that it cannot hold, or a mistake in the expression.
+    ValueError
+        If several models made what is written.
     """
     with opened(scores, storage_options, backend, client, monitor) as table:
-        df = table.df
+        df, used = table.df, list[str]()
         if where is not None:
-            df = filter_frame(df, parse_where(where, table.scores.kinds))
+            parsed = parse_where(where, table.scores.kinds)
+            df, used = filter_frame(df, parsed), [*parsed.columns]
+        if (known := formats().get(format)) is not None and known.folder:
+            layout = known.function(df, **{k: v for k, v in options.items() if k != "overwrite"})
+            used += [*layout.sources, *layout.vectors.values()]
+        table.made(*used)
         return export(df, out, format, storage_options=storage_options, **options)

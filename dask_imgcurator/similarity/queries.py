@@ -17,13 +17,12 @@ from ..models import ModelError
 from ..models.encoders import Encoder, EncoderSpec, load_encoder, resolve_encoder
 from ..models.text_tower import load_text_encoder, require_text_tower
 from ..steps.embed import EmbedSpec, embed_partition
-from ..steps.score_table import ScoreTable
+from ..steps.score_table import MixedModelsError, ScoreTable, check_makers
 from ..storage import files
 from .scan import SearchError, unit
 
 #: What tells one set of weights from another; a tag or name counts only where no hash does.
 _WEIGHTS = ("weights_sha256", "backbone_sha256", "starter_sha256")
-_NAMES = ("model", "pretrained", *_WEIGHTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,17 +44,10 @@ class Query:
 
 def table_provenance(table: ScoreTable) -> dict[str, Any]:
     """Return what the first file of a table says of its making, if anything; all files must name one model."""
-    first = table.files[0]
-    known = {name: first.provenance.get("encoder", {}).get(name) for name in _NAMES}
-    for file in table.files[1:]:
-        made = file.provenance.get("encoder", {})
-        other = next((name for name in _NAMES if made.get(name) != known[name]), None)
-        if other is not None:
-            raise SearchError(
-                f"the embeddings of {first.url} were made with {other} {known[other]!r}, those of {file.url} with "
-                f"{made.get(other)!r}: search in the files of one model at a time"
-            )
-    return dict(first.provenance)
+    try:
+        return check_makers(table, ["embedding"])
+    except MixedModelsError as err:
+        raise SearchError(str(err)) from err
 
 
 def table_encoder(made: Mapping[str, Any], model: str | None = None, pretrained: str | None = None) -> EncoderSpec:

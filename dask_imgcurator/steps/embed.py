@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from .. import config
 from ..engine.backend import Backend, backend_of
 from ..engine.cluster import log_event, turn
 from ..engine.frames import apply_step, require_columns
+from ..engine.run import worker_fault
 from ..images import quality
 from ..images.formats import BadImage
 from ..images.pillow import is_deep
@@ -29,7 +31,11 @@ _LOCATORS = ["shard", "offset", "nbytes", "status", "error_message"]
 
 @dataclass(frozen=True)
 class EmbedSpec:
-    """How rows get their embedding; `topic`: where progress events go, `isolate`: decode in another process."""
+    """How rows get their embedding.
+
+    `topic`: where progress events go, `isolate`: decode in another process, `strict`: a shard that cannot be read here
+    is a `WorkerFault`, not the state of its rows.
+    """
 
     encoder: EncoderSpec
     batch_size: int | None = None
@@ -42,6 +48,7 @@ class EmbedSpec:
     measures: bool = False
     isolate: bool = False
     topic: str | None = None
+    strict: bool = False
 
     @property
     def schema(self) -> pa.Schema:
@@ -68,13 +75,21 @@ def embed_partition(frame: Any, spec: EmbedSpec) -> Any:
         batch_size = batch_size_of(spec, backend)
         # A remote shard was streamed when it was indexed; the next one is streamed while this one is computed.
         remote = not all(is_local(url) for url in set(host["shard"]))
-        with turn(remote):
+        with turn(remote), _telling_where(spec.strict):
             for decoded in stream_images(host, todo, spec, encoder.preprocess, backend):
                 rows.note(decoded)
                 if decoded.batch.good:
                     embedded.add(decoded, encoder.encode(decoded.batch.pixels, batch_size))
                 progress(len(decoded.numbers), len(decoded.numbers) - len(decoded.batch.good))
     return frame.assign(**_columns(frame, spec, rows, embedded))
+
+
+@contextlib.contextmanager
+def _telling_where(strict: bool) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        raise (worker_fault(err) if strict else err) from err
 
 
 class _Rows:

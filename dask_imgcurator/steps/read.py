@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from ..engine.backend import get_backend, resolve_name
 from ..engine.frames import from_map
+from ..engine.run import worker_fault
 from ..json_fields import FIELD_TYPES, JsonField, as_type, parse_columns, type_of
 from ..schema import arrow_schema, columns_of
 from ..storage.samples import Sample, ShardIndex, as_utf8
@@ -34,6 +35,7 @@ _PEEK_SHARDS, _PEEK_MEMBERS = 8, 128
 class ReadSpec:
     """How a shard becomes rows; `image` lists preferred extensions."""
 
+    # `strict`: a shard that cannot be opened here is a `WorkerFault`, not a row.
     # With `notes`, the column ``note`` tells what was not taken as it is.
     backend: str = "pandas"
     caption: str | None = None
@@ -41,6 +43,7 @@ class ReadSpec:
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     image: tuple[str, ...] = ()
     notes: bool = False
+    strict: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -94,7 +97,11 @@ def _index_rows(url: str, spec: ReadSpec) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(hold_shard(url, spec.storage_options))
+            if spec.strict:
+                open_shard(url, spec.storage_options).close()
         except OSError as err:
+            if spec.strict:
+                raise worker_fault(err) from err
             index = ShardIndex([], explain(url, err))
         else:
             index = index_shard(url, spec.storage_options)

@@ -200,6 +200,54 @@ class ScoreTable:
         return scores_from_files(self.urls, ScoreFiles(backend, self.schema, self.storage_options))
 
 
+# --- who made a column ----------------------------------------------------------------------------
+
+#: What tells one model from another.
+_MODEL = ("model", "pretrained", "weights_sha256", "backbone_sha256", "starter_sha256")
+
+
+class MixedModelsError(ValueError):
+    """A column of a table was made by several models, so that its values cannot be compared."""
+
+
+def model_name(provenance: Mapping[str, Any]) -> str:
+    """The model of a score file, as people call it."""
+    encoder = provenance.get("encoder", {})
+    named = " of ".join(str(encoder[name]) for name in ("model", "pretrained") if encoder.get(name))
+    return named or "an unknown model"
+
+
+def check_makers(table: ScoreTable, columns: Iterable[str]) -> dict[str, Any]:
+    """Raise `MixedModelsError` if several models made embeddings or scores that are used; returns a provenance."""
+    for column in columns:
+        first: tuple[str, Mapping[str, Any]] | None = None
+        for file in table.files:
+            maker = _maker(column, file.provenance)
+            if maker is None:
+                continue
+            if first is None:
+                first = file.url, maker
+            elif maker != first[1]:
+                differs = next(name for name in {**first[1], **maker} if first[1].get(name) != maker.get(name))
+                raise MixedModelsError(
+                    f"the values of {column!r} in {first[0]} were made with {differs} {first[1].get(differs)!r}, those "
+                    f"of {file.url} with {maker.get(differs)!r}: they cannot be compared, give the files of one model"
+                )
+    return dict(table.files[0].provenance)
+
+
+def _maker(column: str, provenance: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What made a column of a file; None if no model did."""
+    encoder = {name: provenance.get("encoder", {}).get(name) for name in _MODEL}
+    if column == "embedding":
+        return encoder
+    made = {**provenance.get("heads", {}), **provenance.get("added", {})}.get(column)
+    return {**encoder, "head": made} if made else None
+
+
+# --- opening them ---------------------------------------------------------------------------------
+
+
 def open_scores(urlpath: URLPath, storage_options: Mapping[str, Any] | None = None) -> ScoreTable:
     """Find the files of a score table, and look at each; ValueError for tables that are not of images."""
     table = open_files(urlpath, storage_options)
@@ -226,7 +274,7 @@ def open_files(urlpath: URLPath, storage_options: Mapping[str, Any] | None = Non
         if not found:
             raise FileNotFoundError(f"no score table at {item!r}: expected a .parquet file or a folder with such files")
         urls.extend(found)
-    looks = look_at_all(urls, storage_options)
+    looks = look_at_all(list(dict.fromkeys(urls)), storage_options)
     looks.sort(key=lambda file: (str(file.provenance.get("shard", "")), file.url))
     return ScoreTable(looks, dict(storage_options or {}))
 

@@ -60,7 +60,7 @@ def stream_images(
             stack.enter_context(_lend_decoder(spec, preprocess, backend, batch_size))
             for _ in range(1 if spec.isolate else backend.decoders)
         ]
-        pieces = _ahead(_read(locators, todo, batch_size, spec.storage_options))
+        pieces = _ahead(_read(locators, todo, batch_size, spec))
         yield from _decoded(pieces, decoders, backend.device)
 
 
@@ -69,11 +69,9 @@ def batch_size_of(spec: EmbedSpec, backend: Backend) -> int:
     return spec.batch_size or (16 if backend.device == "cpu" else 512)
 
 
-def _read(
-    locators: Mapping[str, list[Any]], todo: list[int], batch_size: int, storage_options: Mapping[str, Any]
-) -> Iterator[Piece]:
+def _read(locators: Mapping[str, list[Any]], todo: list[int], batch_size: int, spec: EmbedSpec) -> Iterator[Piece]:
     """Read and hash batch by batch."""
-    blobs = _blobs(locators, todo, storage_options)
+    blobs = _blobs(locators, todo, spec)
     with ThreadPoolExecutor(_HASHERS, thread_name_prefix="hash") as pool:
         for start in range(0, len(todo), batch_size):
             numbers = todo[start : start + batch_size]
@@ -85,9 +83,7 @@ def _digest(data: bytes | BadImage) -> str | None:
     return None if isinstance(data, BadImage) else hashlib.sha256(data).hexdigest()
 
 
-def _blobs(
-    locators: Mapping[str, list[Any]], todo: list[int], storage_options: Mapping[str, Any]
-) -> Iterator[bytes | BadImage]:
+def _blobs(locators: Mapping[str, list[Any]], todo: list[int], spec: EmbedSpec) -> Iterator[bytes | BadImage]:
     """Yield each image's bytes, shard by shard; `BadImage` for those that cannot be read."""
     by_shard: dict[str, list[int]] = {}
     for i in todo:
@@ -95,7 +91,7 @@ def _blobs(
     for url, numbers in by_shard.items():
         extents = [(locators["offset"][i], locators["nbytes"][i]) for i in numbers]
         done = 0
-        pieces = read_extents(url, extents, storage_options, _is_mostly_wanted(extents))
+        pieces = read_extents(url, extents, spec.storage_options, _is_mostly_wanted(extents))
         try:
             for data, (offset, nbytes) in zip(pieces, extents, strict=True):
                 done += 1
@@ -104,6 +100,8 @@ def _blobs(
                 else:
                     yield data
         except OSError as err:
+            if spec.strict:
+                raise
             for _ in numbers[done:]:
                 yield BadImage("read_error", explain(url, err))
 

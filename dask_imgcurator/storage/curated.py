@@ -132,7 +132,19 @@ def check_sources(folder: str, sources: Iterable[str]) -> None:
 
 def overwrites(folder: str, url: str) -> bool:
     parent, _, name = url.rpartition("/")
-    return _NAME.fullmatch(name) is not None and _same_folder(parent, folder)
+    return _NAME.fullmatch(name) is not None and same_folder(parent, folder)
+
+
+def check_replaced(folder: str, shards: Iterable[str], storage_options: Mapping[str, Any] | None = None) -> None:
+    """Raise FileExistsError if a folder holds curated shards of which none is of these source shards."""
+    before: set[str] = set()
+    for stem in written_shards(folder, storage_options):
+        before.update((_read_stats(files.join(folder, stem + _STATS), storage_options) or {}).get("sources", ()))
+    if before and not before & set(shards):
+        raise FileExistsError(
+            f"{folder} holds curated shards of others ({min(before)}): choose another folder, or replace them with "
+            "--overwrite (overwrite=True)"
+        )
 
 
 def files_there(folder: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
@@ -166,7 +178,8 @@ def _read_stats(url: str, storage_options: Mapping[str, Any] | None) -> dict[str
     return stats if isinstance(stats, dict) and {"content", "sha256", "shard"} <= stats.keys() else None
 
 
-def _same_folder(a: str, b: str) -> bool:
+def same_folder(a: str, b: str) -> bool:
+    """Whether two URLs name one folder."""
     if files.is_local(a) and files.is_local(b):
         return files.local_path(a).resolve() == files.local_path(b).resolve()
     (protocol_a, _, path_a), (protocol_b, _, path_b) = a.partition("://"), b.partition("://")

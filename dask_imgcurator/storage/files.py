@@ -9,9 +9,11 @@ import glob
 import os
 import random
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -154,17 +156,19 @@ def exists(url: str, storage_options: Mapping[str, Any] | None = None) -> bool:
     return persist(url, look)
 
 
-def list_files(folder: str, suffix: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
+def list_files(
+    folder: str, suffix: str, storage_options: Mapping[str, Any] | None = None, prefix: str = ""
+) -> list[str]:
     """Sorted URLs of the files in a folder with this ending; none if the folder does not exist."""
     if is_local(folder):
-        names = local_path(folder).glob(f"*{suffix}") if local_path(folder).is_dir() else []
-        return sorted(str(p) for p in names if not p.name.startswith("."))
+        names = local_path(folder).glob(f"{prefix}*{suffix}") if local_path(folder).is_dir() else []
+        return sorted(str(p) for p in names if prefix or not p.name.startswith("."))
     fs, path = file_system(folder, storage_options)
 
     def look() -> list[str]:
         # A cached listing would lack what other processes wrote since.
         fs.invalidate_cache()
-        return list(fs.glob(f"{glob.escape(path.rstrip('/'))}/*{suffix}"))
+        return list(fs.glob(f"{glob.escape(path.rstrip('/'))}/{prefix}*{suffix}"))
 
     return sorted(fs.unstrip_protocol(p) for p in persist(folder, look))
 
@@ -207,28 +211,59 @@ def remove(url: str, storage_options: Mapping[str, Any] | None = None) -> None:
         persist(url, lambda: fs.rm_file(path))
 
 
+#: Who writes: a process and thread, which may work through others.
+_writer: ContextVar[str | None] = ContextVar("writer", default=None)
+
+
+def this_writer() -> str:
+    """Name of the job at work: the process and thread that runs it, whoever writes for it."""
+    return _writer.get() or f"{os.uname().nodename}-{os.getpid()}-{threading.get_native_id()}"
+
+
+@contextlib.contextmanager
+def writing_for(writer: str) -> Iterator[None]:
+    """Write in the name of another process."""
+    token = _writer.set(writer)
+    try:
+        yield
+    finally:
+        _writer.reset(token)
+
+
 def temporary_name(url: str) -> str:
     """Temporary name beside a local file; hidden, so that no glob for results finds it."""
     path = local_path(url)
-    process = f"{os.uname().nodename}-{os.getpid()}"
-    return str(path.with_name(f"{_PARTIAL}{process}-{uuid.uuid4().hex[:8]}-{path.name}"))
+    return str(path.with_name(f"{_PARTIAL}{this_writer()}-{uuid.uuid4().hex[:8]}-{path.name}"))
 
 
-def remove_partial(folder: str) -> int:
-    """Remove what dead processes of this machine left half-written; returns the number of files."""
+def remove_partial(folder: str, own: bool = False) -> int:
+    """Remove what dead jobs of this machine left half-written, or all of this one's `own`; returns the number."""
     if not is_local(folder) or not local_path(folder).is_dir():
         return 0
-    prefix = f"{_PARTIAL}{os.uname().nodename}-"
+    prefix = f"{_PARTIAL}{this_writer() if own else os.uname().nodename}-"
     removed = 0
     for path in local_path(folder).glob(f"{glob.escape(prefix)}*"):
         pid = path.name.removeprefix(prefix).partition("-")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
+        if own or (pid.isdigit() and not is_alive(int(pid))):
             path.unlink(missing_ok=True)
             removed += 1
     return removed
 
 
-def _is_alive(pid: int) -> bool:
+@contextlib.contextmanager
+def no_partial(*folders: str) -> Iterator[None]:
+    """Remove what dead jobs left half-written in folders, and in the end what this one did."""
+    for folder in folders:
+        remove_partial(folder)
+    try:
+        yield
+    finally:
+        for folder in folders:
+            remove_partial(folder, own=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine lives."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -262,6 +297,29 @@ def write_whole(url: str, storage_options: Mapping[str, Any] | None = None) -> I
             persist(url, lambda: fs.put_file(file.name, path, **_upload_options(fs)))
         except NotImplementedError as err:
             raise RemoteError(f"{url}: nothing can be written there ({type(fs).__name__} only reads)") from err
+
+
+def write_new(url: str, data: bytes, storage_options: Mapping[str, Any] | None = None) -> bool:
+    """Write a small file unless it is there; of several processes that try, one succeeds (on object stores, mostly)."""
+    if not is_local(url):
+        if exists(url, storage_options):
+            return False
+        with write_whole(url, storage_options) as file:
+            file.write(data)
+        return True
+    temporary = Path(temporary_name(url))
+    temporary.write_bytes(data)
+    try:
+        os.link(temporary, local_path(url))
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if local_path(url).exists():
+            return False
+        temporary.replace(local_path(url))
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
 
 
 def _upload_options(fs: Any) -> dict[str, Any]:

@@ -188,12 +188,17 @@ def check_shards(urls: Sequence[str], storage_options: Mapping[str, Any] | None 
         raise ValueError(f"{url} is no tar{more}; it is {words}")
 
 
+def find_version(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
+    """Identify a shard's version without reading it: size, and ETag or modification time; OSError where it cannot."""
+    if is_local(url):
+        stat = local_path(url).stat()
+        return f"size={stat.st_size} mtime_ns={stat.st_mtime_ns}"
+    return version(url, storage_options)
+
+
 def fingerprint(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
-    """Identify a shard's version without reading it: size, and ETag or modification time; or ``"unreadable"``."""
+    """The same, or ``"unreadable"``."""
     try:
-        if is_local(url):
-            stat = local_path(url).stat()
-            return f"size={stat.st_size} mtime_ns={stat.st_mtime_ns}"
-        return version(url, storage_options)
+        return find_version(url, storage_options)
     except OSError:
         return "unreadable"

@@ -1203,7 +1203,7 @@ def test_no_name_leads_out_of_the_folder_of_a_run(tmp_path: Path) -> None:
     after = {name: data for name, data in tree(tmp_path).items() if not (tmp_path / name).is_relative_to(out)}
     assert after == before
     assert not list(Path("/etc").glob("x-*"))
-    tables = sorted(p.name for p in (out / "scores").iterdir())
+    tables = sorted(p.name for p in (out / "scores").glob("*.parquet"))
     assert tables == sorted(name.removesuffix("tar") + "parquet" for name in [*ODD_FILES[:-1], "_..tar"])
     curated = tars(out / "shards")
     found = [sample for path in curated for sample in in_webdataset(path)]

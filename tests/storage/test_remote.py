@@ -234,18 +234,13 @@ def test_connections_that_are_cut_and_slow(s3: S3, client: Any, local: Path) -> 
     same_as_local(s3, local)
 
 
-def test_a_shard_that_never_comes_is_a_row(s3: S3, client: Any, made: SampleShards) -> None:
+def test_a_shard_that_never_comes_is_no_data(s3: S3, client: Any, made: SampleShards) -> None:
     lost = "lost.tar"
     s3.file_system().pipe_file(f"source/{lost}", made.shards[0].read_bytes())
     s3.fault = lambda request: "500" if request.method == "GET" and request.path == f"/source/{lost}" else None
-    result = score_all(s3, client)
-    assert result.by_status["read_error"] == 1
-    table = scores("s3://target/scores", s3.options)
-    (row,) = table[table["status"] == "read_error"].to_dict("records")
-    assert row["shard"] == lost
-    assert row["error_message"].startswith(f"s3://source/{lost}: ")
-    assert f"({files.ATTEMPTS} attempts)" in row["error_message"]
-    assert set(table["shard"]) == {lost, *(p.name for p in made.shards)}
+    with pytest.raises(JobError, match=rf"{lost} failed: .*s3://source/{lost}: .*\({files.ATTEMPTS} attempts\)"):
+        score_all(s3, client)
+    assert set(scores("s3://target/scores", s3.options)["shard"]) == {p.name for p in made.shards}
 
     # The next run takes over the others, and tries this one again.
     s3.fault = lambda _request: None

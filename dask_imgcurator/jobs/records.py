@@ -1,0 +1,381 @@
+"""What a folder of results is: a record in it, and who may write there.
+
+``.table.json`` says which command made the table, of what and with which settings. A job claims its folder before it
+writes: what another one left there is refused or, with `overwrite`, removed; never a file that this library did not
+write. ``.unfinished-*.json`` stand there while jobs are at work, and after they were stopped. Whoever reads a folder of
+Parquet files skips names that begin with a dot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..monitor import Monitor
+from ..results import RunResult
+from ..steps.read import URLPath
+from ..steps.score_table import look_at, model_name
+from ..storage import files
+from ..storage.urls import find_version
+from .plan import ScorePlan, score_files
+
+RECORD = ".table.json"
+_UNFINISHED = ".unfinished-"
+
+#: Files that are looked at side by side.
+_LOOKS = 16
+
+#: What the provenance of all files of one score table has in common.
+_COMMON = ("encoder", "heads", "decode", "read", "versions")
+
+#: What cheap commands add to the provenance of their files.
+_LATER = {"deduplicated": "dedup", "selected": "select", "added": "add"}
+
+_REMEDY = "choose another folder, or replace it with --overwrite (overwrite=True)"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What decides the rows of a table: a command, the folders that it reads, its settings; `about` is for people."""
+
+    command: str
+    inputs: tuple[str, ...]
+    settings: Mapping[str, Any]
+    about: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What its file says."""
+        made = {"command": self.command, "inputs": self.inputs, "settings": self.settings, "about": self.about}
+        return _as_read({"format": 1, **made})
+
+
+@dataclass(frozen=True)
+class Found:
+    """A folder of results as it is: its record, and the provenance of each of its files."""
+
+    folder: str
+    options: Mapping[str, Any]
+    record: Mapping[str, Any]
+    tables: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def shards(self) -> dict[str, str]:
+        """Shards that files are of, and these."""
+        return {str(made["shard"]): url for url, made in self.tables.items() if "shard" in made}
+
+    @property
+    def command(self) -> str:
+        """By which command it was made, as far as its record or its files tell."""
+        later = next((name for made in self.tables.values() for key, name in _LATER.items() if key in made), "score")
+        return str(self.record.get("command", later))
+
+    @property
+    def refusal(self) -> str:
+        """Why another command may not write there."""
+        about = f" {self.record['about']}" if self.record.get("about") else ""
+        n = len(self.tables)
+        return f"{self.folder} holds the result of `{self.command}`{about} ({n:,} file{'s'[: n != 1]}): {_REMEDY}"
+
+
+def look(folder: str, storage_options: Mapping[str, Any] | None = None) -> Found:
+    """Look what a folder of results holds; FileExistsError for Parquet files that this library did not write."""
+    options = dict(storage_options or {})
+    record = _read(files.join(folder, RECORD), options)
+    urls = files.list_files(folder, ".parquet", options)
+    tables: dict[str, Mapping[str, Any]] = {}
+    for url, made in zip(urls, _at_once(lambda url: _provenance(url, bool(record), options), urls), strict=True):
+        if made is None:
+            raise FileExistsError(
+                f"{url} was not written by this library: choose another folder, or move the file away"
+            )
+        tables[url] = made
+    return Found(folder, options, record, tables)
+
+
+def _provenance(url: str, known: bool, options: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Provenance of a file; None: not of this library. A damaged one is, where the folder is `known` to be."""
+    try:
+        return look_at(url, options).provenance or None
+    except FileNotFoundError:  # since it was listed
+        return {}
+    except ValueError:
+        return {} if known else None
+
+
+def note_unfinished(scores: URLPath, storage_options: Mapping[str, Any] | None, monitor: Monitor) -> None:
+    """Tell that a table which is read may lack rows."""
+    for name in (name for name in _names(scores) if not name.endswith(".parquet")):
+        for mark in _marks(name, storage_options):
+            monitor.note(
+                f"{name} is not finished: `{mark['command']}` began there at {mark['since']} on {mark['host']} "
+                f"(process {mark['pid']}), and has not come to its end"
+            )
+
+
+def _marks(folder: str, storage_options: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What is known of jobs that are at work in a folder, or were stopped."""
+    marks = files.list_files(folder, ".json", storage_options, prefix=_UNFINISHED)
+    return [mark for mark in (_read(url, storage_options) for url in marks) if mark]
+
+
+@contextmanager
+def _working(folder: str, command: str, job: str, options: Mapping[str, Any], anything: bool = True) -> Iterator[None]:
+    """Mark a folder until its work is done, if there is `anything`; `job` tells marks from one another."""
+    mark = files.join(folder, f"{_UNFINISHED}{hashlib.sha256(job.encode()).hexdigest()[:12]}.json")
+    about = {"command": command, "host": os.uname().nodename, "pid": os.getpid()}
+    if anything:
+        _write(mark, {**about, "since": time.strftime("%Y-%m-%d %H:%M:%S")}, options)
+    yield
+    files.remove(mark, options)
+
+
+@contextmanager
+def alone(folder: str, command: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Work in a folder in which no other process of this machine is at work."""
+    for mark in _marks(folder, options):
+        if mark["host"] == os.uname().nodename and mark["pid"] != os.getpid() and files.is_alive(mark["pid"]):
+            raise FileExistsError(
+                f"{folder} is being written by process {mark['pid']} (`{mark['command']}`, since {mark['since']}): "
+                "wait for its end, or choose another folder"
+            )
+    files.make_folder(folder)
+    with _working(folder, command, command, options):
+        yield
+
+
+# --- tables that one job writes whole -------------------------------------------------------------
+
+
+def made_of(command: str, scores: URLPath, settings: Mapping[str, Any], about: str) -> Made:
+    """Say what decides the rows of a result."""
+    inputs = tuple(_names(scores))
+    return Made(command, inputs, settings, f"of {', '.join(inputs)}: {about}")
+
+
+def _names(scores: URLPath) -> list[str]:
+    items = [scores] if isinstance(scores, str | os.PathLike) else list(scores)
+    names = [os.fspath(item) for item in items]
+    return [str(files.local_path(name)) if files.is_local(name) else name for name in names]
+
+
+@contextmanager
+def replacing(
+    folder: str, made: Made, targets: Collection[str], overwrite: bool, storage_options: Mapping[str, Any]
+) -> Iterator[None]:
+    """Claim a folder for a table that is written whole; what the same command wrote there before may go."""
+    found = look(folder, storage_options)
+    same = found.record == made.record
+    if (found.record or found.tables) and not (same or overwrite):
+        raise FileExistsError(found.refusal)
+    with alone(folder, made.command, storage_options):
+        _write(files.join(folder, RECORD), made.record, storage_options)
+        _remove([url for url in found.tables if not (same and url in targets)], storage_options)
+        yield
+
+
+# --- score tables, which several jobs may fill ----------------------------------------------------
+
+
+def common(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a provenance that all files of a score table share."""
+    shared = {name: provenance[name] for name in _COMMON if name in provenance}
+    if "read" in shared:  # what types the fields have is each file's own
+        shared["read"] = {**shared["read"], "fields": sorted(shared["read"].get("fields", {}))}
+    return _as_read(shared)
+
+
+def check_dataset(found: Found, urls: Sequence[str]) -> None:
+    """Refuse to score into another command's table, or into that of other shards."""
+    # The jobs of an array fill one folder with parts of a dataset. Shards of other folders are another dataset, or the
+    # same one moved: every row would be there twice.
+    # Columns that were added without a record are those of an older version, in the score files themselves.
+    if found.command != "score" and (found.record or found.command != "add"):
+        raise FileExistsError(found.refusal)
+    before = {*found.record.get("inputs", ()), *map(parent, found.shards)}
+    if before and not before & set(map(parent, urls)) and not found.shards.keys() & set(urls):
+        there = min(found.shards, default=files.join(min(before), "…"))
+        raise FileExistsError(
+            f"{found.folder} holds the scores of other shards ({there}), to which those of {urls[0]} would be added: "
+            "choose another folder (commands on score tables take several), or replace them with --overwrite "
+            "(overwrite=True). If these are the same shards, moved: move them back, or link the old name to the new one"
+        )
+
+
+def admitted(
+    found: Found, urls: Sequence[str], provenance: Mapping[str, Any], overwrite: bool
+) -> dict[str, Mapping[str, Any]]:
+    """Score files that stay part of the table; refused, but for `overwrite`, if another model or setting made some."""
+    shared, mine = common(provenance), {*urls, None}
+    alike = {url: made for url, made in found.tables.items() if not made or not difference(common(made), shared)}
+    if overwrite:
+        return {url: made for url, made in alike.items() if made.get("shard") in mine}
+    for url in found.tables.keys() - alike.keys():
+        _refuse(url, common(found.tables[url]), provenance)
+    return alike
+
+
+@contextmanager
+def filling(
+    found: Found, urls: Sequence[str], provenance: Mapping[str, Any], overwrite: bool, anything: bool
+) -> Iterator[None]:
+    """Claim a folder for the score files of some shards, if there is `anything` to write."""
+    kept = admitted(found, urls, provenance, overwrite)
+    made = Made("score", tuple(sorted(set(map(parent, urls)))), common(provenance), f"by {model_name(provenance)}")
+    record = files.join(found.folder, RECORD)
+    files.make_folder(found.folder)
+    if overwrite or not files.write_new(record, _encoded(made.record), found.options):
+        there = _read(record, found.options)  # perhaps of a run that began at the same time
+        if not overwrite:
+            _refuse(found.folder, there["settings"], provenance)
+            made = replace(made, inputs=tuple(sorted({*there["inputs"], *made.inputs})))
+        if there != made.record:
+            _write(record, made.record, found.options)
+    with _working(found.folder, made.command, "\n".join(urls), found.options, anything):
+        _remove(found.tables.keys() - kept.keys(), found.options)
+        yield
+
+
+def _refuse(where: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse to go on where a score file or a record was made otherwise."""
+    if found := difference(there, common(here)):
+        raise FileExistsError(
+            f"{where} holds scores by {model_name(there)}, this run would add some by {model_name(here)}: {found}; "
+            f"{_REMEDY}"
+        )
+
+
+def difference(there: Any, here: Any, name: str = "") -> str:
+    """The first value in which two provenances differ, in words; empty: none."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        found = (difference(there.get(k), here.get(k), f"{name}.{k}" if name else k) for k in sorted({*there, *here}))
+        return next(filter(None, found), "")
+    return "" if there == here else f"{name} is {there!r} there and {here!r} here"
+
+
+def _gone(shards: Iterable[str], storage_options: Mapping[str, Any] | None) -> list[str]:
+    """Those of some shards that are no longer in their folders; of web servers, which list nothing, none."""
+    listed: dict[str, set[str]] = {}
+    out = []
+    for shard in shards:
+        folder = parent(shard)
+        if shard.startswith("http"):
+            continue
+        if folder not in listed:
+            listed[folder] = set(files.list_files(folder, "", storage_options))
+        if shard not in listed[folder]:
+            out.append(shard)
+    return out
+
+
+def parent(url: str) -> str:
+    """The folder of a shard."""
+    return url.partition("?")[0].rpartition("/")[0] if "://" in url else url.rpartition("/")[0]
+
+
+# --- what is left to do ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """A shard's score file and its provenance."""
+
+    shard: str
+    url: str
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run goes: whether it resumes, or replaces another's result, its monitor, and its notes."""
+
+    resume: bool
+    overwrite: bool
+    monitor: Monitor
+    result: RunResult
+
+
+@dataclass(frozen=True)
+class Work:
+    """The score file of each shard that has one or will, those that are to be made, and shards that cannot be read."""
+
+    targets: dict[str, Target]
+    todo: dict[str, Target]
+    missing: list[str]
+
+
+def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, provenance: Mapping[str, Any], run_of: Run) -> Work:
+    """Find out which shards are to be scored."""
+    there, options = admitted(found, urls, provenance, run_of.overwrite), plan.read.storage_options
+    shards = {str(made["shard"]): url for url, made in there.items() if "shard" in made}
+    names = score_files(urls, found.folder, shards)
+    versions = dict(zip(names, _at_once(lambda url: _version(url, options), names), strict=True))
+    work = Work({}, {}, [])
+    for url, version in versions.items():
+        made = _as_read({**provenance, "shard": url, "fingerprint": version})
+        before = {k: v for k, v in there.get(names[url], {}).items() if k != "added"}  # columns that came later
+        if version is None:
+            work.missing.append(url)
+        elif not (run_of.resume and before == made):
+            work.todo[url] = Target(url, names[url], made)
+        if version is not None or url in shards:  # finished scores stay, whatever becomes of their shard
+            work.targets[url] = Target(url, names[url], made)
+    others = [shard for shard in shards if shard not in versions]
+    lost = _gone(others, options)
+    marks = {there[shards[shard]].get("fingerprint"): shard for shard in lost}
+    for url in work.todo.keys() - shards.keys():
+        if versions[url] in marks:
+            raise FileExistsError(
+                f"{url} looks like {marks[versions[url]]}, renamed, whose scores {found.folder} holds: both would "
+                "count. Give it its old name, choose another folder, or replace them with --overwrite (overwrite=True)"
+            )
+    if more := len(others) - len(lost):
+        run_of.monitor.note(
+            f"{found.folder} holds scores of {more:,} more shard{'s'[: more != 1]}, of other runs: all are one table."
+        )
+    work.missing.extend(lost)
+    return work
+
+
+def _version(url: str, storage_options: Mapping[str, Any]) -> str | None:
+    try:
+        return find_version(url, storage_options)
+    except OSError:
+        return None
+
+
+# --- small files ----------------------------------------------------------------------------------
+
+
+def _as_read(value: Any) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(value, default=str)))
+
+
+def _encoded(about: Mapping[str, Any]) -> bytes:
+    return json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def _read(url: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    return dict(json.loads(files.read_text(url, options) or "{}"))
+
+
+def _write(url: str, about: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    with files.write_whole(url, options) as file:
+        file.write(_encoded(about))
+
+
+def _remove(urls: Collection[str], options: Mapping[str, Any]) -> None:
+    _at_once(lambda url: files.remove(url, options), urls)
+
+
+def _at_once(function: Any, items: Collection[str]) -> list[Any]:
+    # Side by side, because each request to an object store takes a while.
+    with ThreadPoolExecutor(_LOOKS) as pool:
+        return list(pool.map(function, items))
