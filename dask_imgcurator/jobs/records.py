@@ -54,7 +54,7 @@ class Made:
     def record(self) -> dict[str, Any]:
         """What its file says."""
         made = {"command": self.command, "inputs": self.inputs, "settings": self.settings, "about": self.about}
-        return _as_read({"format": 1, **made})
+        return as_read({"format": 1, **made})
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def common(provenance: Mapping[str, Any]) -> dict[str, Any]:
     shared = {name: provenance[name] for name in _COMMON if name in provenance}
     if "read" in shared:  # what types the fields have is each file's own
         shared["read"] = {**shared["read"], "fields": sorted(shared["read"].get("fields", {}))}
-    return _as_read(shared)
+    return as_read(shared)
 
 
 def check_dataset(found: Found, urls: Sequence[str]) -> None:
@@ -319,7 +319,7 @@ def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, provenance: 
     versions = dict(zip(names, _at_once(lambda url: _version(url, options), names), strict=True))
     work = Work({}, {}, [])
     for url, version in versions.items():
-        made = _as_read({**provenance, "shard": url, "fingerprint": version})
+        made = as_read({**provenance, "shard": url, "fingerprint": version})
         before = {k: v for k, v in there.get(names[url], {}).items() if k != "added"}  # columns that came later
         if version is None:
             work.missing.append(url)
@@ -354,7 +354,8 @@ def _version(url: str, storage_options: Mapping[str, Any]) -> str | None:
 # --- small files ----------------------------------------------------------------------------------
 
 
-def _as_read(value: Any) -> dict[str, Any]:
+def as_read(value: Any) -> dict[str, Any]:
+    """A value as its JSON gives it back."""
     return dict(json.loads(json.dumps(value, default=str)))
 
 

@@ -31,7 +31,7 @@ from ..storage import files
 from ..storage.curated import LOCATORS, WriteSpec
 from ..storage.urls import expand, fingerprint
 from .plan import ScoreOptions, ScorePlan, describe, make_plan
-from .records import Run, Target, check_dataset, difference, filling, look, settle_work
+from .records import Run, Target, as_read, check_dataset, difference, filling, look, settle_work
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def score_graph(targets: Sequence[Target], plan: ScorePlan, last: Last) -> dd.Da
 
 
 def _write(frame: Any, target: Target, plan: ScorePlan, last: Last) -> tuple[Measured, pa.Schema]:
-    if differs := difference({**target.provenance, **describe(plan)}, target.provenance):
+    if differs := difference(as_read({**target.provenance, **describe(plan)}), target.provenance):
         raise JobError(f"the worker on {_process()} would score otherwise than the others: {differs}")
     there = file_provenance(target.url, plan.storage_options) or {}
     if there.get("shard", target.shard) != target.shard:
