@@ -79,6 +79,8 @@ def _record_problem(folder: str, record: Mapping[str, Any], kept: int, options: 
         by_shard[provenance.get("shard", "")] = url
     samples = 0
     for shard in record["arguments"]["shards"]:
+        if shard not in by_shard and shard in record.get("shards_missing", ()):
+            continue
         if shard not in by_shard:
             return f"there are no scores of {shard}"
         with files.opened(by_shard[shard], options) as file:
