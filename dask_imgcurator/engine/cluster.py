@@ -21,6 +21,13 @@ class _NoInterrupt(WorkerPlugin):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+class _ListColumns(WorkerPlugin):
+    """Tells pandas on a worker of the dtype of embeddings, for shuffles in which no function of this library is."""
+
+    def setup(self, worker: Worker) -> None:
+        from . import pandas as _  # noqa: F401
+
+
 class _OwnerClient(Client):
     """A client that closes the cluster started for it."""
 
@@ -28,6 +35,7 @@ class _OwnerClient(Client):
         self._started_cluster = cluster
         super().__init__(cluster, **kwargs)
         self.register_plugin(_NoInterrupt())
+        self.register_plugin(_ListColumns())
 
     def close(self, *args: Any, **kwargs: Any) -> Any:
         result = super().close(*args, **kwargs)
@@ -77,9 +85,11 @@ def start_client(
             given = ", ".join(["n_workers"] * (n_workers is not None) + list(kwargs))
             raise ValueError(f"{given}: these are for a new cluster; the scheduler at {scheduler} has its own workers")
         try:
-            return Client(scheduler, timeout="10s")
+            client = Client(scheduler, timeout="10s")
         except ValueError as err:
             raise ValueError(f"scheduler={scheduler!r}: {err}; write for example tcp://10.0.0.1:8786") from err
+        client.register_plugin(_ListColumns())
+        return client
     if n_workers is not None and n_workers < 1:
         raise ValueError(f"n_workers={n_workers}: it must be at least 1")
     return _OwnerClient(get_backend(resolve_name(backend)).make_cluster(n_workers, **kwargs))

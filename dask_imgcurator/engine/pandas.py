@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -12,6 +13,24 @@ import pyarrow as pa
 
 if TYPE_CHECKING:
     import torch
+
+
+@pd.api.extensions.register_extension_dtype
+class _ListDtype(pd.api.extensions.ExtensionDtype):
+    """Lets pandas find the dtype of Arrow lists by its name, as Parquet files and Dask's shuffles write it."""
+
+    type, name = list, "list"
+
+    @classmethod
+    def construct_from_string(cls, string: str) -> Any:
+        match = re.fullmatch(r"((?:list<\w+: )+)(\w+)(>+)\[pyarrow\]", string)
+        if match is None:
+            raise TypeError(f"{string!r} is no list of Arrow")
+        type_ = pa.type_for_alias(match[2])
+        for _ in match[3]:
+            type_ = pa.list_(type_)
+        return pd.ArrowDtype(type_)
+
 
 _NULLABLE = {
     pa.bool_(): pd.BooleanDtype(),

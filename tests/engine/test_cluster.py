@@ -92,3 +92,33 @@ def test_options_of_a_new_cluster_do_not_go_with_a_scheduler() -> None:
         dic.start_client(2, scheduler="tcp://127.0.0.1:8786")
     with pytest.raises(ValueError, match="at least 1"):
         dic.start_client(0)
+
+
+def test_embeddings_go_through_shuffles_and_parquet(tmp_path: Path) -> None:
+    """Dask's P2P shuffle and pandas' Parquet name a dtype of Arrow lists that pandas alone does not know."""
+    import dask.dataframe as dd
+    import pandas as pd
+    import pyarrow as pa
+
+    from dask_imgcurator.engine.backend import get_backend
+
+    vectors = [[float(i), 1.0] for i in range(40)]
+    table = pa.table({"key": [f"k{i:02d}" for i in range(40)], "g": [i % 4 for i in range(40)]})
+    table = table.append_column("embedding", pa.array(vectors, pa.list_(pa.float32())))
+    frame = get_backend("pandas").from_arrow(table)
+
+    def same(found: Any) -> None:
+        found = found.reset_index().sort_values("key")
+        assert found["key"].tolist() == frame["key"].tolist()
+        assert [list(v) for v in found["embedding"]] == vectors
+
+    with dic.start_client(n_workers=2, backend="pandas"):
+        df = dd.from_pandas(frame, npartitions=4)
+        other = dd.from_pandas(frame[["key"]].assign(z=1), npartitions=3)
+        same(df.shuffle("g").compute())
+        same(df.merge(other, on="key").compute())
+        same(df.set_index("key").compute())
+        same(df.drop_duplicates(subset=["key"], split_out=2).compute())
+        df.to_parquet(tmp_path)
+        same(dd.read_parquet(tmp_path).compute())
+    same(pd.read_parquet(tmp_path))
