@@ -30,15 +30,30 @@ def objects_stay() -> Any:
     return dask.config.set({"dataframe.convert-string": False})
 
 
-def apply_step(frame: Any, function: Callable[[Any, Any], Any], spec: Any, added: pa.Schema) -> Any:
+def apply_step(
+    frame: Any,
+    function: Callable[[Any, Any], Any],
+    spec: Any,
+    added: pa.Schema,
+    needs: Sequence[str] | None = None,
+) -> Any:
     """Apply a partition function to a frame of any kind; `added`: columns that it adds or replaces."""
+    # With `needs`, the columns that it reads, it is not called at all where none of the added ones is wanted.
     if not is_dask(frame):
         return function(frame, spec)
     start = meta_of(frame)
     new = backend_of(frame).from_arrow(added.empty_table())
     new.index = start.index
     meta = start.assign(**{name: new[name] for name in added.names})
-    return frame.map_partitions(function, spec, meta=meta, enforce_metadata=False)
+    if needs is None:
+        return frame.map_partitions(function, spec, meta=meta, enforce_metadata=False)
+    names, narrow = list(added.names), frame[list(needs)]
+    made = narrow.map_partitions(_added, function, spec, names, meta=meta[names], enforce_metadata=False)
+    return frame.assign(**{name: made[name] for name in names})
+
+
+def _added(frame: Any, function: Callable[[Any, Any], Any], spec: Any, names: list[str]) -> Any:
+    return function(frame, spec)[names]
 
 
 def require_columns(frame: Any, needed: Sequence[str], step: str, remedy: str) -> None:

@@ -49,8 +49,8 @@ def _pandas_dtype(field: pa.Field) -> Any:
         return pd.StringDtype("pyarrow")
     if field.nullable and type_ in _NULLABLE:
         return _NULLABLE[type_]
-    if pa.types.is_nested(type_) or pa.types.is_decimal(type_):
-        return pd.ArrowDtype(type_)
+    if any(getattr(pa.types, f"is_{kind}")(type_) for kind in ("nested", "decimal", "date", "time", "binary")):
+        return pd.ArrowDtype(type_)  # objects otherwise, of which Dask makes text
     return None
 
 

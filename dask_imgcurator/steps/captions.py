@@ -162,7 +162,7 @@ def embed_text(
     require_columns(df, [column], "embed_text", READ + "column=")
     _check_batch(batch_size)
     use = TextUse(encoder_of(model, pretrained, dtype, "embed_text"), column, "", output, batch_size)
-    return apply_step(df, embed_text_partition, use, pa.schema([(output, pa.list_(pa.float32()))]))
+    return apply_step(df, embed_text_partition, use, pa.schema([(output, pa.list_(pa.float32()))]), [column])
 
 
 def score_clip(
@@ -216,7 +216,7 @@ def score_clip(
     refuse_text(df, embedding)
     _check_batch(batch_size)
     use = TextUse(encoder_of(model, pretrained, dtype, "score_clip"), caption, embedding, output, batch_size)
-    return apply_step(df, clip_score_partition, use, pa.schema([(output, pa.float32())]))
+    return apply_step(df, clip_score_partition, use, pa.schema([(output, pa.float32())]), [caption, embedding])
 
 
 # --- length and language --------------------------------------------------------------------------
@@ -329,4 +329,4 @@ def caption_stats(df: Any, caption: str = "caption", *, language: bool = False, 
     if problem:
         raise ImportError(problem)
     use = CaptionUse(caption, language, min_confidence)
-    return apply_step(df, caption_stats_partition, use, use.schema)
+    return apply_step(df, caption_stats_partition, use, use.schema, [caption])

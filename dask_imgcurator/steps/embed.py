@@ -292,12 +292,7 @@ def embed(
     -----
     Pixels are those of open_clip's own transform, see `docs/exactness.md`.
     """
-    require_columns(
-        df,
-        ["shard", "offset", "nbytes", "status", "error_message"],
-        "embed",
-        "read the shards with read_webdataset",
-    )
+    require_columns(df, _LOCATORS, "embed", "read the shards with read_webdataset")
     spec = embed_spec(
         model,
         pretrained,
@@ -307,4 +302,4 @@ def embed(
         measures=measures,
         storage_options=storage_options,
     )
-    return apply_step(df, embed_partition, spec, spec.schema)
+    return apply_step(df, embed_partition, spec, spec.schema, _LOCATORS)

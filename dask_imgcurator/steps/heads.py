@@ -134,7 +134,7 @@ def _score(df: Any, use: HeadUse) -> Any:
     refuse_text(df, use.embedding)
     if use.head != "auto":
         heads.named(use.kind, use.head)  # a wrong name is told at once, not by a worker
-    return apply_step(df, score_partition, use, arrow_schema([use.column]))
+    return apply_step(df, score_partition, use, arrow_schema([use.column]), [use.embedding])
 
 
 def score_aesthetic(
@@ -250,4 +250,4 @@ def score_head(
     if name in COLUMNS and COLUMNS[name].type != pa.float32():
         raise ValueError(f"column={name!r} is no score: choose another name, such as 'my_score'")
     use = OwnHeadUse(found, embedding, name)
-    return apply_step(df, own_head_partition, use, pa.schema([(name, pa.float32())]))
+    return apply_step(df, own_head_partition, use, pa.schema([(name, pa.float32())]), [use.embedding])

@@ -205,4 +205,4 @@ def score_prompts(
     checked = check_method(method, temperature)
     parsed = parse_prompts(prompts, negative)
     use = PromptUse(encoder_of(model, pretrained, dtype, "score_prompts"), parsed, checked, temperature, embedding)
-    return apply_step(df, prompts_partition, use, pa.schema([(p.column, pa.float32()) for p in parsed]))
+    return apply_step(df, prompts_partition, use, pa.schema([(p.column, pa.float32()) for p in parsed]), [embedding])

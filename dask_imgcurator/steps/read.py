@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import dask.dataframe as dd
 import pyarrow as pa
+from dask.base import tokenize
 
 from ..engine.backend import get_backend, resolve_name
 from ..engine.frames import from_map
@@ -21,7 +22,7 @@ from ..schema import arrow_schema, columns_of
 from ..storage.samples import Sample, ShardIndex, as_utf8
 from ..storage.tar_index import explain, hold_shard, index_shard, open_shard
 from ..storage.tar_read import first_members, read_json, read_text
-from ..storage.urls import expand
+from ..storage.urls import expand, fingerprints
 
 URLPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -44,6 +45,7 @@ class ReadSpec:
     image: tuple[str, ...] = ()
     notes: bool = False
     strict: bool = False
+    versions: str = ""  # of the shards: persisted rows of an older one have other keys
 
     @property
     def names(self) -> list[str]:
@@ -262,7 +264,7 @@ def read_webdataset(
     spec = read_spec(columns, caption, storage_options, backend, image)
     types = peek(urls, spec)
     fields = [f if f.type else replace(f, type=types[f.name] or "string", guessed=True) for f in spec.fields]
-    spec = replace(spec, fields=tuple(fields))
+    spec = replace(spec, fields=tuple(fields), versions=tokenize(fingerprints(urls, storage_options)))
     groups = [tuple(urls[i : i + shards_per_partition]) for i in range(0, len(urls), shards_per_partition)]
     return read_groups(groups, spec)
 

@@ -13,12 +13,13 @@ from typing import Any, Protocol
 import dask.dataframe as dd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from dask.base import tokenize
 
 from ..engine.backend import get_backend, resolve_name
 from ..engine.frames import from_map
 from ..schema import conform, kinds_of_schema, unify_schemas
 from ..storage import files
-from ..storage.urls import read_head, what_is
+from ..storage.urls import fingerprints, read_head, what_is
 from .read import URLPath
 
 #: Key of this library's entry in a Parquet file's metadata.
@@ -48,6 +49,7 @@ class ScoreFiles:
     schema: pa.Schema
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     keep: RowFilter | None = None
+    versions: str = ""  # of the files: persisted rows of an older one have other keys
 
 
 def read_score_files(urls: Sequence[str], spec: ScoreFiles, columns: Sequence[str] | None = None) -> Any:
@@ -98,8 +100,16 @@ def write_score_file(
     """Write a partition as a score file, and return its schema."""
     table = get_backend(backend).to_arrow(frame)
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(provenance, sort_keys=True)})
-    with files.write_whole(url, storage_options) as file:
-        pq.write_table(table, file, compression="zstd")
+    # Bytes of vectors compress better by their place, and repeat too seldom for a dictionary.
+    vectors = [f.name for f in table.schema if f.type == pa.list_(pa.float32())]
+    options = {
+        "compression": "zstd",
+        "use_dictionary": [name for name in table.column_names if name not in vectors],
+        "use_byte_stream_split": [f"{name}.list.element" for name in vectors],
+    }
+    with files.write_whole(url, storage_options) as file, pq.ParquetWriter(file, table.schema, **options) as writer:
+        if len(table):  # an empty row group is an error to some readers
+            writer.write_table(table)
     return table.schema.remove_metadata()
 
 
@@ -197,7 +207,8 @@ class ScoreTable:
 
     def frame(self, backend: str) -> dd.DataFrame:
         """Make a lazy frame with a partition per file."""
-        return scores_from_files(self.urls, ScoreFiles(backend, self.schema, self.storage_options))
+        versions = tokenize(fingerprints(self.urls, self.storage_options))
+        return scores_from_files(self.urls, ScoreFiles(backend, self.schema, self.storage_options, versions=versions))
 
 
 # --- who made a column ----------------------------------------------------------------------------

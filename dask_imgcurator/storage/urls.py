@@ -8,6 +8,7 @@ import os
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,12 @@ def find_version(url: str, storage_options: Mapping[str, Any] | None = None) -> 
         stat = local_path(url).stat()
         return f"size={stat.st_size} mtime_ns={stat.st_mtime_ns}"
     return version(url, storage_options)
+
+
+def fingerprints(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    """Fingerprints of files, asked for side by side: each takes a while on an object store."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(partial(fingerprint, storage_options=storage_options), urls))
 
 
 def fingerprint(url: str, storage_options: Mapping[str, Any] | None = None) -> str:

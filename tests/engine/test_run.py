@@ -6,11 +6,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import dask
+import pytest
 from distributed import Client
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import make_sample_shards
+from dask_imgcurator.steps import embed
+from dask_imgcurator.steps.embed import embed_partition
 
 
 class Finished(SchedulerPlugin):
@@ -32,3 +36,43 @@ def test_a_shard_is_one_task(client: Client, tmp_path: Path) -> None:
     dic.curate([str(p) for p in made.shards], tmp_path / "run", where=where, model="starter", client=client)
     # The workers load the model; then one graph scores, and one writes the only tar.
     assert sorted(finished.tasks.values()) == [1, 1, len(made.shards)]
+
+
+def test_only_what_is_wanted_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that make columns do not run where none of them is wanted; the whole frame still is a task per shard."""
+    made = make_sample_shards(tmp_path / "shards", count=12, per_shard=6)
+    decoded: list[str] = []
+
+    def counted(frame: Any, spec: Any) -> Any:
+        decoded.extend(frame["shard"].unique())
+        return embed_partition(frame, spec)
+
+    monkeypatch.setattr(embed, "embed_partition", counted)
+    df = dic.read_webdataset([str(p) for p in made.shards], backend="pandas")
+    df = dic.score_nsfw(dic.embed(df, model="starter"), "nsfw-starter")
+    df = dic.caption_stats(df)
+    with dask.config.set(scheduler="synchronous"):
+        assert len(df) == 12
+        assert set(df[["key", "caption_words"]].compute()["key"]) == set(made.manifest)
+        assert decoded == []
+        assert len(df.optimize().dask) == len(made.shards)
+        whole = df.compute()
+        assert sorted(decoded) == sorted(str(p) for p in made.shards)
+    assert list(whole.columns) == list(df.columns)
+    assert whole["nsfw_score"].notna().sum() == (whole["status"] == "ok").sum() > 0
+
+
+def test_a_file_that_is_written_anew_is_read_anew(client: Client, tmp_path: Path) -> None:
+    """A persisted frame of the old rows is not taken for the new one's."""
+    made = make_sample_shards(tmp_path / "shards", count=12, per_shard=6)
+    url, other = made.shards[0], made.shards[1]
+    before = dic.read_webdataset(str(url), backend="pandas").persist()
+    table = tmp_path / "scores.parquet"
+    before.compute().to_parquet(table)
+    scores = dic.read_scores(table, backend="pandas").persist()
+    assert set(scores["key"].compute()) == set(before["key"].compute())
+    url.write_bytes(other.read_bytes())
+    after = dic.read_webdataset(str(url), backend="pandas").compute()
+    assert set(after["key"]) == {key for key, value in made.manifest.items() if value["shard"] == other.name}
+    after.to_parquet(table)
+    assert set(dic.read_scores(table, backend="pandas")["key"].compute()) == set(after["key"])

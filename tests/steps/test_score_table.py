@@ -167,3 +167,25 @@ def test_a_json_value_stays_what_it_is(shards: list[list[Any]]) -> None:
             assert any(isinstance(v, int) and abs(v) > 2**53 for v in expected)
             return
     assert all(same(ours, value) for ours, value in zip(found, expected, strict=True))
+
+
+# --- what we write --------------------------------------------------------------------------------
+
+
+def test_files_of_no_rows_have_no_row_group_and_vectors_their_encoding(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors = pa.array(list(rng.normal(size=(2000, 64)).astype(np.float32)), pa.list_(pa.float32()))
+    table = pa.table({"key": [str(i) for i in range(2000)], "embedding": vectors})
+    backend = get_backend("pandas")
+    for name, part in (("a", table), ("b", table.slice(0, 0))):
+        write_score_file(backend.from_arrow(part), f"{tmp_path}/{name}.parquet", {}, "pandas", {})
+    pq.write_table(table, tmp_path / "plain.arrow", compression="zstd")
+    footer = pq.read_metadata(tmp_path / "a.parquet")
+    assert pq.read_metadata(tmp_path / "b.parquet").num_row_groups == 0
+    assert "BYTE_STREAM_SPLIT" in footer.row_group(0).column(1).encodings
+    assert (tmp_path / "a.parquet").stat().st_size < 0.95 * (tmp_path / "plain.arrow").stat().st_size
+    with duckdb.connect() as db:
+        found = db.sql(f"SELECT key, embedding FROM read_parquet('{tmp_path}/*.parquet')").fetchall()
+    assert [(key, np.float32(v).tolist()) for key, v in found] == list(
+        zip(table["key"].to_pylist(), table["embedding"].to_pylist(), strict=True)
+    )
