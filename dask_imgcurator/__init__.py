@@ -1,74 +1,15 @@
 """Curate image datasets with Dask: a shard is a partition, an image is a row, curation is a DataFrame query.
 
-Importing this package loads neither torch nor cudf.
+Importing this package loads next to nothing: each public name is imported when it is used first (``__init__.pyi`` says
+from where).
 """
 
 from importlib.metadata import version as _version
 
-from . import config as _config  # noqa: F401  (registers the defaults)
-from .duplicates.deduplication import dedup, duplicate_groups, find_duplicates
-from .duplicates.index import build_index
-from .engine.cluster import start_client
-from .exports.base import export
-from .jobs.columns import add_columns
-from .jobs.curate import curate, write_selection
-from .jobs.pages import compare_selections, write_report
-from .jobs.score import score_shards
-from .jobs.search import search
-from .jobs.tables import drop_duplicates, export_scores, select_rows
-from .models.head_files import save_head
-from .report.explorer import explore
-from .report.gallery import show
-from .select.selection import apply_steps, funnel, quantile, sample, top_count, top_fraction
-from .select.where import filter_frame
-from .similarity.index import build_search_index
-from .steps.captions import caption_stats, embed_text, score_clip
-from .steps.embed import embed
-from .steps.heads import score_aesthetic, score_head, score_nsfw
-from .steps.prompts import score_prompts
-from .steps.read import read_webdataset
-from .steps.score_table import read_scores
-from .steps.write import to_webdataset
+import lazy_loader as _lazy
 
-__all__ = [
-    "add_columns",
-    "apply_steps",
-    "build_index",
-    "build_search_index",
-    "caption_stats",
-    "compare_selections",
-    "curate",
-    "dedup",
-    "drop_duplicates",
-    "duplicate_groups",
-    "embed",
-    "embed_text",
-    "explore",
-    "export",
-    "export_scores",
-    "filter_frame",
-    "find_duplicates",
-    "funnel",
-    "quantile",
-    "read_scores",
-    "read_webdataset",
-    "sample",
-    "save_head",
-    "score_aesthetic",
-    "score_clip",
-    "score_head",
-    "score_nsfw",
-    "score_prompts",
-    "score_shards",
-    "search",
-    "select_rows",
-    "show",
-    "start_client",
-    "to_webdataset",
-    "top_count",
-    "top_fraction",
-    "write_report",
-    "write_selection",
-]
+from . import config as _config  # noqa: F401  (registers the defaults)
+
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
 
 __version__ = _version("dask-imgcurator")

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from . import summary
 from .errors import FAILED, Failure
 from .live import display, make_console
 from .options import (
@@ -50,6 +49,7 @@ def parity(shards: tuple[str, ...], record: str | None, quiet: bool, **options: 
     """
     from ..checks.parity import ParityOptions, compare
     from ..storage.files import write_whole
+    from . import summary
 
     if record is not None and not Path(record).parent.is_dir():
         raise click.BadParameter(f"there is no folder {Path(record).parent}", param_hint="--json")
@@ -89,6 +89,7 @@ def doctor() -> None:
     from rich.text import Text
 
     from ..checks.doctor import examine
+    from . import summary
 
     table = summary.make_table("", "found", "what to do")
     signs = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM", "bold red")}

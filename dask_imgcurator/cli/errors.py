@@ -40,9 +40,6 @@ class Failure(click.ClickException):
 @contextlib.contextmanager
 def _plain_errors(resumes: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Turn errors that a user can fix into a line and an exit code; `resumes`: rerunning the command resumes."""
-    from ..engine.run import JobError
-    from ..models.weights import WeightsError
-    from ..storage.tar_copy import WriteError
 
     def kept(space: str) -> str:
         return f"{space}What is finished is kept: the same command goes on from there." if resumes() else ""
@@ -54,17 +51,26 @@ def _plain_errors(resumes: Callable[[], bool] = lambda: False) -> Iterator[None]
         raise Failure(f"{err.format_message()} (see {command} --help)", USAGE) from None
     except (click.ClickException, click.exceptions.Exit, click.Abort):
         raise
-    except (JobError, WeightsError, WriteError) as err:
-        raise Failure(f"{_text(err)}{kept(chr(10))}", FAILED) from None
-    except MemoryError:
-        raise Failure(f"not enough memory: try a smaller --batch-size.{kept(' ')}", FAILED) from None
-    except OSError as err:
-        wrong_name = isinstance(err, FileNotFoundError | FileExistsError | NotADirectoryError)
-        raise Failure(_text(err), USAGE if wrong_name else FAILED) from None
     except KeyboardInterrupt:
         raise Failure(f"stopped.{kept(' ')}", FAILED) from None
+    except MemoryError:
+        raise Failure(f"not enough memory: try a smaller --batch-size.{kept(' ')}", FAILED) from None
     except Exception as err:
-        raise Failure(_text(err), USAGE if _is_told(err) else FAILED) from None
+        raise _failure(err, kept) from None
+
+
+def _failure(err: Exception, kept: Callable[[str], str]) -> Failure:
+    # Imported here: an error is rare, and these take seconds.
+    from ..engine.run import JobError
+    from ..models.weights import WeightsError
+    from ..storage.tar_copy import WriteError
+
+    if isinstance(err, JobError | WeightsError | WriteError):
+        return Failure(f"{_text(err)}{kept(chr(10))}", FAILED)
+    if isinstance(err, OSError):
+        wrong_name = isinstance(err, FileNotFoundError | FileExistsError | NotADirectoryError)
+        return Failure(_text(err), USAGE if wrong_name else FAILED)
+    return Failure(_text(err), USAGE if _is_told(err) else FAILED)
 
 
 def _is_told(err: BaseException) -> bool:

@@ -7,13 +7,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distributed import Client
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from .. import monitor
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 
 def make_console(stderr: bool = False, quiet: bool = False) -> Console:

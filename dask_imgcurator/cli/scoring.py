@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from . import summary
 from .live import display, make_console
 from .options import (
     cluster_options,
@@ -63,6 +62,7 @@ def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> No
     Kept samples keep all their members, byte for byte. Completed work is saved; rerun the same command to resume.
     """
     from ..jobs.curate import curate as run
+    from . import summary
 
     with _shown_all_the_same(quiet), display(quiet) as monitor:
         result = run(list(shards), out, monitor=monitor, **given_of(remote(options)))
@@ -87,6 +87,7 @@ def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> Non
     dask-imgcurator score 'laion/*.tar' --out run/scores --model ViT-B-32 --pretrained openai
     """
     from ..jobs.score import score_shards as run
+    from . import summary
 
     with _shown_all_the_same(quiet), display(quiet) as monitor:
         result = run(list(shards), out, monitor=monitor, **given_of(remote(options)))
@@ -118,6 +119,7 @@ def write(
     dask-imgcurator write run/scores --min-aesthetic 5 --out run/shards
     """
     from ..jobs.curate import write_selection as run
+    from . import summary
 
     with display(quiet) as monitor:
         given = given_of(options)
@@ -148,6 +150,7 @@ def demo(out: str, count: int, quiet: bool, **options: Any) -> None:
     """
     from ..checks import samples
     from ..jobs.curate import curate as run
+    from . import summary
 
     console = make_console()
     where = "aesthetic_score >= 5 and width >= 160 and height >= 160"

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from . import summary
 from .live import display, make_console
 from .options import (
     Json,
@@ -50,6 +49,7 @@ def select(
     A row for which the result is unknown (a missing score) is dropped.
     """
     from ..jobs.tables import select_rows as run
+    from . import summary
 
     with display(quiet) as monitor:
         selection = run(list(scores), out, where, monitor=monitor, **given_of(options))
@@ -119,6 +119,7 @@ def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[floa
     dask-imgcurator dedup run/scores --against eval.index --out run/clean       decontaminate
     """
     from ..jobs.tables import drop_duplicates as run
+    from . import summary
 
     with display(quiet) as monitor:
         given = asked_of(options)
@@ -260,6 +261,7 @@ def search(
     """
     from ..jobs.search import search as run
     from ..similarity.index import build_search_index
+    from . import summary
 
     asked = any(options[name] for name in ("text", "image", "like"))
     if not asked and build_index is None:
