@@ -31,6 +31,7 @@ from .options import (
 def _shown_all_the_same(quiet: bool) -> Iterator[None]:
     """Show what was done where shards are missing, too."""
     from ..jobs.score import MissingShardsError
+    from . import summary
 
     try:
         yield
