@@ -42,7 +42,7 @@ def _plain_errors(resumes: Callable[[], bool] = lambda: False) -> Iterator[None]
     """Turn errors that a user can fix into a line and an exit code; `resumes`: rerunning the command resumes."""
 
     def kept(space: str) -> str:
-        return f"{space}What is finished is kept: the same command goes on from there." if resumes() else ""
+        return f"{space}Completed work is saved; rerun the same command to resume." if resumes() else ""
 
     try:
         yield

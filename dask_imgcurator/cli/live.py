@@ -23,6 +23,11 @@ def make_console(stderr: bool = False, quiet: bool = False) -> Console:
     return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
+def count(n: int, noun: str) -> str:
+    """Write a number of things: ``1 shard``, ``1,200 shards``."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 @contextlib.contextmanager
 def make_monitor(console: Console) -> Iterator[monitor.Monitor]:
     """Make a monitor that draws a live line on a terminal, and prints lines elsewhere."""
@@ -56,13 +61,13 @@ class _Lines(monitor.Monitor):
                 self.console.print(f"dashboard: {link}")
 
     def scoring(self, total: int, taken_over: int) -> None:
-        text = f"scoring {total - taken_over:,} shards"
+        text = f"scoring {count(total - taken_over, 'shard')}"
         if taken_over:
             text += f" ({taken_over:,} more are finished already)"
         self.console.print(text)
 
     def writing(self, total: int) -> None:
-        self.console.print(f"writing {total:,} curated shards")
+        self.console.print(f"writing {count(total, 'curated shard')}")
 
 
 class _Live(_Lines):

@@ -62,7 +62,7 @@ encoder_options = _group(
         metavar="[COLUMN=]FIELD[:TYPE]",
         multiple=True,
         help="Field of the samples' .json to keep as a column, under its own or another name (original_width=width); "
-        "TYPE is string, int64, float64 or bool. [default type: the one that holds all values; may be repeated]",
+        "TYPE is string, int64, float64 or bool. [default: the type that holds all values; repeatable]",
     ),
     click.option(
         "--caption",
@@ -73,8 +73,7 @@ encoder_options = _group(
         "--image",
         metavar="EXT",
         multiple=True,
-        help="Extension of the image member (jpg, seg.png …) if a sample has several; may be repeated, "
-        "preferred first.",
+        help="Extension of the image member (jpg, seg.png …) if a sample has several; repeatable, preferred first.",
     ),
     click.option(
         "--batch-size",
@@ -169,7 +168,7 @@ ranking_options = _group(
         "--top",
         metavar="STEP",
         multiple=True,
-        help="Keep the best: '30% by clip_score', '10000 by aesthetic_score'; may be repeated, applied in order.",
+        help="Keep the best: '30% by clip_score', '10000 by aesthetic_score'; repeatable, applied in order.",
     ),
     click.option(
         "--sample", metavar="STEP", help="Keep a random sample of the rest: '10000', '10% seed 1', '20 by cluster'."

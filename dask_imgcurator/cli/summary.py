@@ -22,7 +22,7 @@ from ..results import Counts, RunResult
 from ..schema import STATUSES
 from ..select.where import parse_where
 from ..steps.score_table import read_scores
-from .live import make_console
+from .live import count, make_console
 
 
 def make_table(*columns: str) -> Table:
@@ -65,14 +65,14 @@ def print_run(result: RunResult) -> None:
     if result.images_scored:
         rate = result.images_scored / result.scoring_seconds
         console.print(
-            f"scored {result.images_scored:,} images of {result.shards_scored:,} shards "
+            f"scored {count(result.images_scored, 'image')} of {count(result.shards_scored, 'shard')} "
             f"in {result.scoring_seconds:.1f} s ({rate:.1f} images/s), "
             f"after {result.loading_seconds:.1f} s of loading the model",
         )
     if result.shards_taken_over:
-        console.print(f"taken over from an earlier run: {result.shards_taken_over:,} shards")
+        console.print(f"taken over from an earlier run: {count(result.shards_taken_over, 'shard')}")
     if result.shards_missing:
-        console.print(f"missing: {len(result.shards_missing):,} shards")
+        console.print(f"missing: {count(len(result.shards_missing), 'shard')}")
     if result.kept is not None:
         console.print(written_line(result.written, str(Path(result.out) / "shards")))
         console.print(f"report: {Path(result.out) / 'report.html'}")
@@ -81,8 +81,8 @@ def print_run(result: RunResult) -> None:
 
 
 def written_line(written: list[dict[str, Any]], folder: str) -> str:
-    count, nbytes = sum(s["count"] for s in written), sum(s["nbytes"] for s in written)
-    return f"curated shards: {len(written):,} with {count:,} samples, {nbytes / 1e6:,.1f} MB: {folder}"
+    samples, nbytes = sum(s["count"] for s in written), sum(s["nbytes"] for s in written)
+    return f"{count(len(written), 'curated shard')} with {count(samples, 'sample')}, {nbytes / 1e6:,.1f} MB: {folder}"
 
 
 def print_selection(selection: Counts, out: str) -> None:

@@ -65,7 +65,7 @@ def select(
     "tiers",
     multiple=True,
     type=click.Choice(["exact", "perceptual", "semantic"]),
-    help="Kind of duplicates; may be repeated. [default: all whose column the table has]",
+    help="Kind of duplicates; repeatable. [default: all whose column the table has]",
 )
 @click.option(
     "--eps",
@@ -131,14 +131,14 @@ def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[floa
 @click.command()
 @scores_argument
 @click.option("--out", required=True, metavar="DIR", help="Folder for the larger table.")
-@click.option("--head", "heads", metavar="FILE|NAME", multiple=True, help="Your own head; may be repeated.")
+@click.option("--head", "heads", metavar="FILE|NAME", multiple=True, help="Your own head; repeatable.")
 @click.option("--clip-score", is_flag=True, help="Cosine of caption and image.")
 @click.option(
     "--prompt",
     "prompts",
     metavar="NAME=TEXT",
     multiple=True,
-    help="Probability of a text against neutral ones, as NAME_score; the same NAME may be repeated.",
+    help="Probability of a text against neutral ones, as NAME_score; repeat a NAME to give it several texts.",
 )
 @click.option("--caption-stats", is_flag=True, help="Words and characters of the caption.")
 @click.option("--language", is_flag=True, help="Language of the caption (needs the extra 'text').")
@@ -222,13 +222,13 @@ def export_(scores: tuple[str, ...], out: str, format_: str, where: str | None, 
 
 @click.command()
 @scores_argument
-@click.option("--text", metavar="TEXT", multiple=True, help="What the images show: 'a red car'; may be repeated.")
-@click.option("--image", metavar="FILE", multiple=True, help="Image to find similar ones to; may be repeated.")
+@click.option("--text", metavar="TEXT", multiple=True, help="What the images show: 'a red car'; repeatable.")
+@click.option("--image", metavar="FILE", multiple=True, help="Image to find similar ones to; repeatable.")
 @click.option(
     "--like",
     metavar="KEY",
     multiple=True,
-    help="Row to find similar ones to; SHARD:KEY if the key is not unique; may be repeated.",
+    help="Row to find similar ones to; SHARD:KEY if the key is not unique; repeatable.",
 )
 @click.option("-k", "k", metavar="N", type=click.IntRange(1), default=20, show_default=True, help="Rows per query.")
 @where_options

@@ -259,7 +259,7 @@ def _run_on(
             for name, future in [running.pop(future.key) for future in ready]:
                 error = future.exception() if future.status == "error" else None
                 if future.status == "cancelled":
-                    raise JobError(f"the cluster went away while {what} {label(name)}")
+                    raise JobError(f"lost the cluster while {what} {label(name)}")
                 if isinstance(error, KilledWorker):
                     aside.lost.append(name)
                 elif isinstance(error, WorkerFault):

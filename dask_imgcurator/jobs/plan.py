@@ -27,7 +27,7 @@ from ..steps.heads import HeadUse
 from ..steps.read import ReadSpec, peek, read_spec
 from ..steps.stream import settle_decoder
 from ..storage import files
-from ..storage.urls import check_shards
+from ..storage.urls import check_shards, packed_beside
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,10 @@ def make_plan(
 ) -> tuple[ScorePlan, Where | None]:
     """Resolve what is done to shards, and parse the expression against the columns they will have."""
     check_shards(urls, options.storage_options)
+    if packed := packed_beside(urls):
+        monitor.note(
+            f"Compressed tars are left out ({len(packed):,} in all); unpack them first: {', '.join(packed[:3])}"
+        )
     model, pretrained = choose_model(options.model, options.pretrained, monitor)
     read = read_spec(options.columns, options.caption, options.storage_options, options.backend, options.image)
     types = peek(urls, read)

@@ -102,11 +102,20 @@ def _expand_remote(name: str, storage_options: dict[str, Any]) -> list[str]:
     return [str(fs.unstrip_protocol(match)) for match in matches]
 
 
+_PACKED = re.compile(r"\.(tar\.\w+|t[gx]z|tbz2?|tzst)$", re.IGNORECASE)
+
+
+def packed_beside(urls: Sequence[str]) -> list[str]:
+    """Compressed tars in the local folders of some shards: they are no shards, as nothing in them can be found."""
+    folders = dict.fromkeys(str(local_path(url).parent) for url in urls if is_local(url))
+    return [f for folder in folders if Path(folder).is_dir() for f in list_files(folder, "") if _PACKED.search(f)]
+
+
 def _expand_folder(folder: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
     files = list_files(folder, "", storage_options)
     tars = [f for f in files if f.lower().endswith(".tar")]
     if not tars:
-        packed = [f for f in files if re.search(r"\.(tar\.\w+|t[gx]z|tbz2?|tzst)$", f, re.IGNORECASE)]
+        packed = [f for f in files if _PACKED.search(f)]
         hint = f", only compressed ones: unpack {packed[0]} and its like first" if packed else ""
         raise FileNotFoundError(f"no *.tar in the folder {folder}{hint}")
     return tars

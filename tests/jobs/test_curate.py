@@ -327,7 +327,7 @@ def test_interrupted_run_leaves_nothing_half_and_goes_on(signal_: int, client: A
         process.send_signal(signal_)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "the same command goes on from there" in errors
+    assert "rerun the same command to resume" in errors
     assert "Traceback" not in errors
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive

@@ -29,7 +29,7 @@ from dask_imgcurator.storage.files import list_files
 from dask_imgcurator.storage.samples import ShardIndex, format_idx, split_name
 from dask_imgcurator.storage.tar_index import index_shard, index_tar
 from dask_imgcurator.storage.tar_read import read_extents, read_text
-from dask_imgcurator.storage.urls import check_shards, expand, fingerprint, what_is
+from dask_imgcurator.storage.urls import check_shards, expand, fingerprint, packed_beside, what_is
 
 FORMATS = {
     "ustar": tarfile.USTAR_FORMAT,
@@ -980,3 +980,10 @@ def test_fingerprint_on_another_file_system(memory: Any) -> None:
     assert len(seen) == 3
     assert fingerprint("memory://shards-test/a.tar") in seen
     assert fingerprint("memory://shards-test/b.tar") == "unreadable"
+
+
+def test_compressed_tars_beside_the_shards(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tgz", "c.tar.gz", "d.TAR.ZST", "e.txt", "tgz"):
+        (tmp_path / name).touch()
+    found = packed_beside([str(tmp_path / "a.tar"), f"file://{tmp_path}/a.tar", "s3://bucket/a.tar", "/nowhere/a.tar"])
+    assert [Path(f).name for f in found] == ["b.tgz", "c.tar.gz", "d.TAR.ZST"]
