@@ -90,7 +90,7 @@ model_options = _group(
         "--measures/--no-measures",
         default=True,
         show_default=True,
-        help="Columns of technical quality (brightness, contrast, blur, entropy, colourfulness) and a perceptual hash.",
+        help="Columns of technical quality (brightness, blur …) and a perceptual hash.",
     ),
 )
 

@@ -108,10 +108,10 @@ def find_duplicates(
     lowest : bool
         Whether the lowest value of `keep` stays.
     rule : {"components", "semdedup", "nemo"}
-        How to choose which semantic duplicates to drop. ``components``: whatever is connected by near pairs is one
-        group, and the best of it stays. ``semdedup`` (arXiv:2303.09540): in each cell rows are sorted, and a row goes if
-        its highest cosine to one before it exceeds 1 - eps, also if that one has gone itself. ``nemo``: the same with
-        "at least", as NVIDIA NeMo Curator has it.
+        How to choose which semantic duplicates to drop. ``components``: what near pairs connect is one
+        group, and the best of it stays. ``semdedup`` (arXiv:2303.09540): in each cell rows are sorted, and a row goes
+        if its highest cosine to one before it exceeds 1 - eps, also if that one has gone itself. ``nemo``: the same
+        with "at least", as NVIDIA NeMo Curator has it.
     against : DataFrame, str, path or Index, optional
         A reference, as a frame or as the folder of `build_index`: what is in a set already, or the images of a
         benchmark that must not be trained on. Rows that duplicate one of its rows go; its rows always stay, and are not

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
@@ -17,7 +15,7 @@ import pyarrow as pa
 from ..engine.backend import get_backend
 from ..images import quality
 from ..json_fields import FIELD_TYPES
-from ..models import heads, starter, weights
+from ..models import heads, open_clip, starter, weights
 from ..models.encoders import load_encoder
 from ..monitor import Monitor
 from ..schema import COLUMNS, kind_of
@@ -179,7 +177,7 @@ def choose_model(model: str | None, pretrained: str | None, monitor: Monitor) ->
     if pretrained is not None:
         raise ValueError(f"pretrained={pretrained!r} needs a model: say which architecture the weights are of")
     name, tag = DEFAULT_MODEL
-    if _can_have(name, tag):
+    if open_clip.can_have(name, tag):
         return name, tag
     monitor.note(
         f"The weights of {name} ({tag}) are not on this machine and cannot be downloaded: using the model 'starter'."
@@ -193,41 +191,12 @@ def model_notes(model: str | None, pretrained: str | None) -> list[str]:
         return [starter.NOTICE]
     if str(pretrained).startswith("random"):
         return [f"{model} has random weights ({pretrained}): scores mean nothing; this is for benchmarks and tests."]
-    if model and pretrained and Path(pretrained).is_file() and _has_quick_twin(model):
+    if model and pretrained and Path(pretrained).is_file() and open_clip.has_quick_twin(model):
         return [
             f"The checkpoint {Path(pretrained).name} is run with GELU, as {model} is: if it descends from "
             f"OpenAI's weights, the model is {model}-quickgelu."
         ]
     return []
-
-
-def _has_quick_twin(model: str) -> bool:
-    """Whether open_clip lists the architecture with QuickGELU too; without importing it, which takes seconds."""
-    spec = importlib.util.find_spec("open_clip")
-    name = f"{model.replace('/', '-')}-quickgelu.json"
-    return (
-        spec is not None and spec.origin is not None and (Path(spec.origin).parent / "model_configs" / name).is_file()
-    )
-
-
-def _can_have(model: str, tag: str) -> bool:
-    """Whether open_clip would find these weights in its cache or on the network."""
-    import huggingface_hub
-    import open_clip
-
-    cfg = open_clip.get_pretrained_cfg(model, tag)
-    repository = cfg.get("hf_hub", "").rstrip("/")
-    if repository:
-        for filename in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
-            if isinstance(huggingface_hub.try_to_load_from_cache(repository, filename), str):
-                return True
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        socket.create_connection(("huggingface.co", 443), timeout=3).close()
-    except OSError:
-        return False
-    return True
 
 
 def choose_heads(model: str, pretrained: str | None, options: ScoreOptions, monitor: Monitor) -> tuple[HeadUse, ...]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import importlib.util
 import logging
 import re
+import socket
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -169,3 +171,32 @@ def tokenizer(model: str) -> Any:
             "downloaded from the Hugging Face Hub: let this machine reach it once, copy its cache here, or use a model "
             "with open_clip's own tokenizer, such as ViT-B-32 or ViT-L-14"
         ) from err
+
+
+def has_quick_twin(model: str) -> bool:
+    """Whether open_clip lists the architecture with QuickGELU too; without importing it, which takes seconds."""
+    spec = importlib.util.find_spec("open_clip")
+    name = f"{model.replace('/', '-')}-quickgelu.json"
+    return (
+        spec is not None and spec.origin is not None and (Path(spec.origin).parent / "model_configs" / name).is_file()
+    )
+
+
+def can_have(model: str, tag: str) -> bool:
+    """Whether open_clip would find these weights in its cache or on the network."""
+    import huggingface_hub
+    import open_clip
+
+    cfg = open_clip.get_pretrained_cfg(model, tag)
+    repository = cfg.get("hf_hub", "").rstrip("/")
+    if repository:
+        for filename in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
+            if isinstance(huggingface_hub.try_to_load_from_cache(repository, filename), str):
+                return True
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
