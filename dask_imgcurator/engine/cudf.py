@@ -136,7 +136,7 @@ class CudfBackend:
         from dask_cuda import LocalCUDACluster
 
         options: dict[str, Any] = {"threads_per_worker": 1, **device.memory_options(kwargs)}
-        options["dashboard_address"] = ":0" if importable("bokeh") else None
+        options["dashboard_address"] = "127.0.0.1:0" if importable("bokeh") else None
         workers = n_workers or max(1, torch.cuda.device_count())
         # Dask's own default is one thread, which DALI's pipeline would have too. LocalCUDACluster puts an environment
         # of its own in the place of `env=`, so it goes this way.

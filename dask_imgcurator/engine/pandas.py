@@ -200,7 +200,7 @@ class PandasBackend:
         env.update(kwargs.pop("env", {}))
         options: dict[str, Any] = {"threads_per_worker": 1, "processes": True, "env": env}
         if importable("bokeh"):
-            options["dashboard_address"] = ":0"
+            options["dashboard_address"] = "127.0.0.1:0"  # the page shows data, and asks for no password
         else:
             options["dashboard_address"] = None
         # Dask makes workers return memory to the system at once. An encoder's buffers are then remapped for every

@@ -12,16 +12,18 @@ import os
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
 import dask
 import dask.dataframe as dd
 import pandas as pd
 from dask.system import CPU_COUNT
+from dask.utils import parse_timedelta
 from distributed import Client, Future, futures_of, get_client, get_worker
 from distributed.scheduler import KilledWorker
 
+from .. import config
 from ..monitor import Monitor
 from ..storage import files
 from .backend import is_dask
@@ -33,6 +35,11 @@ Place: TypeAlias = Client | str | int | None
 
 #: Shards in one graph. Larger graphs buy nothing; with two in flight, scheduler and client hold a few thousand tasks.
 WAVE = 1000
+
+#: Seconds after which a run that hears nothing looks for workers, and after which one without any says so.
+_LOOK, _TOLD = 10, 30
+
+_log = logging.getLogger(__name__)
 
 _FAN_IN = 16
 
@@ -253,7 +260,7 @@ def _run_on(
         while running:
             if more and len(running) <= WAVE:
                 more = submit()
-            ready = [done.get()]
+            ready = [_next(client, done, what)]
             while not done.empty():
                 ready.append(done.get())
             for name, future in [running.pop(future.key) for future in ready]:
@@ -275,6 +282,32 @@ def _run_on(
     finally:
         if running:
             client.cancel([future for _, future in running.values()], force=True)
+
+
+def _next(client: Client, done: SimpleQueue[Future], what: str) -> Future:
+    """Wait for a partition to be done, as long as there are workers, or may be again."""
+    while True:
+        try:
+            return done.get(timeout=_LOOK)
+        except Empty:
+            if not client.nthreads():
+                require_workers(client, what)
+
+
+def require_workers(client: Client, what: str) -> None:
+    """Wait until there is a worker, for as long as the settings say; `JobError` then."""
+    limit, address = parse_timedelta(config.get("worker-timeout")), client.scheduler_info()["address"]
+    told = min(_TOLD, limit)
+    try:
+        return client.wait_for_workers(1, timeout=told)
+    except TimeoutError:
+        _log.warning("No worker for %s at %s: waiting %.0f s for one", what, address, limit - told)
+    try:
+        return client.wait_for_workers(1, timeout=max(limit - told, 0.1))  # 0 would be for ever
+    except TimeoutError:
+        raise JobError(
+            f"no worker for {what} at {address} for {limit:.0f} s (imgcurator.worker-timeout): start one"
+        ) from None
 
 
 def _stop_if_all_fail(client: Client, aside: _Aside, doing: str) -> None:

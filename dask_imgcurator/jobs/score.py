@@ -15,7 +15,7 @@ from distributed import Client
 
 from ..engine.backend import backend_of
 from ..engine.frames import apply_step, from_map, objects_stay
-from ..engine.run import JobError, Place, Wave, place, results, run, waves, worker_fault
+from ..engine.run import JobError, Place, Wave, place, require_workers, results, run, waves, worker_fault
 from ..models import ModelError
 from ..models.weights import WeightsError
 from ..monitor import Monitor, ShardProgress
@@ -253,10 +253,7 @@ def _score(
 
 def _load(client: Client, plan: ScorePlan) -> dict[str, Any]:
     """Have all workers load the model concurrently, and return what the first one reports; all must be alike."""
-    try:
-        client.wait_for_workers(1, timeout=60)
-    except TimeoutError:
-        raise JobError(f"the scheduler at {client.scheduler_info()['address']} has no worker: start one") from None
+    require_workers(client, "loading the model")
     workers = [str(i) for i in range(len(client.nthreads()))]
     nothing = from_map(_nothing, workers, "workers", pd.DataFrame())
     graph = Wave(workers, results(nothing, _describe, plan, label="load-model"))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -13,13 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import dask
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
+from dask_imgcurator.engine import run
 from dask_imgcurator.engine.run import JobError
+from dask_imgcurator.monitor import Monitor, Progress
 
 OPTIONS: dict[str, Any] = {"model": "starter", "dtype": "float32", "backend": "pandas"}
 
@@ -92,3 +96,26 @@ def test_machines_with_other_versions_are_told(made: SampleShards, tmp_path: Pat
             metadata = json.loads(pq.read_schema(table).metadata[b"imgcurator"])
             versions.add(metadata["versions"]["dask_imgcurator"])
         assert len(versions) <= 1
+
+
+def test_a_run_without_workers_ends(made: SampleShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last worker dies, without a nanny that would start another; and a scheduler that never had one."""
+
+    class Killer(Monitor):
+        def progress(self, state: Progress) -> None:
+            if state.shards:
+                for pid in pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+    monkeypatch.setattr(run, "_LOOK", 1)
+    with cluster(tmp_path, [("", {})]) as client, dask.config.set({"imgcurator.worker-timeout": "3s"}):
+        pids = set(client.run(os.getpid).values())
+        urls = [str(p) for p in made.shards]
+        with pytest.raises(JobError, match=r"no worker for scoring at tcp://127.* for 3 s .*: start one"):
+            dic.score_shards(urls, tmp_path / "scores", client=client, monitor=Killer(), **OPTIONS)
+        done = list((tmp_path / "scores").glob("*.parquet"))
+        assert done
+        with pytest.raises(JobError, match="no worker for loading the model"):
+            dic.score_shards(urls, tmp_path / "scores", client=client, **OPTIONS)
+        assert list((tmp_path / "scores").glob("*.parquet")) == done

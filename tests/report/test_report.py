@@ -391,7 +391,7 @@ def test_embeddings_are_not_read(run: Run):
 
 def test_batches_make_no_difference(run: Run, monkeypatch: pytest.MonkeyPatch):
     whole = run.page()
-    monkeypatch.setattr("dask_imgcurator.report.survey._BATCH", 7)
+    monkeypatch.setattr("dask_imgcurator.steps.score_table._BATCH", 7)
     parts = run.page()
     cut = "by aesthetic_score >= 5"
     for title in ("Best kept", "Worst", f"Just kept {cut}", f"Just dropped {cut}", "Random kept", "Random dropped"):
