@@ -301,7 +301,8 @@ def require_workers(client: Client, what: str) -> None:
     try:
         return client.wait_for_workers(1, timeout=told)
     except TimeoutError:
-        _log.warning("No worker for %s at %s: waiting %.0f s for one", what, address, limit - told)
+        if limit > told:
+            _log.warning("No worker for %s at %s: waiting %.0f s for one", what, address, limit - told)
     try:
         return client.wait_for_workers(1, timeout=max(limit - told, 0.1))  # 0 would be for ever
     except TimeoutError:
