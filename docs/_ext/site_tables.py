@@ -18,6 +18,7 @@ _STEPS = {
     "read": "`read_webdataset`",
     "embed": "`embed`",
     "measure": "`embed(measures=True)`",
+    "note": "`score_shards`, `curate`",
     "aesthetic": "`score_aesthetic`",
     "nsfw": "`score_nsfw`",
     "text": "`score_clip`",

@@ -311,7 +311,7 @@ def wait_for(condition: Any, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted_run_leaves_nothing_half_and_goes_on(signal_: int, client: Any, tmp_path: Path) -> None:
     made = make_sample_shards(tmp_path / "samples", count=160, per_shard=16)
     whole, out = tmp_path / "whole", tmp_path / "out"

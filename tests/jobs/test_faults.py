@@ -65,6 +65,7 @@ def without(made: SampleShards) -> str:
     return f"exec unshare -m sh -c '{mount} && exec \"$@\"' sh"
 
 
+@pytest.mark.slow
 def test_a_machine_without_the_mount_costs_nothing(made: SampleShards, without: str, tmp_path: Path) -> None:
     out = tmp_path / "scores"
     with cluster(tmp_path, [("", {}), (without, {})]) as client:

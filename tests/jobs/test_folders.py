@@ -310,6 +310,7 @@ def test_missing_shards_are_no_images(shards: Path, tmp_path: Path) -> None:
     assert "taken over from an earlier run: 2 shards" in done.stdout
 
 
+@pytest.mark.slow
 def test_jobs_of_an_array_fill_one_folder(shards: Path, tmp_path: Path) -> None:
     """Two processes with shards of their own, and one with the same as another, at the same time."""
     options = ["--model", "starter", "--dtype", "float32", "--n-workers", "1", "--quiet"]

@@ -161,7 +161,7 @@ def test_each_shard_is_read_once_and_the_next_one_meanwhile(s3: S3, client: Any,
     got = {
         r.path: i for i, r in enumerate(s3.requests) if r.method == "GET" and r.path.startswith("/source/") and r.sent
     }
-    put = [i for i, r in enumerate(s3.requests) if r.method == "PUT" and r.path.startswith("/target/scores/")]
+    put = [i for i, r in enumerate(s3.requests) if r.method == "PUT" and r.path.endswith(".parquet")]
     order = sorted(got.values())
     assert len(order) == len(put) == len(made.shards)
     assert all(read < written for read, written in zip(order[1:], put, strict=False))
