@@ -112,18 +112,18 @@ def columns_of(*steps: Step) -> list[Column]:
     return [c for c in COLUMNS.values() if c.step in steps]
 
 
-def plain(type_: pa.DataType) -> pa.DataType:
+def plain_type(type_: pa.DataType) -> pa.DataType:
     """Type as which a column is read: one layout for text and lists, whatever wrote them."""
     if isinstance(type_, pa.BaseExtensionType):  # a tensor of fixed shape, say
-        return plain(type_.storage_type)
+        return plain_type(type_.storage_type)
     if pa.types.is_dictionary(type_):
-        return plain(type_.value_type)
+        return plain_type(type_.value_type)
     if pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
         return pa.string()
     if pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_):
         return pa.binary()
     if any(getattr(pa.types, f"is_{kind}")(type_) for kind in _LISTS):
-        return pa.list_(plain(type_.value_type))
+        return pa.list_(plain_type(type_.value_type))
     return type_
 
 
@@ -132,7 +132,7 @@ _LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view
 
 def kind_of(type_: pa.DataType) -> Kind:
     """Return how an Arrow type behaves in an expression."""
-    type_ = plain(type_)
+    type_ = plain_type(type_)
     if pa.types.is_boolean(type_):
         return "boolean"
     if pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_decimal(type_):
@@ -163,13 +163,13 @@ def unify_schemas(schemas: Iterable[tuple[str, pa.Schema]], loose: Container[str
         distinct.setdefault(schema.remove_metadata(), file)
     for schema, file in distinct.items():
         for field in schema:
-            old, before = found.get(field.name, (field.with_type(plain(field.type)), file))
-            type_ = _wider(old.type, plain(field.type))
+            old, before = found.get(field.name, (field.with_type(plain_type(field.type)), file))
+            type_ = _wider(old.type, plain_type(field.type))
             if type_ is None and field.name in loose:
                 type_ = pa.string()
             if type_ is None:
                 raise ValueError(
-                    f"column {field.name!r} is {old.type} in {before} and {plain(field.type)} in {file}: "
+                    f"column {field.name!r} is {old.type} in {before} and {plain_type(field.type)} in {file}: "
                     "convert one of the two, or give the files one by one"
                 )
             nullable = old.nullable or field.nullable
@@ -189,7 +189,7 @@ def _wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
         return pa.float64()  # Arrow would make float32 of int64 with float32
     try:
         both = [pa.schema([("", type_)]) for type_ in (a, b)]
-        return plain(pa.unify_schemas(both, promote_options="permissive").field(0).type)
+        return plain_type(pa.unify_schemas(both, promote_options="permissive").field(0).type)
     except pa.ArrowException:
         return None
 

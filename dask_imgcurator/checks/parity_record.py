@@ -19,7 +19,7 @@ Pair = tuple[float | None, float | None]
 
 
 @dataclass
-class Figure:
+class Measure:
     """Mean and extremes of one figure over `count` images; `max_image` has the largest."""
 
     count: int = 0
@@ -54,10 +54,10 @@ class Difference:
     """Differences over a group of images; of scores, absolute ones."""
 
     images: int = 0
-    pixel_mean: Figure = field(default_factory=Figure)
-    pixel_max: Figure = field(default_factory=Figure)
-    cosine: Figure = field(default_factory=Figure)
-    scores: dict[str, Figure] = field(default_factory=dict)
+    pixel_mean: Measure = field(default_factory=Measure)
+    pixel_max: Measure = field(default_factory=Measure)
+    cosine: Measure = field(default_factory=Measure)
+    scores: dict[str, Measure] = field(default_factory=dict)
 
     def add(self, one: ImageDifference) -> None:
         """Take one image in."""
@@ -66,7 +66,7 @@ class Difference:
         self.pixel_max.add(one.pixel_max, one.image)
         self.cosine.add(one.cosine, one.image)
         for name, (ours, theirs) in one.scores.items():
-            figure = self.scores.setdefault(name, Figure())
+            figure = self.scores.setdefault(name, Measure())
             if ours is not None and theirs is not None:
                 figure.add(abs(ours - theirs), one.image)
 
@@ -145,7 +145,7 @@ class Parity:
     #: Of all images that both could decode, and by our decoder: ``all``, ``dali``, ``pillow``.
     groups: dict[str, Difference] = field(default_factory=lambda: {"all": Difference()})
     #: Of open_clip's embeddings of two different images: what a cosine must stand out from.
-    other_cosine: Figure = field(default_factory=Figure)
+    other_cosine: Measure = field(default_factory=Measure)
     decisions: list[Decision] = field(default_factory=list)
     worst: list[ImageDifference] = field(default_factory=list)  # those with the lowest cosine
     notes: list[str] = field(default_factory=list)

@@ -121,7 +121,7 @@ def _reported(err: BaseException) -> str:
     return f"; this is unexpected: please report it with {file.name}, which holds the traceback"
 
 
-class Group(click.Group):
+class PlainGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         with _plain_errors():
             return super().parse_args(ctx, args)

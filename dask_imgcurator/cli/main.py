@@ -6,11 +6,11 @@ import click
 
 from .. import __version__
 from . import checks, scoring, tables
-from .errors import Group
+from .errors import PlainGroup
 
 
 @click.group(
-    "imgcurator", cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    "imgcurator", cls=PlainGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 @click.version_option(__version__, prog_name="dask-imgcurator")
 def cli() -> None:

@@ -57,7 +57,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Format:
+class ExportFormat:
     """A format of `export`: a line about it, the function that describes or writes it, and whether it is a folder."""
 
     about: str
@@ -65,20 +65,20 @@ class Format:
     folder: bool
 
 
-_REGISTERED: dict[str, Format] = {}
+_REGISTERED: dict[str, ExportFormat] = {}
 
 
 def export_format(name: str, about: str, folder: bool = True) -> Callable[[T], T]:
     """Register the function of a format."""
 
     def register(function: T) -> T:
-        _REGISTERED[name] = Format(about, cast(Any, function), folder)
+        _REGISTERED[name] = ExportFormat(about, cast(Any, function), folder)
         return function
 
     return register
 
 
-def formats() -> Mapping[str, Format]:
+def formats() -> Mapping[str, ExportFormat]:
     """All formats by name: those that the modules of this folder register."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"{__package__}.{module.name}")

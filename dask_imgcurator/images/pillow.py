@@ -54,7 +54,7 @@ _limit_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def opened(data: bytes) -> Iterator[Image]:
+def open_image(data: bytes) -> Iterator[Image]:
     """Open a file without Pillow's own limit on its pixels: `max_pixels` takes its place."""
     from PIL import Image as pillow
 
@@ -96,7 +96,7 @@ def inspect(data: bytes, max_pixels: int | None = None) -> ImageInfo:
         _check_size(*size, max_pixels)
     format_.check_end(data, format_.title)
     try:
-        with opened(data) as image:
+        with open_image(data) as image:
             width, height = image.size
             found, mode = image.format or name, image.mode
             transform = image.info.get("adobe_transform")
@@ -160,7 +160,7 @@ def decode(
     from torchvision.transforms import functional as tv
 
     try:
-        with opened(data) as image:
+        with open_image(data) as image:
             image.load()
             upright = ImageOps.exif_transpose(image) if adjust_orientation else image
             if scale_high_bit_depth and is_deep(upright.mode):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..storage.tar_read import read_extents
-from .pillow import inspect, opened
+from .pillow import inspect, open_image
 
 #: Where an image lies: URL of its shard, and offset.
 Place = tuple[str, int]
@@ -58,7 +58,7 @@ def thumbnail(data: bytes, side: int = SIDE, upright: bool = False) -> str | Non
 
     try:
         inspect(data, _MAX_PIXELS)
-        with opened(data) as image:
+        with open_image(data) as image:
             image.draft("RGB", (2 * side, 2 * side))
             small = ImageOps.exif_transpose(image) if upright else image
             small.thumbnail((side, side))

@@ -15,7 +15,7 @@ from ..steps import heads as steps_heads
 from ..steps.prompts import score_prompts
 from ..steps.read import URLPath
 from .records import made_of, replacing
-from .tables import opened, targets_of, write_table
+from .tables import open_table, targets_of, write_table
 
 
 def add_columns(
@@ -75,7 +75,7 @@ def add_columns(
         model.
     """
     light = not (clip_score or prompts)
-    with opened(scores, storage_options, backend, client, monitor, light=light) as table:
+    with open_table(scores, storage_options, backend, client, monitor, light=light) as table:
         df, there, added = table.df, set(table.df.columns), {}
         vectors = heads or clip_score or prompts or aesthetic_head or nsfw_head
         encoder = table.made(*(["embedding"] if vectors else [])).get("encoder", {})

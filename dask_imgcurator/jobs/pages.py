@@ -20,7 +20,7 @@ from ..steps.read import URLPath
 from ..steps.score_table import ScoreTable, check_makers, look_at, open_scores
 from ..storage import files
 from .plan import model_notes
-from .tables import opened, steps_of
+from .tables import open_table, steps_of
 
 _GROUP_COLUMNS = {
     "group",
@@ -91,7 +91,7 @@ def write_report(
     options = dict(storage_options or {})
     shown = _read_groups(groups, options)
     # Pages are made of a few rows, in pandas, wherever the selection is computed.
-    with opened(scores, options, "pandas", client, monitor) as table:
+    with open_table(scores, options, "pandas", client, monitor) as table:
         check_makers(table.scores, _shown_of(table.scores.schema))
         steps = [] if where is None else [parse_where(where, table.scores.kinds)]
         settled = selection.settle(table.df, [*steps, *ranked], alone=True)

@@ -64,7 +64,7 @@ class Table:
 
 
 @contextmanager
-def opened(
+def open_table(
     scores: URLPath,
     storage_options: Mapping[str, Any] | None = None,
     backend: str | None = None,
@@ -96,7 +96,7 @@ def targets_of(table: Table, out: str | os.PathLike[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Target:
+class ResultFile:
     """A result file, and the table's file that it comes from."""
 
     source: str
@@ -111,7 +111,7 @@ def write_table(
     settled: Settled | None = None,
 ) -> list[Counts]:
     """Write each partition's kept rows as a file, and count the input, in order."""
-    pairs = {str(i): Target(*pair) for i, pair in enumerate(zip(table.urls, targets, strict=True))}
+    pairs = {str(i): ResultFile(*pair) for i, pair in enumerate(zip(table.urls, targets, strict=True))}
     if settled is not None:  # the rest of the kept rows is read when it is known which they are
         df = df[[name for name in settled.columns if name in df.columns] or list(df.columns[:1])]
     read = ScoreFiles(table.backend, table.scores.schema, table.scores.storage_options)
@@ -125,7 +125,7 @@ def write_table(
 
 
 def _write_partition(
-    frame: Any, target: Target, read: ScoreFiles, note: Mapping[str, Any], settled: Settled | None
+    frame: Any, target: ResultFile, read: ScoreFiles, note: Mapping[str, Any], settled: Settled | None
 ) -> Counts:
     provenance = file_provenance(target.source, read.storage_options) or {}
     for name, value in note.items():
@@ -197,9 +197,9 @@ def select_rows(
         If `out` is the score table itself, or several models made the scores that are compared.
     """
     ranked = steps_of(top, sample)
-    with opened(scores, storage_options, backend, client, monitor) as table:
+    with open_table(scores, storage_options, backend, client, monitor) as table:
         steps = ranked if where is None else [parse_where(where, table.scores.kinds), *ranked]
-        table.made(*columns_of(steps))
+        table.made(*used_columns(steps))
         targets = targets_of(table, out)
         settled = selection.settle(table.df, steps, alone=True)
         note = {"steps": [step.text for step in steps]}
@@ -208,7 +208,7 @@ def select_rows(
             return Counts.sum(write_table(table.df, table, targets, {"selected": note}, settled))
 
 
-def columns_of(steps: Iterable[Step]) -> list[str]:
+def used_columns(steps: Iterable[Step]) -> list[str]:
     """Columns that decide a selection."""
     found: list[str | None] = []
     for step in steps:
@@ -298,7 +298,7 @@ def drop_duplicates(
     if not isinstance(eps, int | float) and len(set(eps)) > 1 and (out is not None or index is not None):
         raise ValueError(f"eps={list(eps)}: to drop rows, name one; without a folder to write to, all are counted")
     vectors = options.get("embedding", "embedding")
-    with opened(scores, storage_options, backend, client, monitor) as table:
+    with open_table(scores, storage_options, backend, client, monitor) as table:
         df = table.df[table.df["status"] == "ok"] if "status" in table.df.columns else table.df
         targets = targets_of(table, out) if out is not None else []
         semantic = "semantic" in (options.get("tiers") or deduplication.TIERS) and vectors in table.scores.schema.names
@@ -373,7 +373,7 @@ def export_scores(
     ValueError
         If several models made what is written.
     """
-    with opened(scores, storage_options, backend, client, monitor) as table:
+    with open_table(scores, storage_options, backend, client, monitor) as table:
         df, used = table.df, list[str]()
         if where is not None:
             parsed = parse_where(where, table.scores.kinds)

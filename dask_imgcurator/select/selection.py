@@ -43,7 +43,7 @@ from ..engine.run import reduce
 from ..results import Counts
 from .ranks import arrow_type, find_ranks, value_order
 from .settle import Condition, Settled, begin, keys_of
-from .steps import Sample, Step, Ties, Top, expand_steps, share
+from .steps import RandomSample, Step, Ties, Top, expand_steps, share
 from .where import Where, parse_where
 
 Steps = str | Step | Iterable[str | Step]
@@ -199,7 +199,7 @@ def sample(
     WhereError, SelectionError
         As `apply_steps` does.
     """
-    step = Sample(n, fraction, seed, by)
+    step = RandomSample(n, fraction, seed, by)
     before = [] if where is None else [parse_where(where) if isinstance(where, str) else where]
     return apply_steps(df, [*before, step], ok_only=False)
 

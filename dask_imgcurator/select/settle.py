@@ -24,7 +24,7 @@ from ..json_fields import FIELD_TYPES, as_type
 from ..results import ConditionCount, Counts
 from ..schema import kind_of
 from .ranks import IDENTITY, Order, RandomOrder, SelectionError, arrow_type, find_ranks, random_order, value_order
-from .steps import Sample, Step, Top
+from .steps import RandomSample, Step, Top
 from .where import Where, to_arrow
 
 _ALL = 2**64 - 1
@@ -65,7 +65,7 @@ class Condition:
         """Columns that it uses."""
         if self.order is None:
             return tuple(self.step.columns)  # type: ignore[union-attr]
-        by = self.step.by if isinstance(self.step, Sample) else None
+        by = self.step.by if isinstance(self.step, RandomSample) else None
         return (*self.order.columns, *([by] if by is not None else []))
 
 
@@ -188,7 +188,7 @@ def _digest(table: pa.Table, settled: Settled) -> pd.DataFrame:
             digest[f"{i}"] = _truth(condition.step, table)  # type: ignore[arg-type]
             continue
         digest[f"{i}"], digest[f"{i} known"] = condition.order.keys(table)
-        if isinstance(condition.step, Sample) and condition.step.by is not None:
+        if isinstance(condition.step, RandomSample) and condition.step.by is not None:
             digest[f"{i} group"], there = _groups(table[condition.step.by], condition.step.by)
             digest[f"{i} known"] &= there
     if settled.tied is not None:
@@ -289,8 +289,8 @@ class Settling:
     def _bound(self, before: Settled, i: int, condition: Condition) -> Bound | GroupBounds:
         """Find a ranking step's bound on the rows left by the conditions before it."""
         step = condition.step
-        assert isinstance(step, Top | Sample)
-        if isinstance(step, Sample) and step.by is not None:
+        assert isinstance(step, Top | RandomSample)
+        if isinstance(step, RandomSample) and step.by is not None:
             return self._group_bounds(before, i, condition, step)
         keys = partial(keys_of, before=before, i=i)
         n, found = find_ranks(self.digests, keys, lambda n: [k for k in [step.amount.of(n)] if 0 < k < n])
@@ -303,7 +303,7 @@ class Settling:
             return Bound(place.key)
         if ties == "exclude":
             return Bound(place.key - 1)
-        if isinstance(step, Sample):
+        if isinstance(step, RandomSample):
             raise self._indistinct(before, i, place.key, None, step.text)
         if self.settled.tied is None:
             raise _NeedsTies
@@ -313,7 +313,7 @@ class Settling:
             raise self._indistinct(before, i, place.key, second.key, step.text)
         return Bound(place.key, second.key)
 
-    def _group_bounds(self, before: Settled, i: int, condition: Condition, step: Sample) -> Bound | GroupBounds:
+    def _group_bounds(self, before: Settled, i: int, condition: Condition, step: RandomSample) -> Bound | GroupBounds:
         assert step.n is not None
         if step.n == 0:
             return Bound(_NONE)

@@ -92,7 +92,7 @@ class Top:
 
 
 @dataclass(frozen=True)
-class Sample:
+class RandomSample:
     """Rows at random, without replacement; with `by`, n of each group. Another seed, another sample."""
 
     n: int | None = None
@@ -120,7 +120,7 @@ class Sample:
 
 
 #: One step of a selection. Where one is wanted, a string is read by `parse_step`.
-Step = Where | Top | Sample
+Step = Where | Top | RandomSample
 
 
 # --- text to steps --------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def parse_step(text: str) -> Step:
     'top 30% by clip_score among aesthetic_score >= 5'
     """
     if not isinstance(text, str):
-        raise TypeError(f"a step is text, a Where, a Top or a Sample, not {type(text).__name__}: {text!r}")
+        raise TypeError(f"a step is text, a Where, a Top or a RandomSample, not {type(text).__name__}: {text!r}")
     folded = fold(text)
     match = _STEP.match(folded)
     if match is None:
@@ -185,11 +185,11 @@ def parse_top(text: str, largest: bool = True, at: int = 0) -> Top:
     return Top(found["name"] or found["quoted"], largest=largest, ties=ties, among=among, **_amount(found))
 
 
-def parse_sample(text: str, at: int = 0) -> Sample:
+def parse_sample(text: str, at: int = 0) -> RandomSample:
     """Parse what follows ``sample``: ``10000``, ``1%``, ``10000 seed 1``, ``100 by cluster``."""
     found = _read(fold(text), at, _SAMPLE, "sample 100 by cluster seed 1")
     seed = int(found["number2"] or found["number1"] or 0)
-    return Sample(seed=seed, by=found["name"] or found["quoted"], **_amount(found))
+    return RandomSample(seed=seed, by=found["name"] or found["quoted"], **_amount(found))
 
 
 def _read(text: str, at: int, pieces: Sequence[tuple[str, str]], example: str) -> re.Match[str]:

@@ -19,7 +19,7 @@ from ..engine.backend import get_backend, resolve_name
 from ..engine.frames import from_map
 from ..schema import conform, kinds_of_schema, unify_schemas
 from ..storage import files
-from ..storage.urls import fingerprints, read_head, what_is
+from ..storage.urls import fingerprints, first_bytes, what_is
 from .read import URLPath
 
 #: Key of this library's entry in a Parquet file's metadata.
@@ -140,7 +140,7 @@ def look_at(url: str, storage_options: Mapping[str, Any] | None = None) -> Score
     try:
         schema = files.persist(url, read)
     except pa.ArrowException as err:
-        words = what_is(read_head(url, storage_options))
+        words = what_is(first_bytes(url, storage_options))
         raise ValueError(
             f"{url} is no Parquet file that can be read{f'; it is {words}' if words else f': {err}'}"
         ) from err

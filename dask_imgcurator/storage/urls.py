@@ -167,7 +167,7 @@ def what_is(head: bytes) -> str | None:
     return found and f"{found}: see what it says, and get the file itself"
 
 
-def read_head(url: str, storage_options: Mapping[str, Any] | None = None) -> bytes:
+def first_bytes(url: str, storage_options: Mapping[str, Any] | None = None) -> bytes:
     """Read the first `HEAD` bytes of a file; none where it cannot be read, which is for others to tell."""
     try:
         if is_local(url):
@@ -186,7 +186,7 @@ def check_shards(urls: Sequence[str], storage_options: Mapping[str, Any] | None 
     """Raise ValueError if the first shards can be read, and are no tars; one among others is reported in its row."""
     wrong = {}
     for url in urls[:_LOOKS]:
-        head = read_head(url, storage_options)
+        head = first_bytes(url, storage_options)
         words = what_is(head)
         if words is not None:
             wrong[url] = words

@@ -75,7 +75,7 @@ FURTHER: Mapping[str, tuple[str, ...]] = {
         "Compared",
         "Monitor",
     ),
-    "Expressions and steps": ("Where", "parse_where", "Top", "select.Sample", "parse_step"),
+    "Expressions and steps": ("Where", "parse_where", "Top", "RandomSample", "parse_step"),
     "Heads, encoders, samples": (
         "HeadFile",
         "read_head",
@@ -147,7 +147,7 @@ def _autodoc(path: str, thing: Any) -> str:
 
 
 def find(name: str) -> tuple[str, Any]:
-    """Find what the package calls by a name, as ``Where`` or ``select.Sample``; returns its shortest path too."""
+    """Find what the package calls by a name, as ``Where`` or ``Top``; returns its shortest path too."""
     folder, _, name = name.rpartition(".")
     found = {
         id(thing): thing

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 
 from dask_imgcurator.checks.parity import ParityOptions
 from dask_imgcurator.checks.parity import compare as compare_with
-from dask_imgcurator.checks.parity_record import ALL, Figure, Parity
+from dask_imgcurator.checks.parity_record import ALL, Measure, Parity
 from dask_imgcurator.cli.main import cli
 from dask_imgcurator.images.dali import dali_problem
 from dask_imgcurator.images.decoder import Decoder
@@ -132,7 +132,7 @@ def shapes(draw: st.DrawFn) -> tuple[int, int, int | tuple[int, int]]:
 def test_pixels_are_open_clips_for_any_shape(
     mode: str, interpolation: str, record_property: Callable[[str, object], None]
 ) -> None:
-    found = Figure(), Figure()
+    found = Measure(), Measure()
 
     @given(
         shapes(),

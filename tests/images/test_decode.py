@@ -828,7 +828,7 @@ def test_warnings_of_pillow_do_not_get_out_of_its_threads() -> None:
 
 
 def test_warnings_of_others_are_heard_while_pillow_reads() -> None:
-    with pillow.opened(FORMATS["PNG"]), pytest.warns(UserWarning, match="of the encoder"):
+    with pillow.open_image(FORMATS["PNG"]), pytest.warns(UserWarning, match="of the encoder"):
         warnings.warn("of the encoder", stacklevel=1)
 
 

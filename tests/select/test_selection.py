@@ -33,7 +33,7 @@ from dask_imgcurator.select.selection import (
     top_count,
     top_fraction,
 )
-from dask_imgcurator.select.steps import Sample, Top, parse_sample, parse_step, parse_top
+from dask_imgcurator.select.steps import RandomSample, Top, parse_sample, parse_step, parse_top
 from dask_imgcurator.select.syntax import WhereError
 from dask_imgcurator.select.where import parse_where
 from dask_imgcurator.steps.score_table import read_scores
@@ -390,7 +390,7 @@ def test_steps_work_on_what_those_before_them_left(parts: int) -> None:
     assert keys(apply_steps(df, "top 40% by unique among aesthetic >= 4.5")) == keys(best)
     assert keys(apply_steps(df, [*STEPS, "sample 20 seed 3"])) == keys(sample(best, 20, seed=3))
     assert keys(apply_steps(df, [*STEPS, "sample 2 by cluster"])) == keys(sample(best, 2, by="cluster"))
-    assert keys(apply_steps(df, [Sample(20), Top("unique", n=3)])) == keys(
+    assert keys(apply_steps(df, [RandomSample(20), Top("unique", n=3)])) == keys(
         sample(frame[frame["status"] == "ok"], 20).nlargest(3, "unique")
     )
     assert len(keys(apply_steps(df, Top("unique", 1), ok_only=False))) == len(frame)
@@ -444,9 +444,9 @@ def test_the_funnel_without_steps_or_status() -> None:
             "top 1 by a ties EXCLUDE among b >= 2 or c is null",
             Top("a", n=1, ties="exclude", among="b >= 2 or c is null"),
         ),
-        ("sample 10000", Sample(10_000)),
-        ("sample 0.1% seed -7", Sample(fraction=Fraction(1, 1000), seed=-7)),
-        ("sample 100 per cluster seed 2", Sample(100, seed=2, by="cluster")),
+        ("sample 10000", RandomSample(10_000)),
+        ("sample 0.1% seed -7", RandomSample(fraction=Fraction(1, 1000), seed=-7)),
+        ("sample 100 per cluster seed 2", RandomSample(100, seed=2, by="cluster")),
         ("where a > 1", parse_where("a > 1")),
         ("a > 1", parse_where("a > 1")),
         ("top > 1 and sample is null", parse_where("top > 1 and sample is null")),
@@ -461,7 +461,7 @@ def test_steps_are_read(text: str, step: Any) -> None:
 def test_flags_leave_out_the_first_word() -> None:
     assert parse_top("30%:clip_score") == parse_step("top 30% by clip_score")
     assert parse_top("3 by x", largest=False) == Top("x", n=3, largest=False)
-    assert parse_sample("50 by cluster") == Sample(50, by="cluster")
+    assert parse_sample("50 by cluster") == RandomSample(50, by="cluster")
 
 
 @pytest.mark.parametrize(
