@@ -129,7 +129,7 @@ def export(
     if format not in known:
         raise ExportError(f"unknown format {format!r}: use {', '.join(known)}")
     backend_of(df)  # raises for anything that is no frame
-    chosen, target, storage = known[format], os.fspath(out), dict(storage_options or {})
+    chosen, target, storage = known[format], files.absolute(out), dict(storage_options or {})
     if chosen.folder:
         return _write_folder(df, target, chosen.function(df, **options), storage, overwrite)
     if not overwrite and files.exists(target, storage):

@@ -52,7 +52,7 @@ def write_spec(
     if max_count < 1:
         raise ValueError(f"max_count={max_count}: it must be at least 1")
     return WriteSpec(
-        os.fspath(folder), max_count, parse_size(max_size), dict(storage_options or {}), dict(source_options or {})
+        files.absolute(folder), max_count, parse_size(max_size), dict(storage_options or {}), dict(source_options or {})
     )
 
 

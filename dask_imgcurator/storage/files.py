@@ -48,6 +48,11 @@ def local_path(url: str) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow links)
 
 
+def absolute(url: str | os.PathLike[str]) -> str:
+    """A URL that means the same in processes of other working folders."""
+    return str(local_path(os.fspath(url))) if is_local(os.fspath(url)) else os.fspath(url)
+
+
 def join(folder: str, name: str) -> str:
     """Append a name to a folder's URL."""
     return str(local_path(folder) / name) if is_local(folder) else f"{folder.rstrip('/')}/{name}"

@@ -120,3 +120,19 @@ def test_a_run_without_workers_ends(made: SampleShards, tmp_path: Path, monkeypa
         with pytest.raises(JobError, match="no worker for loading the model"):
             dic.score_shards(urls, tmp_path / "scores", client=client, **OPTIONS)
         assert list((tmp_path / "scores").glob("*.parquet")) == done
+
+
+def test_a_relative_folder_is_the_client_s(made: SampleShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers have working folders of their own."""
+    (tmp_path / "here").mkdir()
+    with cluster(tmp_path, [("", {})]) as client:  # whose processes work in tmp_path
+        monkeypatch.chdir(tmp_path / "here")
+        urls = [os.path.relpath(p) for p in made.shards[:2]]
+        result = dic.curate(urls, "run", client=client, **OPTIONS)
+        dic.export_scores("run/scores", "index", "clip-retrieval", client=client)
+    assert result.kept
+    assert {p.name for p in (tmp_path / "here" / "run").iterdir()} >= {"scores", "shards", "report.html", "run.json"}
+    assert (tmp_path / "here" / "run" / "shards" / "00000.tar").exists()
+    assert (tmp_path / "here" / "index").is_dir()
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "index").exists()
