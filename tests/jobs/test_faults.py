@@ -129,10 +129,11 @@ def test_a_relative_folder_is_the_client_s(made: SampleShards, tmp_path: Path, m
         monkeypatch.chdir(tmp_path / "here")
         urls = [os.path.relpath(p) for p in made.shards[:2]]
         result = dic.curate(urls, "run", client=client, **OPTIONS)
+        dic.write_selection("run/scores", "more", client=client)
         dic.export_scores("run/scores", "index", "clip-retrieval", client=client)
     assert result.kept
     assert {p.name for p in (tmp_path / "here" / "run").iterdir()} >= {"scores", "shards", "report.html", "run.json"}
     assert (tmp_path / "here" / "run" / "shards" / "00000.tar").exists()
-    assert (tmp_path / "here" / "index").is_dir()
-    assert not (tmp_path / "run").exists()
-    assert not (tmp_path / "index").exists()
+    assert (tmp_path / "here" / "more" / "00000.tar").exists()
+    assert any((tmp_path / "here" / "index").rglob("*.npy"))
+    assert not {p.name for p in tmp_path.iterdir()} & {"run", "more", "index"}
