@@ -19,7 +19,7 @@ from .steps.embed import embed
 from .steps.heads import score_aesthetic, score_head, score_nsfw
 from .steps.prompts import score_prompts
 from .steps.read import read_webdataset
-from .steps.score_table import read_scores
+from .steps.score_table import read_scores, to_scores
 from .steps.write import to_webdataset
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "select_rows",
     "show",
     "start_client",
+    "to_scores",
     "to_webdataset",
     "top_count",
     "top_fraction",

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from dask.base import tokenize
 
-from ..engine.backend import get_backend, resolve_name
+from ..engine.backend import backend_of, get_backend, is_dask, resolve_name
 from ..engine.frames import from_map
+from ..engine.run import Wave, current_client, results, run
 from ..schema import conform, kinds_of_schema, unify_schemas
 from ..storage import files
 from ..storage.urls import fingerprints, first_bytes, what_is
@@ -325,3 +326,55 @@ def read_scores(
         If a column is of types in two files that have no common one.
     """
     return open_files(urlpath, storage_options).frame(resolve_name(backend))
+
+
+def to_scores(
+    df: Any,
+    urlpath: str | os.PathLike[str],
+    *,
+    like: URLPath | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Write a frame as a score table, which all commands and any reader of Parquet open.
+
+    Parameters
+    ----------
+    df : dask, pandas or cuDF DataFrame
+        Rows with any columns; ``shard``, ``key``, ``sample_offset`` and ``sample_nbytes`` are needed to write their
+        samples later.
+    urlpath : str or path
+        A new folder, for one file per partition.
+    like : str, path, or sequence of them, optional
+        Score table that the embeddings and scores come from: the new one then names the same model and heads.
+    storage_options : mapping, optional
+        For the fsspec file systems of both.
+
+    Returns
+    -------
+    list of str
+        The files.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds Parquet files.
+
+    Examples
+    --------
+    >>> to_scores(df.merge(ratings, on="key"), "run/rated", like="run/scores")  # doctest: +SKIP
+    """
+    folder, options = files.absolute(urlpath), dict(storage_options or {})
+    if there := files.list_files(folder, ".parquet", options):
+        raise FileExistsError(f"{folder} holds Parquet files already ({there[0]}): choose a new folder")
+    files.make_folder(folder)
+    first = open_scores(like, options).files[0].provenance if like is not None else {}
+    provenance = {"command": "to_scores", **{name: first[name] for name in ("encoder", "heads") if name in first}}
+    arguments = provenance, backend_of(df).name, options
+    targets = [files.join(folder, f"{i:05d}.parquet") for i in range(df.npartitions if is_dask(df) else 1)]
+    if not is_dask(df):
+        write_score_file(df, targets[0], *arguments)
+        return targets
+    graph = Wave(targets, results(df, write_score_file, *arguments, label="to-scores", each=targets))
+    for _ in run(current_client(), [graph], "writing"):
+        pass
+    return targets

@@ -22,6 +22,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "score_aesthetic",
         "score_nsfw",
         "read_scores",
+        "to_scores",
         "to_webdataset",
     ),
     "Whole jobs": (

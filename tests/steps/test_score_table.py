@@ -189,3 +189,33 @@ def test_files_of_no_rows_have_no_row_group_and_vectors_their_encoding(tmp_path:
     assert [(key, np.float32(v).tolist()) for key, v in found] == list(
         zip(table["key"].to_pylist(), table["embedding"].to_pylist(), strict=True)
     )
+
+
+@pytest.mark.parametrize("form", ["pandas", "dask", "shuffled"])
+def test_a_frame_as_a_table(form: str, tmp_path: Path) -> None:
+    """Pandas reads it in a process that does not know this library; it names the model of the table it came from."""
+    import subprocess
+    import sys
+
+    import dask
+    import dask.dataframe as dd
+
+    made = {"shard": "a.tar", "encoder": {"model": "ViT-B-32"}, "heads": {}, "selected": {"steps": []}}
+    vectors = pa.array([[float(i), 1.0] for i in range(10)], pa.list_(pa.float32()))
+    table = pa.table({"key": [f"k{i}" for i in range(10)], "shard": ["a.tar"] * 10, "embedding": vectors})
+    backend = get_backend("pandas")
+    write_score_file(backend.from_arrow(table), f"{tmp_path}/old.parquet", made, "pandas", {})
+    frame = backend.from_arrow(table.append_column("rating", pa.array(range(10))))
+    df = frame if form == "pandas" else dd.from_pandas(frame, npartitions=3)
+    df = df.shuffle("key") if form == "shuffled" else df
+    with dask.config.set(scheduler="synchronous"):
+        urls = dic.to_scores(df, tmp_path / "mine", like=tmp_path / "old.parquet")
+    assert len(urls) == (1 if form == "pandas" else df.npartitions)
+    assert {json.loads(pq.read_schema(url).metadata[b"imgcurator"])["encoder"]["model"] for url in urls} == {"ViT-B-32"}
+    code = f"import pandas as pd; f = pd.read_parquet({str(tmp_path / 'mine')!r}); print(sorted(f.key), f.rating.sum())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{sorted(table['key'].to_pylist())} 45"
+    found = {row["key"]: row["embedding"] for row in read(tmp_path / "mine")}
+    assert found == dict(zip(table["key"].to_pylist(), vectors.to_pylist(), strict=True))
+    with pytest.raises(FileExistsError, match="choose a new folder"):
+        dic.to_scores(frame, tmp_path / "mine")
