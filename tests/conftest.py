@@ -6,10 +6,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import pytest
 from distributed import Client, LocalCluster
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_scheduler() -> None:
+    """Forget the clients of other modules: where two did not close in reverse order, Dask brings the first one back."""
+    dask.config.config.pop("scheduler", None)
 
 
 @pytest.fixture(scope="session")

@@ -128,6 +128,7 @@ def pack(path: Path, samples: dict[str, bytes]) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_costs_one_image(crashing: None, tmp_path: Path) -> None:
     """The shard with the fatal image is done again, apart; the scores of all others are as without it."""
     good = {f"{i:03d}.jpg": jpeg(i) for i in range(24)}
