@@ -8,6 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+def count(n: int, noun: str) -> str:
+    """Write a number of things: ``1 shard``, ``1,200 shards``."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 @dataclass
 class RunResult:
     """What a run did.

@@ -122,12 +122,13 @@ def plain_type(type_: pa.DataType) -> pa.DataType:
         return pa.string()
     if pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_):
         return pa.binary()
-    if any(getattr(pa.types, f"is_{kind}")(type_) for kind in _LISTS):
-        return pa.list_(plain_type(type_.value_type))
-    return type_
+    return pa.list_(plain_type(type_.value_type)) if is_list(type_) else type_
 
 
-_LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+def is_list(type_: pa.DataType) -> bool:
+    """Whether a type is of lists, in whatever layout."""
+    kinds = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+    return any(getattr(pa.types, f"is_{kind}")(type_) for kind in kinds)
 
 
 def kind_of(type_: pa.DataType) -> Kind:

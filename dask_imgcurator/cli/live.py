@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from .. import monitor
+from ..results import count
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
 def make_console(stderr: bool = False, quiet: bool = False) -> Console:
     """Make a console that prints text as it is: file names, keys and expressions may look like Rich's markup."""
     return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-def count(n: int, noun: str) -> str:
-    """Write a number of things: ``1 shard``, ``1,200 shards``."""
-    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 @contextlib.contextmanager

@@ -18,11 +18,11 @@ from ..duplicates.index import Index
 from ..engine.backend import get_backend
 from ..jobs.tables import Deduplicated
 from ..report.render import plain
-from ..results import Counts, RunResult
+from ..results import Counts, RunResult, count
 from ..schema import STATUSES
 from ..select.where import parse_where
 from ..steps.score_table import read_scores
-from .live import count, make_console
+from .live import make_console
 
 
 def make_table(*columns: str) -> Table:

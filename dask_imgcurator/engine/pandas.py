@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from ..schema import COLUMNS, is_list, is_ours
+
 if TYPE_CHECKING:
     import torch
 
@@ -74,10 +76,7 @@ def _arrow(column: pd.Series) -> pa.Array:
 
 
 def _holds_vectors(type_: pa.DataType) -> bool:
-    kinds = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
-    if not any(getattr(pa.types, f"is_{kind}")(type_) for kind in kinds):
-        return False
-    return bool(pa.types.is_floating(type_.value_type) or pa.types.is_integer(type_.value_type))
+    return is_list(type_) and (pa.types.is_floating(type_.value_type) or pa.types.is_integer(type_.value_type))
 
 
 class PandasBackend:
@@ -93,8 +92,6 @@ class PandasBackend:
 
     def to_arrow(self, frame: pd.DataFrame) -> pa.Table:
         """See `Backend.to_arrow`; known columns get their type and nullability from the column table."""
-        from ..schema import COLUMNS, is_ours
-
         arrays, fields = [], []
         for name in frame.columns:
             array = _arrow(frame[name])

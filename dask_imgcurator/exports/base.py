@@ -15,7 +15,6 @@ import re
 import shlex
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -381,8 +380,8 @@ def _name(parts: Sequence[_Part], layout: Layout, folder: str, storage: Mapping[
         except NotImplementedError:  # it can only rename, as sftp
             fs.mv(source, target)
 
-    with ThreadPoolExecutor(16) as pool:  # copies of an object store are a request each
-        list(pool.map(move, old, new))
+    names = dict(zip(old, new, strict=True))
+    files.at_once(lambda source: move(source, names[source]), old)
     return new
 
 

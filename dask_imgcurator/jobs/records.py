@@ -13,13 +13,12 @@ import json
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..monitor import Monitor
-from ..results import RunResult
+from ..results import RunResult, count
 from ..steps.read import URLPath
 from ..steps.score_table import look_at, model_name
 from ..storage import files
@@ -28,9 +27,6 @@ from .plan import ScorePlan, score_files
 
 RECORD = ".table.json"
 _UNFINISHED = ".unfinished-"
-
-#: Files that are looked at side by side.
-_LOOKS = 16
 
 #: What the provenance of all files of one score table has in common.
 _COMMON = ("encoder", "heads", "decode", "read", "versions")
@@ -82,7 +78,7 @@ class Found:
         """Why another command may not write there."""
         about = f" {self.record['about']}" if self.record.get("about") else ""
         n = len(self.tables)
-        return f"{self.folder} holds the result of `{self.command}`{about} ({n:,} file{'s'[: n != 1]}): {_REMEDY}"
+        return f"{self.folder} holds the result of `{self.command}`{about} ({count(n, 'file')}): {_REMEDY}"
 
 
 def look(folder: str, storage_options: Mapping[str, Any] | None = None) -> Found:
@@ -91,7 +87,7 @@ def look(folder: str, storage_options: Mapping[str, Any] | None = None) -> Found
     record = _read(files.join(folder, RECORD), options)
     urls = files.list_files(folder, ".parquet", options)
     tables: dict[str, Mapping[str, Any]] = {}
-    for url, made in zip(urls, _at_once(lambda url: _provenance(url, bool(record), options), urls), strict=True):
+    for url, made in zip(urls, files.at_once(lambda url: _provenance(url, bool(record), options), urls), strict=True):
         if made is None:
             raise FileExistsError(
                 f"{url} was not written by this library: choose another folder, or move the file away"
@@ -162,8 +158,7 @@ def made_of(command: str, scores: URLPath, settings: Mapping[str, Any], about: s
 
 def _names(scores: URLPath) -> list[str]:
     items = [scores] if isinstance(scores, str | os.PathLike) else list(scores)
-    names = [os.fspath(item) for item in items]
-    return [str(files.local_path(name)) if files.is_local(name) else name for name in names]
+    return [files.absolute(item) for item in items]
 
 
 @contextmanager
@@ -316,7 +311,7 @@ def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, provenance: 
     there, options = admitted(found, urls, provenance, run_of.overwrite), plan.read.storage_options
     shards = {str(made["shard"]): url for url, made in there.items() if "shard" in made}
     names = score_files(urls, found.folder, shards)
-    versions = dict(zip(names, _at_once(lambda url: _version(url, options), names), strict=True))
+    versions = dict(zip(names, files.at_once(lambda url: _version(url, options), names), strict=True))
     work = Work({}, {}, [])
     for url, version in versions.items():
         made = as_read({**provenance, "shard": url, "fingerprint": version})
@@ -338,7 +333,7 @@ def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, provenance: 
             )
     if more := len(others) - len(lost):
         run_of.monitor.note(
-            f"{found.folder} holds scores of {more:,} more shard{'s'[: more != 1]}, of other runs: all are one table."
+            f"{found.folder} holds scores of {count(more, 'more shard')}, of other runs: all are one table."
         )
     work.missing.extend(lost)
     return work
@@ -373,10 +368,4 @@ def _write(url: str, about: Mapping[str, Any], options: Mapping[str, Any]) -> No
 
 
 def _remove(urls: Collection[str], options: Mapping[str, Any]) -> None:
-    _at_once(lambda url: files.remove(url, options), urls)
-
-
-def _at_once(function: Any, items: Collection[str]) -> list[Any]:
-    # Side by side, because each request to an object store takes a while.
-    with ThreadPoolExecutor(_LOOKS) as pool:
-        return list(pool.map(function, items))
+    files.at_once(lambda url: files.remove(url, options), urls)

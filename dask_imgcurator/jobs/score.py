@@ -19,7 +19,7 @@ from ..engine.run import JobError, Place, Wave, place, require_workers, results,
 from ..models import ModelError
 from ..models.weights import WeightsError
 from ..monitor import Monitor, ShardProgress
-from ..results import Counts, RunResult
+from ..results import Counts, RunResult, count
 from ..schema import arrow_schema, kind_of, unify_schemas
 from ..select.settle import Settled, settled_where
 from ..steps.embed import embed_partition
@@ -104,10 +104,7 @@ def tell(parts: Sequence[Measured], schema: pa.Schema, plan: ScorePlan, monitor:
         for kind, remark in part.notes.items():
             total[kind] = total[kind] + remark if kind in total else remark
     for kind, remark in total.items():
-        monitor.note(
-            f"{remark.count:,} sample{'s' * (remark.count > 1)}: {kind}{_REMEDIES.get(kind, '')}; "
-            f"for example {remark.example}."
-        )
+        monitor.note(f"{count(remark.count, 'sample')}: {kind}{_REMEDIES.get(kind, '')}; for example {remark.example}.")
     for name in sorted(frozenset.intersection(*(part.empty for part in parts)) if parts else ()):
         monitor.note(f"No sample has a value for {name}.")
     for expected in plan.planned:
@@ -306,7 +303,7 @@ class MissingShardsError(JobError):
         names = result.shards_missing
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
         super().__init__(
-            f"{len(names):,} shard{'s'[: len(names) != 1]} cannot be read now: {names[0]}{more}. What was finished of "
+            f"{count(len(names), 'shard')} cannot be read now: {names[0]}{more}. What was finished of "
             f"them before is kept, all others are scored{then}. --allow-missing (allow_missing=True) goes on without"
         )
         self.result = result

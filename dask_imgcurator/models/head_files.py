@@ -223,8 +223,7 @@ def read_head(path: str | os.PathLike[str]) -> HeadFile:
     HeadError
         If there is no such file, or it is not a head's.
     """
-    url = os.fspath(path)
-    url = str(files.local_path(url)) if files.is_local(url) else url
+    url = files.absolute(path)
     data = read_bytes(url)
     about, _ = parse(data, url)
     return HeadFile(**about, path=url, sha256=hashlib.sha256(data).hexdigest())

@@ -111,7 +111,7 @@ def image_queries(
     storage_options: Mapping[str, Any],
 ) -> list[Query]:
     """Embed image files, on the very way that the table's rows went: an image file is a shard of one image."""
-    names = [str(files.local_path(u)) if files.is_local(u) else u for u in [os.fspath(url) for url in urls]]
+    names = [files.absolute(url) for url in urls]
     _loaded(spec, made, backend.device)
     decode, n = made.get("decode", {}), len(names)
     decoder = decode.get("decoder", config.get("decoder"))

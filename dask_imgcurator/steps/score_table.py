@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -25,9 +24,6 @@ from .read import URLPath
 
 #: Key of this library's entry in a Parquet file's metadata.
 METADATA_KEY = "imgcurator"
-
-#: Files that are looked at side by side.
-_LOOKS = 16
 
 #: Rows of a streamed table in memory at a time.
 _BATCH = 16_384
@@ -153,9 +149,8 @@ def look_at(url: str, storage_options: Mapping[str, Any] | None = None) -> Score
 
 
 def look_at_all(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[ScoreFile]:
-    """Read the footers of score files, side by side: each takes a while on an object store."""
-    with ThreadPoolExecutor(_LOOKS) as pool:
-        return list(pool.map(lambda url: look_at(url, storage_options), urls))
+    """Read the footers of score files."""
+    return files.at_once(lambda url: look_at(url, storage_options), urls)
 
 
 def file_provenance(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
@@ -280,7 +275,7 @@ def open_files(urlpath: URLPath, storage_options: Mapping[str, Any] | None = Non
     urls: list[str] = []
     for item in [os.fspath(i) for i in items]:
         if item.endswith(".parquet") and (not files.is_local(item) or files.local_path(item).is_file()):
-            urls.append(str(files.local_path(item)) if files.is_local(item) else item)
+            urls.append(files.absolute(item))
             continue
         found = files.list_files(item, ".parquet", storage_options)
         if not found:

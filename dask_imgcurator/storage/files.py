@@ -12,7 +12,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -22,6 +23,9 @@ import fsspec
 T = TypeVar("T")
 
 _PARTIAL = ".partial-"
+
+#: Files that are asked for side by side.
+_AT_ONCE = 16
 
 #: Attempts per request to a remote file system, besides the file system's own retries.
 ATTEMPTS = 5
@@ -51,6 +55,12 @@ def local_path(url: str) -> Path:
 def absolute(url: str | os.PathLike[str]) -> str:
     """A URL that means the same in processes of other working folders."""
     return str(local_path(os.fspath(url))) if is_local(os.fspath(url)) else os.fspath(url)
+
+
+def at_once(function: Callable[[str], T], urls: Iterable[str]) -> list[T]:
+    """Do something with many files, side by side: on an object store each request takes a while."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(function, urls))
 
 
 def join(folder: str, name: str) -> str:

@@ -8,14 +8,13 @@ import os
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from braceexpand import braceexpand
 
-from .files import exists, file_system, is_local, list_files, local_path, persist
+from .files import at_once, exists, file_system, is_local, list_files, local_path, persist
 from .remote import version
 
 
@@ -207,9 +206,8 @@ def find_version(url: str, storage_options: Mapping[str, Any] | None = None) -> 
 
 
 def fingerprints(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Fingerprints of files, asked for side by side: each takes a while on an object store."""
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(partial(fingerprint, storage_options=storage_options), urls))
+    """Fingerprints of files."""
+    return at_once(partial(fingerprint, storage_options=storage_options), urls)
 
 
 def fingerprint(url: str, storage_options: Mapping[str, Any] | None = None) -> str:

@@ -149,12 +149,11 @@ def _autodoc(path: str, thing: Any) -> str:
 
 def find(name: str) -> tuple[str, Any]:
     """Find what the package calls by a name, as ``Where`` or ``Top``; returns its shortest path too."""
-    folder, _, name = name.rpartition(".")
     found = {
         id(thing): thing
         for module in _modules()
         if (thing := vars(module).get(name)) is not None
-        and getattr(thing, "__module__", "").startswith(f"{dic.__name__}.{folder}")
+        and getattr(thing, "__module__", "").startswith(f"{dic.__name__}.")
     }
     if len(found) != 1:
         raise ValueError(f"{len(found)} things of the package have the name {name!r}: {list(found.values())}")
