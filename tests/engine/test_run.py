@@ -72,7 +72,8 @@ def test_a_file_that_is_written_anew_is_read_anew(client: Client, tmp_path: Path
     scores = dic.read_scores(table, backend="pandas").persist()
     assert set(scores["key"].compute()) == set(before["key"].compute())
     url.write_bytes(other.read_bytes())
-    after = dic.read_webdataset(str(url), backend="pandas").compute()
+    after = dic.read_webdataset(str(url), backend="pandas").persist().compute()
     assert set(after["key"]) == {key for key, value in made.manifest.items() if value["shard"] == other.name}
     after.to_parquet(table)
-    assert set(dic.read_scores(table, backend="pandas")["key"].compute()) == set(after["key"])
+    again = dic.read_scores(table, backend="pandas").persist()
+    assert set(again["key"].compute()) == set(after["key"])
