@@ -11,7 +11,16 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 #: How many of each kind a process keeps; the least recently used goes first.
-LIMITS = {"encoder": 2, "text tower": 2, "prompts": 16, "head": 32, "decoder": 8, "language": 1, "turn": 64}
+LIMITS = {
+    "encoder": 2,
+    "text tower": 2,
+    "prompts": 16,
+    "head": 32,
+    "decoder": 8,
+    "language": 1,
+    "turn": 64,
+    "provenance": 4,
+}
 
 
 class ProcessCache:

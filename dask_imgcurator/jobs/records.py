@@ -17,10 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
+
 from ..monitor import Monitor
 from ..results import RunResult, count
 from ..steps.read import URLPath
-from ..steps.score_table import look_at, model_name
+from ..steps.score_table import ScoreFile, look_at, model_name
 from ..storage import files
 from ..storage.urls import find_version
 from .plan import ScorePlan, score_files
@@ -55,12 +57,17 @@ class Made:
 
 @dataclass(frozen=True)
 class Found:
-    """A folder of results as it is: its record, and the provenance of each of its files."""
+    """A folder of results as it is: its record, and what the footer of each of its files says."""
 
     folder: str
     options: Mapping[str, Any]
     record: Mapping[str, Any]
-    tables: Mapping[str, Mapping[str, Any]]
+    looks: Mapping[str, ScoreFile]
+
+    @property
+    def tables(self) -> dict[str, Mapping[str, Any]]:
+        """Provenance of each file."""
+        return {url: file.provenance for url, file in self.looks.items()}
 
     @property
     def shards(self) -> dict[str, str]:
@@ -86,24 +93,24 @@ def look(folder: str, storage_options: Mapping[str, Any] | None = None) -> Found
     options = dict(storage_options or {})
     record = _read(files.join(folder, RECORD), options)
     urls = files.list_files(folder, ".parquet", options)
-    tables: dict[str, Mapping[str, Any]] = {}
-    for url, made in zip(urls, files.at_once(lambda url: _provenance(url, bool(record), options), urls), strict=True):
-        if made is None:
-            raise FileExistsError(
-                f"{url} was not written by this library: choose another folder, or move the file away"
-            )
-        tables[url] = made
-    return Found(folder, options, record, tables)
+    looks = dict(zip(urls, files.at_once(lambda url: _look(url, bool(record), options), urls), strict=True))
+    if foreign := next((url for url, file in looks.items() if file is None), None):
+        raise FileExistsError(
+            f"{foreign} was not written by this library: choose another folder, or move the file away"
+        )
+    return Found(folder, options, record, {url: file for url, file in looks.items() if file is not None})
 
 
-def _provenance(url: str, known: bool, options: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Provenance of a file; None: not of this library. A damaged one is, where the folder is `known` to be."""
+def _look(url: str, known: bool, options: Mapping[str, Any]) -> ScoreFile | None:
+    """Look at a file; None: not of this library. A damaged one is, where the folder is `known` to be."""
+    nothing = ScoreFile(url, pa.schema([]), {})
     try:
-        return look_at(url, options).provenance or None
+        file = look_at(url, options)
+        return file if file.provenance else None
     except FileNotFoundError:  # since it was listed
-        return {}
+        return nothing
     except ValueError:
-        return {} if known else None
+        return nothing if known else None
 
 
 def note_unfinished(scores: URLPath, storage_options: Mapping[str, Any] | None, monitor: Monitor) -> None:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from distributed import Client
 
 from ..engine.backend import backend_of
+from ..engine.cache import cache
 from ..engine.frames import apply_step, from_map, objects_stay
 from ..engine.run import JobError, Place, Wave, place, require_workers, results, run, waves, worker_fault
 from ..models import ModelError
@@ -25,7 +26,7 @@ from ..select.settle import Settled, settled_where
 from ..steps.embed import embed_partition
 from ..steps.heads import score_partition
 from ..steps.read import URLPath, read_groups
-from ..steps.score_table import ScoreFiles, file_provenance, look_at_all, scores_from_files, write_score_file
+from ..steps.score_table import ScoreFiles, file_provenance, scores_from_files, write_score_file
 from ..steps.write import Kept, measure_partition
 from ..storage import files
 from ..storage.curated import LOCATORS, WriteSpec
@@ -130,13 +131,14 @@ def score_graph(targets: Sequence[Target], plan: ScorePlan, last: Last) -> dd.Da
 
 
 def _write(frame: Any, target: Target, plan: ScorePlan, last: Last) -> tuple[Measured, pa.Schema]:
-    if differs := difference(as_read({**target.provenance, **describe(plan)}), target.provenance):
+    here = cache.get("provenance", plan.embed.topic, lambda: describe(plan))  # of this run
+    if differs := difference(as_read({**target.provenance, **here}), target.provenance):
         raise JobError(f"the worker on {_process()} would score otherwise than the others: {differs}")
     there = file_provenance(target.url, plan.storage_options) or {}
     if there.get("shard", target.shard) != target.shard:
         raise JobError(f"another run, at the same time, wrote the scores of {there['shard']} to {target.url}")
-    if (here := _seen(target, plan.read.storage_options)) != (version := target.provenance["fingerprint"]):
-        raise worker_fault(OSError(f"{target.shard} is another file than the client sees: {here}, not {version}"))
+    if (seen := _seen(target, plan.read.storage_options)) != (version := target.provenance["fingerprint"]):
+        raise worker_fault(OSError(f"{target.shard} is another file than the client sees: {seen}, not {version}"))
     schema = write_score_file(frame, target.url, target.provenance, plan.read.backend, plan.storage_options)
     return last.measure(frame), schema
 
@@ -199,7 +201,7 @@ def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan
     tables = [target.url for target in work.targets.values()]
     rest = [table for table in tables if table not in done]
     schemas = {schema: table for table, (_, schema) in reversed(done.items())}
-    schemas |= {file.schema: file.url for file in look_at_all(rest, plan.storage_options)}
+    schemas |= {there.looks[table].schema: table for table in rest}
     fields = [item.column for item in plan.read.fields if item.type is None]
     whole = unify_schemas(((url, schema) for schema, url in schemas.items()), fields)
     read = ScoreFiles(plan.read.backend, whole, plan.storage_options)

@@ -201,9 +201,8 @@ class ScoreTable:
                 for batch in pq.ParquetFile(opened).iter_batches(_BATCH, columns=names):
                     yield conform(pa.Table.from_batches([batch]), schema, file.url)
 
-    def frame(self, backend: str) -> dd.DataFrame:
-        """Make a lazy frame with a partition per file."""
-        versions = tokenize(fingerprints(self.urls, self.storage_options))
+    def frame(self, backend: str, versions: str = "") -> dd.DataFrame:
+        """Make a lazy frame with a partition per file; `versions` of the files, where a user may persist it."""
         return scores_from_files(self.urls, ScoreFiles(backend, self.schema, self.storage_options, versions=versions))
 
 
@@ -320,7 +319,8 @@ def read_scores(
     ValueError
         If a column is of types in two files that have no common one.
     """
-    return open_files(urlpath, storage_options).frame(resolve_name(backend))
+    table = open_files(urlpath, storage_options)
+    return table.frame(resolve_name(backend), tokenize(fingerprints(table.urls, storage_options)))
 
 
 def to_scores(
