@@ -63,7 +63,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
-#: What stands beside them, until it is public itself. A folder is named where two of them have something of that name.
+#: What stands beside them, until it is public itself.
 FURTHER: Mapping[str, tuple[str, ...]] = {
     "Results": (
         "RunResult",
@@ -71,7 +71,7 @@ FURTHER: Mapping[str, tuple[str, ...]] = {
         "ConditionCount",
         "Deduplicated",
         "Duplicates",
-        "duplicates.Index",
+        "Index",
         "Exported",
         "Compared",
         "Monitor",
