@@ -1,6 +1,6 @@
 """What a run over many shards costs the client and the scheduler: memory, CPU time, and a rerun with nothing to do.
 
-    python benchmarks/driver.py --shards 10000          # real shards of one tiny image, an encoder that costs nothing
+    python benchmarks/driver.py --shards 10000          # real shards of two tiny images, an encoder that costs nothing
     python benchmarks/driver.py --graphs 100000         # only builds the graphs, as the client does
 
 The scheduler and the worker are processes of their own; memory is resident, sampled twice a second.
@@ -43,19 +43,18 @@ def load(spec, device):
 
 
 def make_shards(folder: Path, n: int) -> list[str]:
-    """Write n tars of one tiny image."""
+    """Write n tars of two tiny images."""
     from PIL import Image
 
     png = io.BytesIO()
     Image.new("RGB", (8, 8), (200, 30, 90)).save(png, "PNG")
-    tar = io.BytesIO()
-    with tarfile.open(fileobj=tar, mode="w") as file:
-        info = tarfile.TarInfo("0.png")
-        info.size = len(png.getvalue())
-        file.addfile(info, io.BytesIO(png.getvalue()))
     folder.mkdir(parents=True)
     for i in range(n):
-        (folder / f"{i:06d}.tar").write_bytes(tar.getvalue())
+        with tarfile.open(folder / f"{i:06d}.tar", mode="w") as file:
+            for k in range(2):
+                info = tarfile.TarInfo(f"{i:06d}{k}.png")
+                info.size = len(png.getvalue())
+                file.addfile(info, io.BytesIO(png.getvalue()))
     return [str(folder / f"{i:06d}.tar") for i in range(n)]
 
 
@@ -164,9 +163,11 @@ def run(n: int) -> None:
 def graphs(n: int) -> None:
     """Build the graphs of n shards, a wave after another, and keep the two that are in flight."""
     from dask_imgcurator.engine.run import waves
-    from dask_imgcurator.jobs.plan import ScoreOptions, make_plan
-    from dask_imgcurator.jobs.score import Last, Target, score_graph
+    from dask_imgcurator.jobs.score import score_graph
     from dask_imgcurator.monitor import Monitor
+    from dask_imgcurator.runs.measured import Last
+    from dask_imgcurator.runs.plan import ScoreOptions, make_plan
+    from dask_imgcurator.runs.records import Target
     from dask_imgcurator.select.settle import settled_where
 
     options = ScoreOptions(model="starter", backend="pandas")

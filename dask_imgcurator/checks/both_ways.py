@@ -21,9 +21,9 @@ from ..images.dali import dali_problem
 from ..images.decoder import Batch, Decoder
 from ..images.formats import BadImage
 from ..images.preprocess import Preprocess
-from ..jobs.plan import ScorePlan
 from ..models import heads, open_clip, starter
 from ..models.encoders import EncoderSpec, load_encoder
+from ..runs.plan import ScorePlan
 from ..schema import arrow_schema
 from ..select.where import parse_where
 from ..steps.heads import score_partition

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..engine.backend import get_backend
 from ..engine.frames import host_column
-from ..jobs.plan import ScoreOptions, make_plan
 from ..monitor import Monitor, Progress
+from ..runs.plan import ScoreOptions, make_plan
 from ..select.where import combine, parse_where
 from ..steps.read import ReadSpec, URLPath, index_partition
 from ..storage.urls import check_shards, expand

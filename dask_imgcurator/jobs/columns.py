@@ -10,11 +10,11 @@ from typing import Any
 from ..engine.run import Place
 from ..models import head_files
 from ..monitor import Monitor
+from ..runs.records import made_of, replacing
 from ..steps import captions
 from ..steps import heads as steps_heads
 from ..steps.prompts import score_prompts
 from ..steps.read import URLPath
-from .records import made_of, replacing
 from .tables import open_table, targets_of, write_table
 
 

@@ -19,6 +19,9 @@ from ..engine.run import Place, place
 from ..monitor import Monitor
 from ..report import report
 from ..results import Counts, RunResult
+from ..runs.measured import Last
+from ..runs.plan import ScoreOptions, make_plan
+from ..runs.records import Run, alone, note_unfinished
 from ..select.settle import settled_where
 from ..select.where import combine, parse_where
 from ..steps.read import URLPath
@@ -27,9 +30,7 @@ from ..steps.write import Group, check_keys, plan_write, run_write, write_spec
 from ..storage import files
 from ..storage.curated import check_replaced
 from ..storage.urls import expand
-from .plan import ScoreOptions, make_plan
-from .records import Run, alone, note_unfinished
-from .score import Last, MissingShardsError, Scored, measure_files, score_into
+from .score import MissingShardsError, Scored, measure_files, score_into
 
 
 def write_scored(

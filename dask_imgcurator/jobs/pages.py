@@ -13,13 +13,13 @@ from ..engine.run import Place
 from ..monitor import Monitor
 from ..report import comparison, report
 from ..report.survey import survey
+from ..runs.plan import model_notes
 from ..select import selection
 from ..select.settle import settled_where
 from ..select.where import parse_where
 from ..steps.read import URLPath
 from ..steps.score_table import ScoreTable, check_makers, look_at, open_scores
 from ..storage import files
-from .plan import model_notes
 from .tables import open_table, steps_of
 
 _GROUP_COLUMNS = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import dask.dataframe as dd
@@ -13,7 +14,6 @@ import pandas as pd
 import pyarrow as pa
 from distributed import Client
 
-from ..engine.backend import backend_of
 from ..engine.cache import cache
 from ..engine.frames import apply_step, from_map, objects_stay
 from ..engine.run import JobError, Place, Wave, place, require_workers, results, run, waves, worker_fault
@@ -21,101 +21,18 @@ from ..models import ModelError
 from ..models.weights import WeightsError
 from ..monitor import Monitor, ShardProgress
 from ..results import Counts, RunResult, count
-from ..schema import arrow_schema, kind_of, unify_schemas
-from ..select.settle import Settled, settled_where
+from ..runs.manifest import write_manifest
+from ..runs.measured import Last, Measured, tell
+from ..runs.plan import ScoreOptions, ScorePlan, describe, make_plan
+from ..runs.records import Found, Run, Target, Work, as_read, check_dataset, difference, filling, look, settle_work
+from ..schema import arrow_schema, unify_schemas
+from ..select.settle import settled_where
 from ..steps.embed import embed_partition
 from ..steps.heads import score_partition
 from ..steps.read import URLPath, read_groups
-from ..steps.score_table import ScoreFiles, file_provenance, scores_from_files, write_score_file
-from ..steps.write import Kept, measure_partition
+from ..steps.score_table import ScoreFile, ScoreFiles, file_provenance, scores_from_files, write_score_file
 from ..storage import files
-from ..storage.curated import LOCATORS, WriteSpec
 from ..storage.urls import expand, fingerprint
-from .plan import ScoreOptions, ScorePlan, describe, make_plan
-from .records import Run, Target, as_read, check_dataset, difference, filling, look, settle_work
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Totals of a score file: counts for the user, and numbers for whoever writes its kept samples."""
-
-    counts: Counts
-    kept: Kept | None = None
-    notes: Mapping[str, Remark] = field(default_factory=dict)  # kinds of what the column ``note`` tells
-    empty: frozenset[str] = frozenset()  # chosen columns in which no row has a value
-
-
-@dataclass(frozen=True)
-class Last:
-    """What a partition's last step counts."""
-
-    settled: Settled
-    spec: WriteSpec | None = None
-    chosen: tuple[str, ...] = ()  # columns that the user named
-
-    def measure(self, frame: Any) -> Measured:
-        """Count a partition's rows."""
-        kept = None if self.spec is None else measure_partition(self.settled.filter(frame), self.spec)
-        empty = frozenset(name for name in self.chosen if name in frame.columns and not frame[name].notna().any())
-        return Measured(self.settled.count(frame), kept, _remarks(frame), empty)
-
-    @property
-    def columns(self) -> list[str]:
-        """Columns needed to count."""
-        locators = LOCATORS if self.spec is not None else ("key", "shard")
-        return list(dict.fromkeys([*self.settled.columns, "status", "note", *locators, *self.chosen]))
-
-
-@dataclass(frozen=True)
-class Remark:
-    """How many samples a kind of note stands on, and the first of them."""
-
-    count: int
-    example: str
-
-    def __add__(self, other: Remark) -> Remark:
-        return Remark(self.count + other.count, self.example)
-
-
-def _remarks(frame: Any) -> dict[str, Remark]:
-    """Count the notes of a partition by what stands before their colon."""
-    found: dict[str, Remark] = {}
-    if "note" not in frame.columns:
-        return found
-    table = backend_of(frame).to_host(frame[frame["note"].notna()], ["note", "key", "shard"])
-    for row in table.to_pylist():
-        for note in row["note"].split("; "):
-            kind, _, detail = note.partition(": ")
-            example = f"{row['key']} in {row['shard'].rpartition('/')[2]}" + (f": {detail}" if detail else "")
-            found[kind] = found[kind] + Remark(1, "") if kind in found else Remark(1, example)
-    return found
-
-
-#: What to do about a kind of note.
-_REMEDIES = {
-    "several images": "; only one of them is scored (--image EXT names it)",
-    "samples of more than 8 bits are clipped at 255": " (imgcurator.scale-high-bit-depth stretches them)",
-}
-
-
-def tell(parts: Sequence[Measured], schema: pa.Schema, plan: ScorePlan, monitor: Monitor) -> None:
-    """Tell the user what was not taken as it is, or was asked for and not found."""
-    total: dict[str, Remark] = {}
-    for part in parts:
-        for kind, remark in part.notes.items():
-            total[kind] = total[kind] + remark if kind in total else remark
-    for kind, remark in total.items():
-        monitor.note(f"{count(remark.count, 'sample')}: {kind}{_REMEDIES.get(kind, '')}; for example {remark.example}.")
-    for name in sorted(frozenset.intersection(*(part.empty for part in parts)) if parts else ()):
-        monitor.note(f"No sample has a value for {name}.")
-    for expected in plan.planned:
-        type_ = schema.field(expected.name).type
-        if kind_of(type_) not in ("unknown", kind_of(expected.type)):
-            monitor.note(
-                f"The JSON field {expected.name} is {expected.type} in the first samples, but {type_} in the table, "
-                "which keeps all of its values. A condition on it takes those of another kind for missing."
-            )
-
 
 # --- the graph ------------------------------------------------------------------------------------
 
@@ -130,7 +47,16 @@ def score_graph(targets: Sequence[Target], plan: ScorePlan, last: Last) -> dd.Da
     return results(df, _write, plan, last, label="write-scores", each=targets)
 
 
-def _write(frame: Any, target: Target, plan: ScorePlan, last: Last) -> tuple[Measured, pa.Schema]:
+@dataclass(frozen=True)
+class Written:
+    """A score file that was written: its version, its schema, and what it holds."""
+
+    version: str
+    schema: pa.Schema
+    measured: Measured
+
+
+def _write(frame: Any, target: Target, plan: ScorePlan, last: Last) -> Written:
     here = cache.get("provenance", plan.embed.topic, lambda: describe(plan))  # of this run
     if differs := difference(as_read({**target.provenance, **here}), target.provenance):
         raise JobError(f"the worker on {_process()} would score otherwise than the others: {differs}")
@@ -140,7 +66,7 @@ def _write(frame: Any, target: Target, plan: ScorePlan, last: Last) -> tuple[Mea
     if (seen := _seen(target, plan.read.storage_options)) != (version := target.provenance["fingerprint"]):
         raise worker_fault(OSError(f"{target.shard} is another file than the client sees: {seen}, not {version}"))
     schema = write_score_file(frame, target.url, target.provenance, plan.read.backend, plan.storage_options)
-    return last.measure(frame), schema
+    return Written(fingerprint(target.url, plan.storage_options), schema, last.measure(frame))
 
 
 def _seen(target: Target, storage_options: Mapping[str, Any]) -> str:
@@ -196,20 +122,52 @@ def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan
     result.shards_taken_over = len(work.targets) - len(work.todo)
     result.loading_seconds = time.perf_counter() - begin
     monitor.scoring(len(work.targets), result.shards_taken_over)
-    with filling(there, urls, provenance, run_of.overwrite, bool(work.todo)):
-        done = _score(client, work.todo, plan.settled(provenance, _topic()), last, run_of)
     tables = [target.url for target in work.targets.values()]
-    rest = [table for table in tables if table not in done]
-    schemas = {schema: table for table, (_, schema) in reversed(done.items())}
-    schemas |= {there.looks[table].schema: table for table in rest}
-    fields = [item.column for item in plan.read.fields if item.type is None]
-    whole = unify_schemas(((url, schema) for schema, url in schemas.items()), fields)
-    read = ScoreFiles(plan.read.backend, whole, plan.storage_options)
-    found = {table: one for table, (one, _) in done.items()} | measure_files(client, rest, last, read)
+    done: dict[str, Written] = {}
+    found: dict[str, Measured] = {}
+    with _remembering(there, last.kind, work, done, found):
+        with filling(there, urls, provenance, run_of.overwrite, bool(work.todo)):
+            _score(client, work.todo, plan.settled(provenance, _topic()), last, run_of, done)
+        rest = [table for table in tables if table not in done]
+        read = ScoreFiles(plan.read.backend, _whole(plan, done, there, rest), plan.storage_options)
+        known = {table: there.counted(last.kind, table) for table in rest}
+        found |= measure_files(client, [table for table, one in known.items() if one is None], last, read)
+    measured = {table: one.measured for table, one in done.items()} | found
+    measured |= {table: Measured.from_record(one) for table, one in known.items() if one is not None}
     lost = {work.targets[url].url for url in work.missing if url in work.targets}
-    scored = Scored(tables, [found[table] for table in tables], read, lost)
+    scored = Scored(tables, [measured[table] for table in tables], read, lost)
     tell(scored.measured, read.schema, plan, monitor)
     return scored
+
+
+def _whole(plan: ScorePlan, done: Mapping[str, Written], there: Found, rest: Sequence[str]) -> pa.Schema:
+    """Schema of files that were written and of others that are there."""
+    schemas = {one.schema: table for table, one in reversed(list(done.items()))}
+    schemas |= {there.looks[table].schema: table for table in rest}
+    fields = [item.column for item in plan.read.fields if item.type is None]
+    return unify_schemas(((url, schema) for schema, url in schemas.items()), fields)
+
+
+@contextmanager
+def _remembering(
+    there: Found, kind: str, work: Work, done: Mapping[str, Written], found: Mapping[str, Measured]
+) -> Iterator[None]:
+    """Keep for the next run, whatever becomes of this one, what it learns of its files."""
+    try:
+        yield
+    finally:
+        manifest = there.manifest
+        for target in work.targets.values():
+            if target.url in done:
+                one = done[target.url]
+                file = ScoreFile(target.url, one.schema, target.provenance)
+                manifest.learn(kind, one.version, file, one.measured.record)
+        for url, measured in found.items():
+            manifest.learn(kind, there.versions[url], there.looks[url], measured.record)
+        if done or found:
+            manifest.keep(kind, {*there.looks, *done})
+            with suppress(OSError):  # it only saves time
+                write_manifest(manifest, there.folder, there.options)
 
 
 def _topic() -> str:
@@ -217,9 +175,9 @@ def _topic() -> str:
 
 
 def _score(
-    client: Client, todo: Mapping[str, Target], plan: ScorePlan, last: Last, run_of: Run
-) -> dict[str, tuple[Measured, pa.Schema]]:
-    """Score shards, and count their files."""
+    client: Client, todo: Mapping[str, Target], plan: ScorePlan, last: Last, run_of: Run, done: dict[str, Written]
+) -> None:
+    """Score shards into files, and add these to those that are `done`."""
     result, monitor = run_of.result, run_of.monitor
     begin = time.perf_counter()
     progress = ShardProgress(monitor, len(todo))
@@ -232,12 +190,11 @@ def _score(
             monitor.note(f"A worker died while it scored {name}: doing it again with its images decoded apart.")
         return Wave(names, score_graph([todo[name] for name in names], plan.isolated, last))
 
-    found: dict[str, tuple[Measured, pa.Schema]] = {}
     client.subscribe_topic(plan.embed.topic, lambda event: progress.update(event[1]))
     try:
-        for url, measured in run(client, waves(list(todo), build), "scoring", again, build=build):
-            found[todo[url].url] = measured
-            progress.finish(url, measured[0].counts)
+        for url, written in run(client, waves(list(todo), build), "scoring", again, build=build):
+            done[todo[url].url] = written
+            progress.finish(url, written.measured.counts)
     except JobError as err:
         if type(err.__cause__) is JobError:  # of a worker, which says all
             raise JobError(str(err.__cause__)) from None
@@ -247,7 +204,6 @@ def _score(
         result.shards_scored = progress.state.shards
         result.images_scored = progress.state.decided
         result.scoring_seconds = time.perf_counter() - begin
-    return found
 
 
 def _load(client: Client, plan: ScorePlan) -> dict[str, Any]:

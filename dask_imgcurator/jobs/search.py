@@ -11,8 +11,8 @@ import pandas as pd
 from ..engine.run import Place
 from ..monitor import Monitor
 from ..report.search_page import Answers, write_search_page
+from ..runs.plan import model_notes
 from ..similarity.search import Asked, are_paths, find
-from .plan import model_notes
 
 
 def search(

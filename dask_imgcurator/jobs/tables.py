@@ -25,6 +25,7 @@ from ..engine.run import Place, place, results, run, waves
 from ..exports.base import Exported, export, formats
 from ..monitor import Monitor
 from ..results import Counts
+from ..runs.records import made_of, note_unfinished, replacing
 from ..select import selection
 from ..select.settle import Settled
 from ..select.steps import Step, Top, parse_sample, parse_top
@@ -41,7 +42,6 @@ from ..steps.score_table import (
 )
 from ..storage import files
 from ..storage.curated import same_folder
-from .records import made_of, note_unfinished, replacing
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,11 @@ _CHANGED = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modi
 def version(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
     """Return what identifies a version of a remote file: its size, and its ETag or modification time."""
     fs, path = file_system(url, storage_options)
-    info = persist(url, lambda: fs.info(path))
+    return describe_version(persist(url, lambda: fs.info(path)))
+
+
+def describe_version(info: Mapping[str, Any]) -> str:
+    """Return what identifies a version of a file, from what its file system tells."""
     changed = next((str(info[k]) for k in _CHANGED if info.get(k)), "")
     return f"size={info.get('size')} changed={changed}"
 

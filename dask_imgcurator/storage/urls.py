@@ -7,6 +7,7 @@ import glob
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from .files import at_once, exists, file_system, is_local, list_files, local_path, persist
-from .remote import version
+from .remote import describe_version, version
 
 
 def expand(
@@ -146,6 +147,9 @@ _PAGES = (
     (rb"[{\[]\s*[\"{\[\]}]", "a JSON document, such as a server's error"),
 )
 
+#: From so many files of a remote folder on, the folder is listed instead of asking for each.
+_MANY = 64
+
 #: Bytes that tell what a file is.
 HEAD = 512
 
@@ -205,13 +209,67 @@ def find_version(url: str, storage_options: Mapping[str, Any] | None = None) -> 
     return version(url, storage_options)
 
 
+def find_versions(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[str | None]:
+    """Identify versions of many files; None: it cannot be found out now."""
+    listed: dict[str, str] = {}
+    for folder, n in Counter(parent(url) for url in urls if not is_local(url)).items():
+        if n >= _MANY and not folder.startswith("http"):
+            listed |= _listed_versions(folder, storage_options)
+
+    def find(url: str) -> str | None:
+        try:
+            return listed.get(url) or find_version(url, storage_options)
+        except OSError:
+            return None
+
+    return at_once(find, urls)
+
+
+def _listed_versions(folder: str, storage_options: Mapping[str, Any] | None) -> dict[str, str]:
+    """Versions of a remote folder's files, by its listing: a request per thousand of them."""
+    try:
+        found = versions_in(folder, "", storage_options)
+        # Some stores tell less in a listing, or write it otherwise.
+        alike = all(find_version(url, storage_options) == found[url] for url in [*found][:1])
+    except OSError:
+        return {}
+    return found if alike else {}
+
+
+def versions_in(folder: str, suffix: str, storage_options: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Versions of the files in a folder with this ending, by name, as the folder's listing tells them."""
+    if not is_local(folder):
+        fs, path = file_system(folder, storage_options)
+        pattern = f"{glob.escape(path.rstrip('/'))}/*{suffix}"
+        found = persist(folder, lambda: fs.glob(pattern, detail=True))
+        return {str(fs.unstrip_protocol(name)): describe_version(info) for name, info in sorted(found.items())}
+    out = {}
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(local_path(folder)) as entries:
+        for entry in entries:
+            if entry.name.endswith(suffix) and not entry.name.startswith("."):
+                with contextlib.suppress(FileNotFoundError):  # since it was listed
+                    stat = entry.stat()
+                    out[entry.path] = f"size={stat.st_size} mtime_ns={stat.st_mtime_ns}"
+    return dict(sorted(out.items()))
+
+
+def marks_changes(version: str) -> bool:
+    """Whether a version tells more than a file's size."""
+    return not version.endswith("=")
+
+
+def parent(url: str) -> str:
+    """The folder of a file."""
+    return url.partition("?")[0].rpartition("/")[0] if "://" in url else url.rpartition("/")[0]
+
+
 def fingerprints(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Fingerprints of files."""
-    return at_once(partial(fingerprint, storage_options=storage_options), urls)
+    """Versions of files, or ``"unreadable"``."""
+    return [found or "unreadable" for found in find_versions(urls, storage_options)]
 
 
 def fingerprint(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
-    """The same, or ``"unreadable"``."""
+    """The version of a file, or ``"unreadable"``."""
     try:
         return find_version(url, storage_options)
     except OSError:

@@ -57,7 +57,8 @@ def keys(folder: Path) -> list[str]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+    """What a folder holds, but for what is only remembered of it."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != ".files.json"}
 
 
 def command(*arguments: Any) -> subprocess.CompletedProcess[str]:

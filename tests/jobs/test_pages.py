@@ -14,7 +14,7 @@ import pytest
 from pages import Node, Run, make_run, read
 
 import dask_imgcurator as dic
-from dask_imgcurator.jobs.plan import model_notes
+from dask_imgcurator.runs.plan import model_notes
 from dask_imgcurator.select.syntax import WhereError
 from dask_imgcurator.steps.score_table import METADATA_KEY
 

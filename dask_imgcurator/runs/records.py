@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +24,8 @@ from ..results import RunResult, count
 from ..steps.read import URLPath
 from ..steps.score_table import ScoreFile, look_at, model_name
 from ..storage import files
-from ..storage.urls import find_version
+from ..storage.urls import find_versions, parent, versions_in
+from .manifest import Manifest, read_manifest
 from .plan import ScorePlan, score_files
 
 RECORD = ".table.json"
@@ -57,12 +58,14 @@ class Made:
 
 @dataclass(frozen=True)
 class Found:
-    """A folder of results as it is: its record, and what the footer of each of its files says."""
+    """A folder of results as it is: its record, and what the footer of each of its files says, with its version."""
 
     folder: str
     options: Mapping[str, Any]
     record: Mapping[str, Any]
     looks: Mapping[str, ScoreFile]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    manifest: Manifest = field(default_factory=Manifest)
 
     @property
     def tables(self) -> dict[str, Mapping[str, Any]]:
@@ -73,6 +76,10 @@ class Found:
     def shards(self) -> dict[str, str]:
         """Shards that files are of, and these."""
         return {str(made["shard"]): url for url, made in self.tables.items() if "shard" in made}
+
+    def counted(self, kind: str, url: str) -> Any:
+        """What an earlier run counted in a file, as JSON has it; None if that is not known of what is there now."""
+        return self.manifest.count(kind, url, self.versions.get(url, ""))
 
     @property
     def command(self) -> str:
@@ -92,13 +99,16 @@ def look(folder: str, storage_options: Mapping[str, Any] | None = None) -> Found
     """Look what a folder of results holds; FileExistsError for Parquet files that this library did not write."""
     options = dict(storage_options or {})
     record = _read(files.join(folder, RECORD), options)
-    urls = files.list_files(folder, ".parquet", options)
-    looks = dict(zip(urls, files.at_once(lambda url: _look(url, bool(record), options), urls), strict=True))
+    versions, manifest = versions_in(folder, ".parquet", options), read_manifest(folder, options)
+    looks = {url: manifest.footer(url, version) for url, version in versions.items()}
+    unknown = [url for url, file in looks.items() if file is None]
+    looks |= zip(unknown, files.at_once(lambda url: _look(url, bool(record), options), unknown), strict=True)
     if foreign := next((url for url, file in looks.items() if file is None), None):
         raise FileExistsError(
             f"{foreign} was not written by this library: choose another folder, or move the file away"
         )
-    return Found(folder, options, record, {url: file for url, file in looks.items() if file is not None})
+    there = {url: file for url, file in looks.items() if file is not None}
+    return Found(folder, options, record, there, versions, manifest)
 
 
 def _look(url: str, known: bool, options: Mapping[str, Any]) -> ScoreFile | None:
@@ -216,7 +226,15 @@ def admitted(
 ) -> dict[str, Mapping[str, Any]]:
     """Score files that stay part of the table; refused, but for `overwrite`, if another model or setting made some."""
     shared, mine = common(provenance), {*urls, None}
-    alike = {url: made for url, made in found.tables.items() if not made or not difference(common(made), shared)}
+    distinct: dict[str, bool] = {}  # of thousands of files, all but a few say the same
+
+    def is_alike(made: Mapping[str, Any]) -> bool:
+        key = repr([made.get(name) for name in _COMMON])
+        if key not in distinct:
+            distinct[key] = not difference(common(made), shared)
+        return distinct[key]
+
+    alike = {url: made for url, made in found.tables.items() if not made or is_alike(made)}
     if overwrite:
         return {url: made for url, made in alike.items() if made.get("shard") in mine}
     for url in found.tables.keys() - alike.keys():
@@ -277,11 +295,6 @@ def _gone(shards: Iterable[str], storage_options: Mapping[str, Any] | None) -> l
     return out
 
 
-def parent(url: str) -> str:
-    """The folder of a shard."""
-    return url.partition("?")[0].rpartition("/")[0] if "://" in url else url.rpartition("/")[0]
-
-
 # --- what is left to do ---------------------------------------------------------------------------
 
 
@@ -318,10 +331,10 @@ def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, provenance: 
     there, options = admitted(found, urls, provenance, run_of.overwrite), plan.read.storage_options
     shards = {str(made["shard"]): url for url, made in there.items() if "shard" in made}
     names = score_files(urls, found.folder, shards)
-    versions = dict(zip(names, files.at_once(lambda url: _version(url, options), names), strict=True))
-    work = Work({}, {}, [])
+    versions = dict(zip(names, find_versions(list(names), options), strict=True))
+    work, of_all = Work({}, {}, []), as_read(provenance)
     for url, version in versions.items():
-        made = as_read({**provenance, "shard": url, "fingerprint": version})
+        made = {**of_all, "shard": url, "fingerprint": version}
         before = {k: v for k, v in there.get(names[url], {}).items() if k != "added"}  # columns that came later
         if version is None:
             work.missing.append(url)
@@ -344,13 +357,6 @@ def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, provenance: 
         )
     work.missing.extend(lost)
     return work
-
-
-def _version(url: str, storage_options: Mapping[str, Any]) -> str | None:
-    try:
-        return find_version(url, storage_options)
-    except OSError:
-        return None
 
 
 # --- small files ----------------------------------------------------------------------------------

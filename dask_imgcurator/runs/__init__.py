@@ -1,0 +1,1 @@
+"""What a run is: what is settled before it, what it leaves in its folder."""
