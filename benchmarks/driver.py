@@ -166,14 +166,13 @@ def graphs(n: int) -> None:
     from dask_imgcurator.jobs.score import score_graph
     from dask_imgcurator.monitor import Monitor
     from dask_imgcurator.runs.measured import Last
-    from dask_imgcurator.runs.plan import ScoreOptions, make_plan
-    from dask_imgcurator.runs.records import Target
+    from dask_imgcurator.runs.plan import ScoreOptions, Target, make_plan
     from dask_imgcurator.select.settle import settled_where
 
     options = ScoreOptions(model="starter", backend="pandas")
     urls = [f"/data/{i:06d}.tar" for i in range(n)]
     plan, _ = make_plan(urls, options, None, Monitor())
-    targets = {url: Target(url, url + ".parquet", {"shard": url}) for url in urls}
+    targets = {url: Target(url, url + ".parquet", "size=1 mtime_ns=1") for url in urls}
     me = psutil.Process()
     start, began = me.memory_info().rss, time.process_time()
     tasks, kept = 0, []

@@ -19,7 +19,7 @@ LIMITS = {
     "decoder": 8,
     "language": 1,
     "turn": 64,
-    "provenance": 4,
+    "differs": 4,
 }
 
 

@@ -121,6 +121,13 @@ def waves(names: Sequence[str], build: Callable[[Sequence[str]], dd.DataFrame]) 
         yield Wave(part, build(part))
 
 
+def tasks(items: Sequence[Any], function: Callable[..., Any], *args: Any, label: str) -> dd.DataFrame:
+    """Call a function (item, *args) lazily: for each item a row with one object, for `run`."""
+    meta, writer = _row(None).iloc[:0], files.this_writer()
+    with objects_stay():
+        return from_map(_item_row, items, label, meta, writer=writer, call=(function, *args))
+
+
 def results(
     df: dd.DataFrame, function: Callable[..., Any], *args: Any, label: str, each: Sequence[Any] | None = None
 ) -> dd.DataFrame:
@@ -145,6 +152,12 @@ def results(
 
 def _row(value: Any) -> pd.DataFrame:
     return pd.DataFrame({"result": pd.Series([value], dtype=object)})
+
+
+def _item_row(item: Any, writer: str, call: tuple[Any, ...]) -> pd.DataFrame:
+    function, *args = call
+    with files.writing_for(writer):
+        return _row(function(item, *args))
 
 
 def _to_row(frame: Any, writer: str, function: Callable[..., Any], *args: Any) -> pd.DataFrame:

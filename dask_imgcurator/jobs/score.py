@@ -10,26 +10,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import dask.dataframe as dd
-import pandas as pd
 import pyarrow as pa
 from distributed import Client
 
 from ..engine.cache import cache
-from ..engine.frames import apply_step, from_map, objects_stay
-from ..engine.run import JobError, Place, Wave, place, require_workers, results, run, waves, worker_fault
+from ..engine.run import JobError, Place, Wave, place, require_workers, results, run, tasks, waves, worker_fault
 from ..models import ModelError
 from ..models.weights import WeightsError
 from ..monitor import Monitor, ShardProgress
 from ..results import Counts, RunResult, count
 from ..runs.manifest import write_manifest
 from ..runs.measured import Last, Measured, tell
-from ..runs.plan import ScoreOptions, ScorePlan, describe, make_plan
-from ..runs.records import Found, Run, Target, Work, as_read, check_dataset, difference, filling, look, settle_work
-from ..schema import arrow_schema, unify_schemas
+from ..runs.plan import ScoreOptions, ScorePlan, Target, describe, make_plan
+from ..runs.records import Found, Run, Work, as_read, check_dataset, difference, filling, look, settle_work
+from ..schema import unify_schemas
 from ..select.settle import settled_where
 from ..steps.embed import embed_partition
 from ..steps.heads import score_partition
-from ..steps.read import URLPath, read_groups
+from ..steps.read import URLPath, index_partition
 from ..steps.score_table import ScoreFile, ScoreFiles, file_provenance, scores_from_files, write_score_file
 from ..storage import files
 from ..storage.urls import expand, fingerprint
@@ -38,13 +36,17 @@ from ..storage.urls import expand, fingerprint
 
 
 def score_graph(targets: Sequence[Target], plan: ScorePlan, last: Last) -> dd.DataFrame:
-    """Make the graph that scores shards: index, embed, heads, write, count; one task per shard."""
-    with objects_stay():
-        df = read_groups([(target.shard,) for target in targets], plan.read)
-    df = apply_step(df, embed_partition, plan.embed, plan.embed.schema)
+    """Make the graph that scores shards, a task for each."""
+    return tasks(targets, _score_shard, plan, last, label="write-scores")
+
+
+def _score_shard(target: Target, plan: ScorePlan, last: Last) -> Written:
+    """Index, embed, score, write, count."""
+    # As in a frame of `read_webdataset` with the same steps after it, which costs the client thrice as much a shard.
+    frame = embed_partition(index_partition([target.shard], plan.read), plan.embed)
     for use in plan.heads:
-        df = apply_step(df, score_partition, use, arrow_schema([use.column]))
-    return results(df, _write, plan, last, label="write-scores", each=targets)
+        frame = score_partition(frame, use)
+    return _write(frame, target, plan, last)
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,26 @@ class Written:
 
 
 def _write(frame: Any, target: Target, plan: ScorePlan, last: Last) -> Written:
-    here = cache.get("provenance", plan.embed.topic, lambda: describe(plan))  # of this run
-    if differs := difference(as_read({**target.provenance, **here}), target.provenance):
+    if differs := cache.get("differs", plan.embed.topic, lambda: _differs(plan)):
         raise JobError(f"the worker on {_process()} would score otherwise than the others: {differs}")
     there = file_provenance(target.url, plan.storage_options) or {}
     if there.get("shard", target.shard) != target.shard:
         raise JobError(f"another run, at the same time, wrote the scores of {there['shard']} to {target.url}")
-    if (seen := _seen(target, plan.read.storage_options)) != (version := target.provenance["fingerprint"]):
-        raise worker_fault(OSError(f"{target.shard} is another file than the client sees: {seen}, not {version}"))
-    schema = write_score_file(frame, target.url, target.provenance, plan.read.backend, plan.storage_options)
+    if (seen := _seen(target, plan.read.storage_options)) != target.version:
+        words = f"{target.shard} is another file than the client sees: {seen}, not {target.version}"
+        raise worker_fault(OSError(words))
+    schema = write_score_file(frame, target.url, plan.provenance_of(target), plan.read.backend, plan.storage_options)
     return Written(fingerprint(target.url, plan.storage_options), schema, last.measure(frame))
+
+
+def _differs(plan: ScorePlan) -> str:
+    """What is otherwise in this process than what the run's score files say; empty: nothing."""
+    return difference(as_read({**plan.provenance, **describe(plan)}), plan.provenance)
 
 
 def _seen(target: Target, storage_options: Mapping[str, Any]) -> str:
     """The version of a shard on this machine; copies of a local file may differ in their times."""
-    here, there = fingerprint(target.shard, storage_options), str(target.provenance["fingerprint"])
+    here, there = fingerprint(target.shard, storage_options), target.version
     return there if files.is_local(target.shard) and here.split()[0] == there.split()[0] else here
 
 
@@ -117,7 +124,8 @@ def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan
         check_dataset(there, urls)
     result, monitor = run_of.result, run_of.monitor
     result.provenance = provenance = _load(client, plan)
-    work = settle_work(there, urls, plan, provenance, run_of)
+    plan = plan.settled(as_read(provenance), _topic())
+    work = settle_work(there, urls, plan, run_of)
     result.shards_missing = work.missing
     result.shards_taken_over = len(work.targets) - len(work.todo)
     result.loading_seconds = time.perf_counter() - begin
@@ -125,9 +133,9 @@ def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan
     tables = [target.url for target in work.targets.values()]
     done: dict[str, Written] = {}
     found: dict[str, Measured] = {}
-    with _remembering(there, last.kind, work, done, found):
+    with _remembering(there, last.kind, plan, work, done, found):
         with filling(there, urls, provenance, run_of.overwrite, bool(work.todo)):
-            _score(client, work.todo, plan.settled(provenance, _topic()), last, run_of, done)
+            _score(client, work.todo, plan, last, run_of, done)
         rest = [table for table in tables if table not in done]
         read = ScoreFiles(plan.read.backend, _whole(plan, done, there, rest), plan.storage_options)
         known = {table: there.counted(last.kind, table) for table in rest}
@@ -150,7 +158,7 @@ def _whole(plan: ScorePlan, done: Mapping[str, Written], there: Found, rest: Seq
 
 @contextmanager
 def _remembering(
-    there: Found, kind: str, work: Work, done: Mapping[str, Written], found: Mapping[str, Measured]
+    there: Found, kind: str, plan: ScorePlan, work: Work, done: Mapping[str, Written], found: Mapping[str, Measured]
 ) -> Iterator[None]:
     """Keep for the next run, whatever becomes of this one, what it learns of its files."""
     try:
@@ -160,7 +168,7 @@ def _remembering(
         for target in work.targets.values():
             if target.url in done:
                 one = done[target.url]
-                file = ScoreFile(target.url, one.schema, target.provenance)
+                file = ScoreFile(target.url, one.schema, plan.provenance_of(target))
                 manifest.learn(kind, one.version, file, one.measured.record)
         for url, measured in found.items():
             manifest.learn(kind, there.versions[url], there.looks[url], measured.record)
@@ -210,8 +218,7 @@ def _load(client: Client, plan: ScorePlan) -> dict[str, Any]:
     """Have all workers load the model concurrently, and return what the first one reports; all must be alike."""
     require_workers(client, "loading the model")
     workers = [str(i) for i in range(len(client.nthreads()))]
-    nothing = from_map(_nothing, workers, "workers", pd.DataFrame())
-    graph = Wave(workers, results(nothing, _describe, plan, label="load-model"))
+    graph = Wave(workers, tasks(workers, _describe, plan, label="load-model"))
     answers: list[tuple[str, dict[str, Any]]] = []
     try:
         for _, answer in run(client, [graph], "loading"):
@@ -244,10 +251,6 @@ def _fixed(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 def _process() -> str:
     return f"{os.uname().nodename} (process {os.getpid()})"
-
-
-def _nothing(_: str) -> pd.DataFrame:
-    return pd.DataFrame()
 
 
 def _describe(_: Any, plan: ScorePlan) -> tuple[str, dict[str, Any]]:

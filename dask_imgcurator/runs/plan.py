@@ -54,6 +54,15 @@ class ScoreOptions:
 
 
 @dataclass(frozen=True)
+class Target:
+    """A shard, its score file, and the version that is scored; empty: it cannot be read now."""
+
+    shard: str
+    url: str
+    version: str
+
+
+@dataclass(frozen=True)
 class ScorePlan:
     """What is done to each shard; travels to the workers."""
 
@@ -61,6 +70,7 @@ class ScorePlan:
     embed: EmbedSpec
     heads: tuple[HeadUse, ...]
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # of all score files, once settled
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -80,11 +90,16 @@ class ScorePlan:
         """Types by which an expression judges JSON fields, though a shard's values may be of others."""
         return pa.schema([(f.column, FIELD_TYPES[f.likely]) for f in self.read.fields if f.likely])
 
+    def provenance_of(self, target: Target) -> dict[str, Any]:
+        """Provenance of a shard's score file."""
+        return {**self.provenance, "shard": target.shard, "fingerprint": target.version}
+
     def settled(self, provenance: Mapping[str, Any], topic: str) -> ScorePlan:
         """Return the plan by which all workers use what the first one has, and report progress and their faults."""
         encoder = replace(self.embed.encoder, dtype=provenance["encoder"]["dtype"])
         embed = replace(self.embed, encoder=encoder, decoder=provenance["decode"]["decoder"], topic=topic)
-        return replace(self, read=replace(self.read, strict=True), embed=replace(embed, strict=True))
+        read = replace(self.read, strict=True)
+        return replace(self, read=read, embed=replace(embed, strict=True), provenance=provenance)
 
     @property
     def isolated(self) -> ScorePlan:

@@ -26,7 +26,7 @@ from ..steps.score_table import ScoreFile, look_at, model_name
 from ..storage import files
 from ..storage.urls import find_versions, parent, versions_in
 from .manifest import Manifest, read_manifest
-from .plan import ScorePlan, score_files
+from .plan import ScorePlan, Target, score_files
 
 RECORD = ".table.json"
 _UNFINISHED = ".unfinished-"
@@ -299,15 +299,6 @@ def _gone(shards: Iterable[str], storage_options: Mapping[str, Any] | None) -> l
 
 
 @dataclass(frozen=True)
-class Target:
-    """A shard's score file and its provenance."""
-
-    shard: str
-    url: str
-    provenance: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class Run:
     """How a run goes: whether it resumes, or replaces another's result, its monitor, and its notes."""
 
@@ -326,22 +317,22 @@ class Work:
     missing: list[str]
 
 
-def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, provenance: Mapping[str, Any], run_of: Run) -> Work:
-    """Find out which shards are to be scored."""
-    there, options = admitted(found, urls, provenance, run_of.overwrite), plan.read.storage_options
+def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, run_of: Run) -> Work:
+    """Find out which shards are to be scored, by a settled plan."""
+    there, options = admitted(found, urls, plan.provenance, run_of.overwrite), plan.read.storage_options
     shards = {str(made["shard"]): url for url, made in there.items() if "shard" in made}
     names = score_files(urls, found.folder, shards)
     versions = dict(zip(names, find_versions(list(names), options), strict=True))
-    work, of_all = Work({}, {}, []), as_read(provenance)
+    work = Work({}, {}, [])
     for url, version in versions.items():
-        made = {**of_all, "shard": url, "fingerprint": version}
+        target = Target(url, names[url], version or "")
         before = {k: v for k, v in there.get(names[url], {}).items() if k != "added"}  # columns that came later
         if version is None:
             work.missing.append(url)
-        elif not (run_of.resume and before == made):
-            work.todo[url] = Target(url, names[url], made)
+        elif not (run_of.resume and before == plan.provenance_of(target)):
+            work.todo[url] = target
         if version is not None or url in shards:  # finished scores stay, whatever becomes of their shard
-            work.targets[url] = Target(url, names[url], made)
+            work.targets[url] = target
     others = [shard for shard in shards if shard not in versions]
     lost = _gone(others, options)
     marks = {there[shards[shard]].get("fingerprint"): shard for shard in lost}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from servers import S3, s3_server
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
+from dask_imgcurator.engine.run import waves
+from dask_imgcurator.jobs.score import score_graph
+from dask_imgcurator.monitor import Monitor
+from dask_imgcurator.runs.measured import Last
+from dask_imgcurator.runs.plan import ScoreOptions, Target, make_plan
+from dask_imgcurator.select.settle import settled_where
 from dask_imgcurator.storage import urls
 
 
@@ -79,3 +86,16 @@ def test_a_damaged_memory_costs_nothing(content: str, made: SampleShards, tmp_pa
     (out / ".files.json").write_text(content)
     again = score(shards, out, client)
     assert (again.shards_scored, again.samples) == (0, 2)
+
+
+def test_a_hundred_thousand_shards_are_ten_seconds_of_graphs() -> None:
+    """Those of a tenth of them, made as a run makes them."""
+    names = [f"/data/{i:06d}.tar" for i in range(10_000)]
+    plan, _ = make_plan(names, ScoreOptions(model="starter", backend="pandas"), None, Monitor())
+    targets = {name: Target(name, name + ".parquet", "size=1 mtime_ns=1") for name in names}
+    last = Last(settled_where(None))
+    begin, tasks = time.process_time(), 0
+    for wave in waves(names, lambda part: score_graph([targets[name] for name in part], plan, last)):
+        tasks += len(wave.frame.optimize().__dask_graph__())
+    assert tasks == len(names)
+    assert time.process_time() - begin < 1.5  # 1 for the goal, and some for a busy machine
