@@ -13,7 +13,10 @@ from typing import Literal
 
 import pyarrow as pa
 
-Step = Literal["read", "embed", "measure", "aesthetic", "nsfw", "text", "note"]
+#: Key of this library's entry in a Parquet file's metadata: the provenance of its rows.
+METADATA_KEY = "imgcurator"
+
+Step = Literal["read", "embed", "measure", "aesthetic", "nsfw", "text", "note", "write"]
 Kind = Literal["number", "string", "boolean", "list", "other", "unknown"]
 
 
@@ -91,6 +94,10 @@ COLUMNS: Mapping[str, Column] = {
         Column("colourfulness", pa.float32(), "measure", True, "0 (gray), 15 (slight), 59 (quite) to 109 (extreme)"),
         Column("phash", pa.string(), "measure", True, "perceptual hash, 64 bits, hexadecimal"),
         Column("note", pa.string(), "note", True, "what was not taken as it is (`a kind: details; another kind`)"),
+        # Beside a curated tar, in which the columns above say where a sample lies.
+        Column("source_shard", pa.string(), "write", True, "URL of the tar from which the sample was copied"),
+        Column("source_sample_offset", pa.int64(), "write", True, "`sample_offset` there"),
+        Column("source_sample_nbytes", pa.int64(), "write", True, "`sample_nbytes` there"),
     )
 }
 

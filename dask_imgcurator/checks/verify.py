@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from ..steps.score_table import file_provenance
 from ..storage import files, tar_copy
-from ..storage.curated import written_shards
+from ..storage.curated import LOCATORS, written_shards
 from ..storage.tar_index import hold_shard, index_shard, open_shard
 from ..storage.tar_read import read_extents
 
@@ -56,12 +56,18 @@ def _shard_problem(url: str, sha256: str | None, options: Options, source_option
         return index.error
     if len(index.samples) != len(rows):
         return f"it holds {len(index.samples)} samples, its Parquet file {len(rows)} rows"
-    sources = tar_copy.source_members(rows, dict(source_options or {}))
-    for row, sample, members in zip(rows, index.samples, sources, strict=True):
+    try:
+        copied_from = [{"key": row["key"], **{name: row[f"source_{name}"] for name in LOCATORS[1:]}} for row in rows]
+    except KeyError:
+        return "its Parquet file does not say where its samples come from: an earlier version wrote it, write it anew"
+    sources = tar_copy.source_members(copied_from, dict(source_options or {}))
+    for row, sample, source in zip(rows, index.samples, sources, strict=True):
         pieces = read_extents(url, [(m.offset, m.nbytes) for m in sample.members], options, whole=True)
         copied = list(zip((m.name for m in sample.members), pieces, strict=True))
-        if copied != members:
-            return f"sample {row['key']!r} differs from its source in {row['shard']}"
+        if copied != source.members:
+            return f"sample {row['key']!r} differs from its source in {row['source_shard']}"
+        if (row["sample_offset"], row["sample_nbytes"]) != (sample.offset, sample.end - sample.offset):
+            return f"sample {row['key']!r} does not lie where its Parquet file says"
         known, image = row.get("sha256"), sample.get(row.get("ext") or "")
         if known and image is not None and hashlib.sha256(dict(copied)[image.name]).hexdigest() != known:
             return f"the image of sample {row['key']!r} is not the one that was scored"

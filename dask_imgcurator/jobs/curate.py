@@ -21,7 +21,7 @@ from ..report import report
 from ..results import Counts, RunResult
 from ..runs.measured import Last
 from ..runs.plan import ScoreOptions, make_plan
-from ..runs.records import Run, alone, note_unfinished
+from ..runs.records import COMMON, Run, alone, note_unfinished
 from ..select.settle import settled_where
 from ..select.where import combine, parse_where
 from ..steps.read import URLPath
@@ -31,6 +31,11 @@ from ..storage import files
 from ..storage.curated import check_replaced
 from ..storage.urls import expand
 from .score import MissingShardsError, Scored, measure_files, score_into
+
+
+def _made(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What curated shards take over of the provenance of their rows: how their values were made."""
+    return {name: value for name, value in provenance.items() if name in (*COMMON, "added")}
 
 
 def write_scored(
@@ -120,7 +125,7 @@ def write_selection(
     shards = {file.provenance["shard"] for file in table.files if "shard" in file.provenance}
     if shards and not overwrite:
         check_replaced(spec.folder, shards, storage_options)
-    last = Last(settled_where(parsed), spec)
+    last = Last(settled_where(parsed), replace(spec, made=_made(table.shared)))
     with files.no_partial(spec.folder), place(client, read.backend, monitor) as lent:
         found = measure_files(lent, table.urls, last, read)
         scored = Scored(table.urls, [found[url] for url in table.urls], read)
@@ -217,6 +222,7 @@ def curate(
             result.kept = None
             raise MissingShardsError(result, "; the curated shards are left as they are")
         scored = scored.readable
+        last = replace(last, spec=replace(spec, made=_made(result.provenance)))
         result.written = write_scored(lent, scored, last, resume, monitor)
     result.seconds = time.perf_counter() - begin
     arguments = {"shards": urls, "out": folder, "where": where, **given.record}

@@ -191,7 +191,7 @@ def _provenance(table: ScoreTable) -> tuple[dict[str, Any], list[str]]:
     """What a table's scores depend on, and caveats for the reader."""
     made = [file.provenance for file in table.files]
     # What differs from file to file by nature says nothing of the whole.
-    provenance = {k: v for k, v in made[0].items() if all(m.get(k) == v for m in made)}
+    provenance = table.shared
     encoder = made[0].get("encoder", {})
     notes = model_notes(encoder.get("model"), encoder.get("pretrained"))
     others = {str(m.get("encoder", {}).get("model")) for m in made} - {str(encoder.get("model"))}

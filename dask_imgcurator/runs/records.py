@@ -32,10 +32,10 @@ RECORD = ".table.json"
 _UNFINISHED = ".unfinished-"
 
 #: What the provenance of all files of one score table has in common.
-_COMMON = ("encoder", "heads", "decode", "read", "versions")
+COMMON = ("encoder", "heads", "decode", "read", "versions")
 
 #: What cheap commands add to the provenance of their files.
-_LATER = {"deduplicated": "dedup", "selected": "select", "added": "add"}
+_LATER = {"deduplicated": "dedup", "selected": "select", "added": "add", "written": "write"}
 
 _REMEDY = "choose another folder, or replace it with --overwrite (overwrite=True)"
 
@@ -198,7 +198,7 @@ def replacing(
 
 def common(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a provenance that all files of a score table share."""
-    shared = {name: provenance[name] for name in _COMMON if name in provenance}
+    shared = {name: provenance[name] for name in COMMON if name in provenance}
     if "read" in shared:  # what types the fields have is each file's own
         shared["read"] = {**shared["read"], "fields": sorted(shared["read"].get("fields", {}))}
     return as_read(shared)
@@ -229,7 +229,7 @@ def admitted(
     distinct: dict[str, bool] = {}  # of thousands of files, all but a few say the same
 
     def is_alike(made: Mapping[str, Any]) -> bool:
-        key = repr([made.get(name) for name in _COMMON])
+        key = repr([made.get(name) for name in COMMON])
         if key not in distinct:
             distinct[key] = not difference(common(made), shared)
         return distinct[key]

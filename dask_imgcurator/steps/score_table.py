@@ -17,13 +17,10 @@ from dask.base import tokenize
 from ..engine.backend import backend_of, get_backend, is_dask, resolve_name
 from ..engine.frames import from_map
 from ..engine.run import Wave, current_client, results, run
-from ..schema import conform, kinds_of_schema, unify_schemas
+from ..schema import METADATA_KEY, conform, kinds_of_schema, unify_schemas
 from ..storage import files
 from ..storage.urls import fingerprints, first_bytes, what_is
 from .read import URLPath
-
-#: Key of this library's entry in a Parquet file's metadata.
-METADATA_KEY = "imgcurator"
 
 #: Rows of a streamed table in memory at a time.
 _BATCH = 16_384
@@ -186,6 +183,12 @@ class ScoreTable:
     def schema(self) -> pa.Schema:
         """All columns of all files."""
         return schema_of(self.files)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What the provenance of all files has in common."""
+        first, *others = (file.provenance for file in self.files)
+        return {name: value for name, value in first.items() if all(made.get(name) == value for made in others)}
 
     @property
     def kinds(self) -> dict[str, str]:

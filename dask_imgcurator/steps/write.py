@@ -260,7 +260,8 @@ def to_webdataset(
         With ``key``, ``shard``, ``sample_offset`` and ``sample_nbytes``. A Dask DataFrame is persisted first, since
         where a shard begins depends on all rows before it.
     urlpath : str or path
-        Folder for ``00000.tar``, ``00000.parquet`` (the rows), ``00000.idx`` and ``00000_stats.json``.
+        Folder for ``00000.tar``, ``00000.parquet`` (the rows, as a score table of the tar), ``00000.idx`` and
+        ``00000_stats.json``.
     max_count : int
         Samples per shard, at most.
     max_size : int or str

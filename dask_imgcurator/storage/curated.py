@@ -1,4 +1,4 @@
-"""A folder of curated shards: each a tar, its rows as Parquet, an index for DALI, and statistics.
+"""A folder of curated shards: each a tar, its rows as a score table, an index for DALI, and statistics.
 
 Whatever this library wrote has its ``_stats.json`` beside it, written before the files that it speaks of come to light,
 the tar last. So a shard is finished when it has both, files without one are someone else's and are left alone, and a
@@ -18,9 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..schema import METADATA_KEY, arrow_schema, columns_of
 from . import files
 from .samples import format_idx
-from .tar_copy import WriteError, write_tar
+from .tar_copy import Copied, WriteError, write_tar
 from .urls import fingerprint
 
 #: Columns that the writer needs.
@@ -36,13 +37,17 @@ _NAME = re.compile(r"(\d{5,})(\.tar|\.parquet|\.idx|_stats\.json)")
 
 @dataclass(frozen=True)
 class WriteSpec:
-    """Where curated shards go, and their maximum size (a larger single sample gets its own shard)."""
+    """Where curated shards go, and their maximum size (a larger single sample gets its own shard).
+
+    `made`: provenance of the rows.
+    """
 
     folder: str
     max_count: int = 10_000
     max_nbytes: int = 1_000_000_000
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     source_options: Mapping[str, Any] = field(default_factory=dict)
+    made: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_shard(number: int, tables: Sequence[pa.Table], spec: WriteSpec, resume: bool = True) -> dict[str, Any]:
@@ -52,8 +57,7 @@ def write_shard(number: int, tables: Sequence[pa.Table], spec: WriteSpec, resume
     rows = table.select([name for name in (*LOCATORS, *_CHECKS) if name in table.column_names]).to_pylist()
     sources = dict(Counter(row["shard"] for row in rows))
     check_sources(spec.folder, sources)
-    parquet = _to_parquet(table)
-    content = _content(parquet, sources, spec.source_options)
+    content = _content(table, sources, spec)
     urls = {suffix: files.join(spec.folder, stem + suffix) for suffix in _SUFFIXES}
     before = _read_stats(urls[_STATS], spec.storage_options)
     present = [suffix for suffix in _SUFFIXES if files.exists(urls[suffix], spec.storage_options)]
@@ -77,7 +81,7 @@ def write_shard(number: int, tables: Sequence[pa.Table], spec: WriteSpec, resume
         # An older tar would look like the one that the new statistics describe.
         files.remove(urls[".tar"], spec.storage_options)
         _write(urls[_STATS], json.dumps(stats, indent=1, ensure_ascii=False).encode() + b"\n", spec)
-        _write(urls[".parquet"], parquet, spec)
+        _write(urls[".parquet"], _to_parquet(_as_copied(table, copied, urls[".tar"], spec)), spec)
         idx = format_idx(copied.samples)
         if idx is None:
             files.remove(urls[".idx"], spec.storage_options)
@@ -105,18 +109,40 @@ def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:
     return pa.concat_tables(plain, promote_options="permissive").combine_chunks()
 
 
-def _to_parquet(table: pa.Table) -> pa.Buffer:
+def _as_copied(table: pa.Table, copied: Copied, url: str, spec: WriteSpec) -> pa.Table:
+    """The rows as a score table of the curated tar: where samples lie there, and where they were copied from."""
+    samples, images = copied.samples, copied.images
+    lie = {
+        "shard": [url] * len(samples),
+        "sample_offset": [sample.offset for sample in samples],
+        "sample_nbytes": [sample.end - sample.offset for sample in samples],
+        "offset": [0 if image is None else image.offset for image in images],
+        "nbytes": [0 if image is None else image.nbytes for image in images],
+    }
+    came = [column.name for column in columns_of("write")]
+    sources = [table[name.removeprefix("source_")] for name in came]
+    table = table.drop_columns([name for name in came if name in table.column_names])  # of an earlier copy
+    for name in (name for name in lie if name in table.column_names):
+        (known,) = arrow_schema([name])
+        table = table.set_column(table.column_names.index(name), known, pa.array(lie[name], known.type))
+    for known, column in zip(arrow_schema(came), sources, strict=True):
+        table = table.append_column(known, column.cast(known.type))
+    made = {**spec.made, "shard": url, "written": {"sources": sorted(set(sources[0].to_pylist()))}}
+    return table.replace_schema_metadata({METADATA_KEY: json.dumps(made, sort_keys=True)})
+
+
+def _to_parquet(table: pa.Table, compression: str = "zstd") -> pa.Buffer:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression=compression)
     return sink.getvalue()
 
 
-def _content(parquet: pa.Buffer, sources: Iterable[str], source_options: Mapping[str, Any]) -> str:
+def _content(table: pa.Table, sources: Iterable[str], spec: WriteSpec) -> str:
     """Hash of everything that decides the shard's content: the rows, and the versions of their sources."""
     digest = hashlib.sha256()
     for url in sources:
-        digest.update(f"{url} {fingerprint(url, source_options)}\n".encode())
-    digest.update(parquet)
+        digest.update(f"{url} {fingerprint(url, spec.source_options)}\n".encode())
+    digest.update(_to_parquet(table, "none"))
     return digest.hexdigest()
 
 

@@ -61,20 +61,24 @@ def _overlapping(
 
 @dataclass(frozen=True)
 class Copied:
-    """A finished tar."""
+    """A finished tar, its samples, and of each the member that is its row's image."""
 
     nbytes: int
     sha256: str
     samples: list[Sample]
+    images: list[Member | None]
 
 
 def write_tar(rows: list[dict[str, Any]], file: IO[bytes], source_options: Mapping[str, Any]) -> Copied:
     """Write the samples of some rows as a tar."""
-    sink, samples = _Counted(file), []
+    sink = _Counted(file)
+    samples: list[Sample] = []
+    images: list[Member | None] = []
     with tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-        for row, members in zip(rows, source_members(rows, source_options), strict=True):
-            samples.append(_add(tar, row["key"], members))
-    return Copied(sink.nbytes, sink.digest.hexdigest(), samples)
+        for row, source in zip(rows, source_members(rows, source_options), strict=True):
+            samples.append(_add(tar, row["key"], source.members))
+            images.append(None if source.image is None else samples[-1].members[source.image])
+    return Copied(sink.nbytes, sink.digest.hexdigest(), samples, images)
 
 
 class _Counted(io.RawIOBase):
@@ -92,8 +96,16 @@ class _Counted(io.RawIOBase):
         return self._file.write(data)
 
 
-def source_members(rows: list[dict[str, Any]], source_options: Mapping[str, Any]) -> Iterator[list[tuple[str, bytes]]]:
-    """Yield names and bytes of each row's members, opening a source once per run of rows that it holds."""
+@dataclass(frozen=True)
+class Source:
+    """Names and bytes of a sample's members, and which of them is its row's image."""
+
+    members: list[tuple[str, bytes]]
+    image: int | None
+
+
+def source_members(rows: list[dict[str, Any]], source_options: Mapping[str, Any]) -> Iterator[Source]:
+    """Yield the members of each row's sample, opening a source once per run of rows that it holds."""
     # An extent is read in one piece with everything in it. Where that would read others' members over and over (all
     # images before all captions, say), members are read one by one, by an index of the source.
     wanted = _scattered(rows)
@@ -127,9 +139,7 @@ def _scattered(rows: Iterable[Mapping[str, Any]]) -> dict[str, set[int]]:
     return {url: offsets[url] for url in long | overlapping}
 
 
-def _in_one_piece(
-    url: str, rows: list[dict[str, Any]], source_options: Mapping[str, Any]
-) -> Iterator[list[tuple[str, bytes]]]:
+def _in_one_piece(url: str, rows: list[dict[str, Any]], source_options: Mapping[str, Any]) -> Iterator[Source]:
     extents = [(row["sample_offset"], row["sample_nbytes"]) for row in rows]
     for row, data in zip(rows, read_extents(url, extents, source_options), strict=True):
         index = index_tar(io.BytesIO(data), extent=True)
@@ -155,7 +165,7 @@ def _find_samples(url: str, offsets: set[int], source_options: Mapping[str, Any]
 
 def _one_by_one(
     url: str, rows: list[dict[str, Any]], known: _Known, source_options: Mapping[str, Any]
-) -> Iterator[list[tuple[str, bytes]]]:
+) -> Iterator[Source]:
     samples = [_checked(row, known.samples.get(row["sample_offset"]), known.error) for row in rows]
     extents = [(m.offset, m.stored) for sample in samples for m in sample.members]
     # A remote source was streamed to be indexed: for most of it, that copy serves better than ranges.
@@ -176,16 +186,20 @@ def _checked(row: Mapping[str, Any], sample: Sample | None, error: str | None, b
     return sample
 
 
-def _expanded(row: Mapping[str, Any], sample: Sample, stored: list[bytes], base: int = 0) -> list[tuple[str, bytes]]:
-    """Names and contents of a sample's members; raise `WriteError` if its image is not the one scored."""
+def _expanded(row: Mapping[str, Any], sample: Sample, stored: list[bytes], base: int = 0) -> Source:
+    """Contents of a sample's members; raise `WriteError` if its image is not the one scored."""
     for member, data in zip(sample.members, stored, strict=True):
         if len(data) < member.stored:
             raise _changed(row, f"{member.name!r} is cut off")
-    if row.get("sha256") is not None and "offset" in row:
-        image = next((d for m, d in zip(sample.members, stored, strict=True) if m.offset + base == row["offset"]), None)
-        if image is None or hashlib.sha256(image).hexdigest() != row["sha256"]:
-            raise _changed(row, "its image has another sha256")
-    return [(m.name, m.expand(data)) for m, data in zip(sample.members, stored, strict=True)]
+    image = next((i for i, m in enumerate(sample.members) if m.offset + base == row.get("offset")), None)
+    if (
+        row.get("sha256") is not None
+        and "offset" in row
+        and (image is None or hashlib.sha256(stored[image]).hexdigest() != row["sha256"])
+    ):
+        raise _changed(row, "its image has another sha256")
+    members = [(m.name, m.expand(data)) for m, data in zip(sample.members, stored, strict=True)]
+    return Source(members, image)
 
 
 def _changed(row: Mapping[str, Any], wrong: str) -> WriteError:

@@ -22,6 +22,7 @@ _STEPS = {
     "aesthetic": "`score_aesthetic`",
     "nsfw": "`score_nsfw`",
     "text": "`score_clip`",
+    "write": "`to_webdataset`",
 }
 
 

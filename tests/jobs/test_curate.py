@@ -18,9 +18,12 @@ import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
+from trees import contents
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
+from dask_imgcurator.cli.main import cli
 from dask_imgcurator.engine.run import JobError
 from dask_imgcurator.monitor import Monitor, Progress
 from dask_imgcurator.results import RunResult
@@ -242,8 +245,42 @@ def test_select_then_write_equals_curate(finished: tuple[Path, RunResult], clien
     assert selection.kept == result.kept
     assert score_tables(tmp_path / "selected")["aesthetic_score"].min() >= 5
     _, written = dic.write_selection(tmp_path / "selected", tmp_path / "shards", max_count=10, client=client)
-    assert tree(tmp_path / "shards") == tree(out / "shards")
+    assert contents(tmp_path / "shards") == contents(out / "shards")
     assert [s["sha256"] for s in written] == [s["sha256"] for s in result.written]
+
+
+def test_curated_shards_are_a_score_table_of_their_own(
+    finished: tuple[Path, RunResult], client: Any, tmp_path: Path
+) -> None:
+    """Every command works on them where the source shards are gone."""
+    shards, away = tmp_path / "shards", tmp_path / "away"
+    samples = Path(json.loads((finished[0] / "run.json").read_text())["arguments"]["shards"][0]).parent
+
+    def command(*arguments: Any) -> str:
+        done = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    workers = ["--scheduler", client.scheduler.address]
+    command("write", finished[0] / "scores", "--out", shards, "--where", WHERE, "--max-count", 10, *workers)
+    samples.rename(away)
+    try:
+        command("select", shards, "--out", tmp_path / "best", "--top", "50% by aesthetic_score")
+        command("write", tmp_path / "best", "--out", tmp_path / "again", *workers)
+        command("report", shards, "--out", tmp_path / "report.html")
+        command("score", shards / "*.tar", "--out", tmp_path / "scores", "--model", "starter", *workers)
+    finally:
+        away.rename(samples)
+    curated, again = score_tables(shards), score_tables(tmp_path / "scores")
+    best = set(curated.nlargest(len(curated) // 2, "aesthetic_score")["key"])
+    assert len(best) > 3
+    members = source_members(sorted(shards.glob("*.tar")))
+    assert source_members(sorted((tmp_path / "again").glob("*.tar"))) == {k: members[k] for k in members if k in best}
+    names = ["key", "shard", "offset", "nbytes", "sample_offset", "sample_nbytes", "sha256", "status"]
+    pd.testing.assert_frame_equal(again[names], curated[names])
+    assert (tmp_path / "report.html").read_text().count("data:image/") > 3
+    (table,) = {json.dumps(file_provenance(str(path))["encoder"]) for path in shards.glob("*.parquet")}  # type: ignore[index]
+    assert json.loads(table) == finished[1].provenance["encoder"]
 
 
 def test_the_sources_are_never_written_over(made: SampleShards, client: Any, tmp_path: Path) -> None:
@@ -345,7 +382,7 @@ def test_interrupted_run_leaves_nothing_half_and_goes_on(signal_: int, client: A
     assert again.shards_taken_over == len(done)
     assert straight.shards_taken_over == 0
     assert tree(out / "scores") == tree(whole / "scores")
-    assert tree(out / "shards") == tree(whole / "shards")
+    assert contents(out / "shards") == contents(whole / "shards")
 
 
 def test_killed_worker_costs_no_finished_work(made: SampleShards, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from dask_imgcurator.checks.samples import make_sample_shards
 from dask_imgcurator.engine.run import JobError
 from dask_imgcurator.jobs.score import MissingShardsError
 from dask_imgcurator.monitor import Monitor
-from dask_imgcurator.steps.score_table import METADATA_KEY
+from dask_imgcurator.schema import METADATA_KEY
 from dask_imgcurator.storage import files
 
 CODE = "from dask_imgcurator.cli.main import main; main()"

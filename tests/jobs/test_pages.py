@@ -15,8 +15,8 @@ from pages import Node, Run, make_run, read
 
 import dask_imgcurator as dic
 from dask_imgcurator.runs.plan import model_notes
+from dask_imgcurator.schema import METADATA_KEY
 from dask_imgcurator.select.syntax import WhereError
-from dask_imgcurator.steps.score_table import METADATA_KEY
 
 
 @pytest.fixture

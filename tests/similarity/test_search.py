@@ -31,9 +31,10 @@ from dask_imgcurator.cli.main import cli
 from dask_imgcurator.engine.backend import get_backend
 from dask_imgcurator.models import ModelError
 from dask_imgcurator.models.encoders import load_encoder, resolve_encoder
+from dask_imgcurator.schema import METADATA_KEY
 from dask_imgcurator.select.syntax import WhereError
 from dask_imgcurator.similarity.scan import SearchError
-from dask_imgcurator.steps.score_table import METADATA_KEY, write_score_file
+from dask_imgcurator.steps.score_table import write_score_file
 
 WIDTH = 16
 #: The smallest architecture among those that open_clip lists.

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from trees import contents, tree
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.verify import verify
@@ -84,11 +85,6 @@ def members_of(*paths: Path) -> Members:
                 assert file is not None
                 found.append((info.name, file.read()))
     return found
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder, hidden ones too."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def tars(folder: Path) -> list[Path]:
@@ -372,10 +368,47 @@ def test_rows_stand_beside(scored: pd.DataFrame, tmp_path: Path) -> None:
     assert [len(t) for t in tables] == [s["count"] for s in stats]
     found = pa.concat_tables(tables).to_pylist()
     expected = pa.Table.from_pandas(scored, preserve_index=False).to_pylist()
-    assert found == [{k: None if v != v else v for k, v in row.items()} for row in expected]
+    expected = [{k: None if v != v else v for k, v in row.items()} for row in expected]
+    lie = ["shard", "offset", "nbytes", "sample_offset", "sample_nbytes"]
+    came = [f"source_{name}" for name in ("shard", "sample_offset", "sample_nbytes")]
+    assert [[row[name] for name in came] for row in found] == [
+        [row[name.removeprefix("source_")] for name in came] for row in expected
+    ]
+    assert [{k: v for k, v in row.items() if k not in lie + came} for row in found] == [
+        {k: v for k, v in row.items() if k not in lie} for row in expected
+    ]
     in_pandas = pd.read_parquet(tmp_path / "out" / "00000.parquet")
-    assert list(in_pandas.columns) == list(scored.columns)
+    assert list(in_pandas.columns) == [*scored.columns, *came]
     assert in_pandas["key"].tolist() == scored["key"].tolist()[: len(in_pandas)]
+
+
+@pytest.mark.parametrize("seen", [[], ["offset", "nbytes"], ["nbytes", "ext"]])
+def test_rows_say_where_their_samples_lie_in_the_curated_tar(
+    scored: pd.DataFrame, seen: list[str], tmp_path: Path
+) -> None:
+    """As an index of that tar by `read_webdataset` does; columns that the frame did not have are not added."""
+    stats = dic.to_webdataset(scored.drop(columns=seen), tmp_path / "out", max_count=6)
+    shards = [str(tmp_path / "out" / s["shard"]) for s in stats]
+    table = pa.concat_tables(pq.read_table(s.removesuffix("tar") + "parquet") for s in shards)
+    names = ["key", "shard", "sample_offset", "sample_nbytes", "offset", "nbytes", "ext", "caption"]
+    names = [name for name in names if name not in seen]
+    expected = dic.read_webdataset(shards, backend="pandas").compute()
+    assert table.select(names).to_pylist() == get_backend("pandas").to_arrow(expected[names]).to_pylist()
+    assert not set(seen) & set(table.column_names)
+    assert table["source_shard"].to_pylist() == scored["shard"].tolist()
+
+
+def test_curated_shards_are_written_again_without_their_sources(sources: list[Path], tmp_path: Path) -> None:
+    """From the rows beside them, as any reader of Parquet has them."""
+    dic.to_webdataset(read(*sources), tmp_path / "first", max_count=6)
+    first = members_of(*tars(tmp_path / "first"))
+    shutil.rmtree(sources[0].parent)
+    files_ = str(tmp_path / "first" / "*.parquet")
+    dic.to_webdataset(dd.read_parquet(files_), tmp_path / "second", max_count=4)
+    assert members_of(*tars(tmp_path / "second")) == first
+    second = dic.read_scores(tmp_path / "second").compute()
+    assert set(second["source_shard"]) == {str(path) for path in tars(tmp_path / "first")}
+    assert [problem for _, problem in verify(str(tmp_path / "second"))] == [None] * len(tars(tmp_path / "second"))
 
 
 def test_duckdb_reads_the_rows(scored: pd.DataFrame, tmp_path: Path) -> None:
@@ -416,7 +449,7 @@ def test_same_partitions_same_bytes(scored: pd.DataFrame, npartitions: int, tmp_
     for name, scheduler in (("1", "threads"), ("2", "synchronous")):
         with dask.config.set(scheduler=scheduler):
             dic.to_webdataset(df, tmp_path / name, max_count=6)
-        assert tree(tmp_path / name) == tree(tmp_path / "0")
+        assert contents(tmp_path / name) == contents(tmp_path / "0")
     dic.to_webdataset(scored, tmp_path / "whole", max_count=6)
     assert members_of(*tars(tmp_path / "0")) == members_of(*tars(tmp_path / "whole"))
 
@@ -441,10 +474,12 @@ def test_same_bytes_of_a_table_of_many_pages(tmp_path: Path) -> None:
     frame = read(source).compute()
     vectors = np.random.default_rng(0).normal(size=(n, width)).astype(np.float32)
     frame["embedding"] = pd.Series(pd.array(list(vectors), dtype=pd.ArrowDtype(pa.list_(pa.float32()))))
-    for name, frames in (("whole", [frame]), ("cut", [frame.iloc[:1500], frame.iloc[1500:1501], frame.iloc[1501:]])):
-        (tmp_path / name).mkdir()
-        write_shard(0, frames, WriteSpec(str(tmp_path / name)))
-    assert tree(tmp_path / "whole") == tree(tmp_path / "cut")
+    out, found = tmp_path / "out", []
+    out.mkdir()
+    for frames in ([frame], [frame.iloc[:1500], frame.iloc[1500:1501], frame.iloc[1501:]]):
+        assert not write_shard(0, frames, WriteSpec(str(out)), resume=False)["resumed"]
+        found.append(tree(out))
+    assert found[0] == found[1]
 
 
 def test_objects_and_categories_survive(sources: list[Path], tmp_path: Path) -> None:
@@ -466,7 +501,8 @@ def test_objects_and_categories_survive(sources: list[Path], tmp_path: Path) -> 
     spec = WriteSpec(str(tmp_path / "cut"))
     (tmp_path / "cut").mkdir()
     write_shard(0, parts, spec)
-    assert pq.read_table(tmp_path / "cut" / "00000.parquet").equals(table)
+    cut = pq.read_table(tmp_path / "cut" / "00000.parquet")
+    assert cut.drop_columns("shard").equals(table.drop_columns("shard"))
 
 
 # --- samples whose members lie apart --------------------------------------------------------------
@@ -736,7 +772,7 @@ def test_what_is_written_anew(frame: pd.DataFrame, spec: WriteSpec, sources: lis
     clean = Path(spec.folder).with_name("clean")
     clean.mkdir()
     write_shard(0, [rows], WriteSpec(str(clean)))
-    assert tree(out) == tree(clean)
+    assert contents(out) == contents(clean)
 
 
 def rewrite(path: Path, samples: list[Members]) -> None:
@@ -858,7 +894,7 @@ def test_killed_at_any_moment(sources: list[Path], tmp_path: Path) -> None:
             assert stats["sha256"] == hashlib.sha256((folder / "00000.tar").read_bytes()).hexdigest()
         files.remove_partial(str(folder))
         write_shard(0, [frame.iloc[:5]], WriteSpec(str(folder)))
-        assert tree(folder) == tree(clean)
+        assert contents(folder) == contents(clean)
 
 
 def test_existing_folder(sources: list[Path], tmp_path: Path) -> None:

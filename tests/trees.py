@@ -1,0 +1,23 @@
+"""What folders hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, hidden ones too."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file, and of Parquet files what they hold wherever the folder lies: curated rows say where their tar is."""
+
+    def table(path: Path) -> str:
+        found = pq.read_table(path)
+        return f"{found.schema.metadata} {found.schema.remove_metadata()} {found.to_pylist()}".replace(str(folder), "")
+
+    return tree(folder) | {str(path.relative_to(folder)): table(path) for path in folder.rglob("*.parquet")}
