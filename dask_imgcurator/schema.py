@@ -41,7 +41,7 @@ COLUMNS: Mapping[str, Column] = {
             pa.string(),
             "read",
             True,
-            "webdataset `__key__`; null in the row that reports an unreadable shard",
+            "webdataset `__key__`; empty in the row that reports an unreadable shard",
         ),
         Column("shard", pa.string(), "read", False, "URL of the tar"),
         Column("offset", pa.int64(), "read", False, "where the image member's data begin in the tar, bytes"),

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ..schema import COLUMNS, is_list, is_ours
+from ..schema import COLUMNS, is_list, is_ours, plain_type
 
 if TYPE_CHECKING:
     import torch
@@ -34,30 +34,20 @@ class _ListDtype(pd.api.extensions.ExtensionDtype):
         return pd.ArrowDtype(type_)
 
 
-_NULLABLE = {
-    pa.bool_(): pd.BooleanDtype(),
-    **{
-        getattr(pa, f"{u}int{n}")(): pd.api.types.pandas_dtype(f"{u.upper()}Int{n}")
-        for u in ("", "u")
-        for n in (8, 16, 32, 64)
-    },
-}
-
-
 def _pandas_dtype(field: pa.Field) -> Any:
     """Dtype of a column, chosen so that null stays null and numbers keep their width."""
     type_ = field.type
     if pa.types.is_string(type_) or pa.types.is_large_string(type_):
         return pd.StringDtype("pyarrow")
-    if field.nullable and type_ in _NULLABLE:
-        return _NULLABLE[type_]
+    if field.nullable and (pa.types.is_integer(type_) or pa.types.is_boolean(type_)):
+        return pd.ArrowDtype(type_)  # Dask's quantiles know these, and not pandas' own nullable types
     if any(getattr(pa.types, f"is_{kind}")(type_) for kind in ("nested", "decimal", "date", "time", "binary")):
-        return pd.ArrowDtype(type_)  # objects otherwise, of which Dask makes text
+        return pd.ArrowDtype(plain_type(type_))  # objects otherwise, of which Dask makes text
     return None
 
 
 def from_arrow(table: pa.Table) -> pd.DataFrame:
-    """Make a pandas frame; a field's nullability decides between ``int32`` and ``Int32``."""
+    """Make a pandas frame; a field's nullability decides between ``int32`` and ``int32[pyarrow]``."""
     columns = {}
     for field, column in zip(table.schema, table.columns, strict=True):
         dtype = _pandas_dtype(field)

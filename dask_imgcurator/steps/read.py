@@ -112,7 +112,8 @@ def _index_rows(url: str, spec: ReadSpec) -> Iterator[dict[str, Any]]:
             for sample in index.samples:
                 yield _row(url, sample, file, spec)
     if index.error is not None:
-        blank: dict[str, Any] = {"shard": url, **dict.fromkeys(_EXTENT_COLUMNS, 0)}
+        # No null: Dask's `set_index` does not take one.
+        blank: dict[str, Any] = {"key": "", "shard": url, **dict.fromkeys(_EXTENT_COLUMNS, 0)}
         if index.broken is not None:
             blank |= {"key": index.broken.key, "sample_offset": index.broken.offset}
         yield {**blank, "status": "read_error", "error_message": index.error}

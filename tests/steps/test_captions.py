@@ -365,7 +365,7 @@ def test_caption_lengths() -> None:
     found = dic.caption_stats(frame)
     assert found["caption_words"].tolist() == [3, 0, pd.NA, 2, 2, 1, 2, 2]
     assert found["caption_chars"].tolist() == [9, 0, pd.NA, 12, 10, 4, 7, 3]
-    assert [str(found[f"caption_{n}"].dtype) for n in ("words", "chars")] == ["Int32", "Int32"]
+    assert [str(found[f"caption_{n}"].dtype) for n in ("words", "chars")] == ["int32[pyarrow]"] * 2
     df = dic.caption_stats(dd.from_pandas(frame.reset_index(drop=True), npartitions=2))
     assert df.dtypes.astype(str).tolist() == found.dtypes.astype(str).tolist()
     with dask.config.set(scheduler="sync"):

@@ -1125,7 +1125,7 @@ def cut_off(cut: Any, key: str | None, kept: int) -> Odd:
 
 def cut_between(last_sample: dict[str, bytes]) -> Odd:
     odd = whole("a", "b", "c", cut=lambda blob, last: blob[: last.offset])
-    odd.rows.append((None, "read_error"))
+    odd.rows.append(("", "read_error"))
     odd.samples[-1] = ("c", last_sample)
     return odd
 
@@ -1155,8 +1155,8 @@ ODD: dict[str, Odd] = {
     ),
     "cut between members": cut_between({"jpg": noise(2, 702)}),
     "nothing": Odd([], [], []),
-    "0 bytes": Odd([], [(None, "read_error")], [], cut=lambda blob, last: b""),
-    "gzip": Odd([("a.jpg", b"A")], [(None, "read_error")], [], cut=lambda blob, last: gzip.compress(blob)),
+    "0 bytes": Odd([], [("", "read_error")], [], cut=lambda blob, last: b""),
+    "gzip": Odd([("a.jpg", b"A")], [("", "read_error")], [], cut=lambda blob, last: gzip.compress(blob)),
 }
 
 
