@@ -28,8 +28,8 @@ from ..steps.read import URLPath
 from ..steps.score_table import ScoreFiles, check_makers, open_scores, scores_from_files
 from ..steps.write import Group, check_keys, plan_write, run_write, write_spec
 from ..storage import files
-from ..storage.curated import check_replaced
-from ..storage.urls import expand
+from ..storage.curated import Finished, check_replaced, find_finished, remember_finished
+from ..storage.urls import expand, fingerprint
 from .score import MissingShardsError, Scored, measure_files, score_into
 
 
@@ -38,11 +38,14 @@ def _made(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in provenance.items() if name in (*COMMON, "added")}
 
 
-def write_scored(
-    client: Client | None, scored: Scored, last: Last, resume: bool, monitor: Monitor
-) -> list[dict[str, Any]]:
+def write_scored(client: Client | None, scored: Scored, last: Last, resume: bool, monitor: Monitor) -> Finished:
     """Write a score table's kept samples: `to_webdataset` of the filtered table, without holding it."""
     assert last.spec is not None
+    if resume and (before := find_finished(last.spec, scored.decides(last.kind))):
+        monitor.writing(len(before.written))
+        for stats in before.written:
+            monitor.wrote(stats)
+        return before
     read = replace(scored.read, keep=last.settled)
 
     def regroup(groups: Sequence[Group], columns: Sequence[str] | None) -> dd.DataFrame:
@@ -58,7 +61,9 @@ def write_scored(
             done[number] = written
             for stats in written:
                 monitor.wrote(stats)
-    return [stats for number in sorted(done) for stats in done[number]]
+    written = [stats for number in sorted(done) for stats in done[number]]
+    remember_finished(last.spec, scored.decides(last.kind), written)
+    return Finished(written, "")
 
 
 def write_selection(
@@ -128,8 +133,8 @@ def write_selection(
     last = Last(settled_where(parsed), replace(spec, made=_made(table.shared)))
     with files.no_partial(spec.folder), place(client, read.backend, monitor) as lent:
         found = measure_files(lent, table.urls, last, read)
-        scored = Scored(table.urls, [found[url] for url in table.urls], read)
-        return scored.counts, write_scored(lent, scored, last, resume, monitor)
+        scored = Scored(table.urls, [found[url] for url in table.urls], read, dict.fromkeys(table.urls, ""))
+        return scored.counts, write_scored(lent, scored, last, resume, monitor).written
 
 
 def curate(
@@ -223,12 +228,17 @@ def curate(
             raise MissingShardsError(result, "; the curated shards are left as they are")
         scored = scored.readable
         last = replace(last, spec=replace(spec, made=_made(result.provenance)))
-        result.written = write_scored(lent, scored, last, resume, monitor)
+        finished = write_scored(lent, scored, last, resume, monitor)
+    result.written = finished.written
     result.seconds = time.perf_counter() - begin
     arguments = {"shards": urls, "out": folder, "where": where, **given.record}
     _record(folder, arguments, result, plan.storage_options)
     source_options = plan.read.storage_options
-    report.write_run_report(folder, scored.urls, where, result, plan.storage_options, source_options, plan.planned)
+    page = files.join(folder, "report.html")
+    if not finished.page or finished.page != fingerprint(page, plan.storage_options):
+        report.write_run_report(folder, scored.urls, where, result, plan.storage_options, source_options, plan.planned)
+        version = fingerprint(page, plan.storage_options)
+        remember_finished(spec, scored.decides(last.kind), result.written, version)
     if result.shards_missing and not allow_missing:
         raise MissingShardsError(result)
     return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -30,7 +32,7 @@ from ..steps.heads import score_partition
 from ..steps.read import URLPath, index_partition
 from ..steps.score_table import ScoreFile, ScoreFiles, file_provenance, scores_from_files, write_score_file
 from ..storage import files
-from ..storage.urls import expand, fingerprint
+from ..storage.urls import expand, fingerprint, marks_changes
 
 # --- the graph ------------------------------------------------------------------------------------
 
@@ -102,6 +104,7 @@ class Scored:
     urls: list[str]
     measured: list[Measured]
     read: ScoreFiles  # how to read them
+    versions: Mapping[str, str]  # of these files, and of the shards that they are of
     lost: Collection[str] = ()
 
     @property
@@ -113,7 +116,13 @@ class Scored:
     def readable(self) -> Scored:
         """The files whose samples can be copied."""
         pairs = [(url, one) for url, one in zip(self.urls, self.measured, strict=True) if url not in self.lost]
-        return Scored([url for url, _ in pairs], [one for _, one in pairs], self.read)
+        return Scored([url for url, _ in pairs], [one for _, one in pairs], self.read, self.versions)
+
+    def decides(self, kind: str) -> str:
+        """Hash of all that decides what is written of the kept rows; empty if some of it is not known."""
+        if not all(map(marks_changes, self.versions.values())):
+            return ""
+        return hashlib.sha256(json.dumps([kind, self.urls, sorted(self.versions.items())]).encode()).hexdigest()
 
 
 def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan, last: Last, run_of: Run) -> Scored:
@@ -143,7 +152,9 @@ def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan
     measured = {table: one.measured for table, one in done.items()} | found
     measured |= {table: Measured.from_record(one) for table, one in known.items() if one is not None}
     lost = {work.targets[url].url for url in work.missing if url in work.targets}
-    scored = Scored(tables, [measured[table] for table in tables], read, lost)
+    versions = {target.shard: target.version for target in work.targets.values()}
+    versions |= {table: done[table].version if table in done else there.versions[table] for table in tables}
+    scored = Scored(tables, [measured[table] for table in tables], read, versions, lost)
     tell(scored.measured, read.schema, plan, monitor)
     return scored
 

@@ -22,7 +22,7 @@ from ..schema import METADATA_KEY, arrow_schema, columns_of
 from . import files
 from .samples import format_idx
 from .tar_copy import Copied, WriteError, write_tar
-from .urls import fingerprint
+from .urls import fingerprint, marks_changes, versions_in
 
 #: Columns that the writer needs.
 LOCATORS = ("key", "shard", "sample_offset", "sample_nbytes")
@@ -144,6 +144,46 @@ def _content(table: pa.Table, sources: Iterable[str], spec: WriteSpec) -> str:
         digest.update(f"{url} {fingerprint(url, spec.source_options)}\n".encode())
     digest.update(_to_parquet(table, "none"))
     return digest.hexdigest()
+
+
+# --- what is remembered of a finished folder ------------------------------------------------------
+
+_MEMORY = ".written.json"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What an earlier run wrote, and is still there as it was; `page`: version of the report that it made of it."""
+
+    written: list[dict[str, Any]]
+    page: str
+
+
+def find_finished(spec: WriteSpec, of: str) -> Finished | None:
+    """Find out without opening a shard whether what is to be written is there; `of`: hash of all that decides it."""
+    try:
+        memory = json.loads(files.read_text(files.join(spec.folder, _MEMORY), spec.storage_options) or "{}")
+    except ValueError:
+        return None
+    if not of or memory.get("of") != of or memory["files"] != _versions(spec):
+        return None
+    return Finished([{**stats, "resumed": True} for stats in memory["written"]], memory["page"])
+
+
+def remember_finished(spec: WriteSpec, of: str, written: Sequence[Mapping[str, Any]], page: str = "") -> None:
+    """Remember what was written, for `find_finished`."""
+    versions = _versions(spec)
+    if of and all(map(marks_changes, versions.values())):
+        memory = {"of": of, "files": versions, "written": written, "page": page}
+        _write(files.join(spec.folder, _MEMORY), json.dumps(memory, ensure_ascii=False).encode(), spec)
+
+
+def _versions(spec: WriteSpec) -> dict[str, str]:
+    """Versions of a folder's curated shards and what belongs to them, by name."""
+    there = {
+        url.rpartition("/")[2]: version for url, version in versions_in(spec.folder, "", spec.storage_options).items()
+    }
+    return {name: version for name, version in there.items() if _NAME.fullmatch(name)}
 
 
 # --- the folder -----------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def find_version(url: str, storage_options: Mapping[str, Any] | None = None) -> 
 
 
 def find_versions(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[str | None]:
-    """Identify versions of many files; None: it cannot be found out now."""
+    """Versions of many files, as `find_version` has them; None: it cannot be found out now."""
     listed: dict[str, str] = {}
     for folder, n in Counter(parent(url) for url in urls if not is_local(url)).items():
         if n >= _MANY and not folder.startswith("http"):
@@ -254,8 +254,8 @@ def versions_in(folder: str, suffix: str, storage_options: Mapping[str, Any] | N
 
 
 def marks_changes(version: str) -> bool:
-    """Whether a version tells more than a file's size."""
-    return not version.endswith("=")
+    """Whether a version is known, and tells more than a file's size."""
+    return version.rpartition("=")[2] != ""
 
 
 def parent(url: str) -> str:

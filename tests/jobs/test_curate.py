@@ -55,7 +55,7 @@ def finished(made: SampleShards, client: Any, tmp_path_factory: pytest.TempPathF
 
 def tree(folder: Path) -> dict[str, str]:
     """Hash of every file in a folder."""
-    paths = [p for p in sorted(folder.iterdir()) if p.name != ".files.json"]  # what is remembered of the others
+    paths = [p for p in sorted(folder.iterdir()) if p.name not in (".files.json", ".written.json")]
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 

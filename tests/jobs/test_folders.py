@@ -58,7 +58,7 @@ def keys(folder: Path) -> list[str]:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """What a folder holds, but for what is only remembered of it."""
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != ".files.json"}
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in (".files.json", ".written.json")}
 
 
 def command(*arguments: Any) -> subprocess.CompletedProcess[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,45 @@ def test_what_is_remembered_of_a_file_holds_while_it_is_the_same(
     pq.write_table(table.replace_schema_metadata({b"imgcurator": json.dumps(metadata).encode()}), two)
     again = score(shards, out, client)
     assert (again.shards_scored, again.samples) == (1, 3)
+
+
+def test_a_rerun_writes_nothing_and_notices_what_changed(made: SampleShards, tmp_path: Path, client: Client) -> None:
+    shards, out = [tmp_path / p.name for p in made.shards[:3]], tmp_path / "run"
+    for shard, path in zip(shards, made.shards, strict=False):
+        shutil.copy(path, shard)
+
+    def again(**options: Any) -> Any:
+        given = {"model": "starter", "dtype": "float32", "measures": False, "backend": "pandas", **options}
+        return dic.curate([str(p) for p in shards], out, client=client, max_count=2, **given)
+
+    def files() -> dict[Path, int]:
+        names = [p for p in out.rglob("*") if p.is_file() and p.name != "run.json"]
+        return {p.relative_to(out): p.stat().st_mtime_ns for p in names}
+
+    def tars() -> list[bytes]:
+        return [p.read_bytes() for p in sorted((out / "shards").glob("*.tar"))]
+
+    again()
+    before, content = files(), tars()
+    assert len(content) == 2
+    assert [one["resumed"] for one in again().written] == [True, True]
+    assert files() == before
+    for name in ("shards/00000.tar", "shards/00001.parquet", "report.html", "shards/.written.json"):
+        (out / name).unlink()
+        again()
+        assert files().keys() == before.keys()
+        assert tars() == content
+    with (out / "shards" / "00000.tar").open("r+b") as file:
+        file.truncate(512)
+    again(resume=False)
+    assert tars() == content
+    assert again(where="width < 0").written == []
+    assert tars() == []
+    again()
+    assert tars() == content
+    shutil.copy(made.shards[4], shards[0])
+    assert again().shards_scored == 1
+    assert tars()[0] != content[0]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"footers": {"00000.parquet": 1}}', '{"schemas": ["AAAA"]}'])
