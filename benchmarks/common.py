@@ -49,8 +49,8 @@ def settle_options(args: argparse.Namespace) -> tuple[list[str], Any, Any, int]:
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
     """End the script with a line instead of a traceback, where the user can mend it."""
+    from dask_imgcurator.clusters.faults import JobError
     from dask_imgcurator.engine.backend import BackendError
-    from dask_imgcurator.engine.run import JobError
     from dask_imgcurator.models import ModelError
 
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class ShardProgress:
     """Adds up events, which arrive in the client's event loop, and results, which arrive in the caller's thread."""
 
     def __init__(self, monitor: Monitor, total: int) -> None:
-        self.state = Progress(total_shards=total)
+        self.state, self.last = Progress(total_shards=total), time.monotonic()
         self._monitor = monitor
         self._seen: dict[str, Mapping[str, Any]] = {}
         self._totals: Counter[str] = Counter()
@@ -89,7 +90,7 @@ class ShardProgress:
             before = self._seen.get(counts["shard"], {})
             if before.get("finished"):
                 return
-            self._seen[counts["shard"]] = counts
+            self._seen[counts["shard"]], self.last = counts, time.monotonic()
             for name in ("rows", "done", "errors"):
                 self._totals[name] += counts[name] - before.get(name, 0)
             self.state.images, self.state.errors = self._totals["done"], self._totals["errors"]

@@ -15,8 +15,8 @@ PACKAGE = Path(dask_imgcurator.__file__).parent
 
 #: Each imports only from those that stand before it, and from itself.
 FLOORS = """
-config schema json_fields results plugins monitor storage engine images models steps select duplicates similarity
-exports report runs jobs checks cli
+config schema json_fields results plugins monitor storage clusters engine images models steps select duplicates
+similarity exports report runs jobs checks cli
 """.split()
 
 RAPIDS = {"cudf", "cupy", "rmm", "dask_cuda", "dask_cudf", "pylibcudf", "cuml", "cuvs", "raft", "kvikio", "numba_cuda"}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import platform
 import signal
 import sys
 import tempfile
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def _plain_errors(resumes: Callable[[], bool] = lambda: False) -> Iterator[None]
 
 def _failure(err: Exception, kept: Callable[[str], str]) -> Failure:
     # Imported here: an error is rare, and these take seconds.
-    from ..engine.run import JobError
+    from ..clusters.faults import JobError
     from ..models.weights import WeightsError
     from ..storage.tar_copy import WriteError
 
@@ -77,9 +78,9 @@ def _is_told(err: BaseException) -> bool:
     """Whether an error's message is for the user: this library's own, the system's, and Arrow's on files."""
     from pyarrow import ArrowException
 
+    from ..clusters.faults import JobError
     from ..engine.backend import BackendError
     from ..engine.device import is_out_of_memory
-    from ..engine.run import JobError
     from ..models.weights import WeightsError
     from ..storage.tar_copy import WriteError
 
@@ -97,7 +98,7 @@ def _text(err: BaseException) -> str:
     """An error in words; the traceback of an unexpected one is saved."""
     from pyarrow import ArrowException
 
-    from ..engine.run import JobError
+    from ..clusters.faults import JobError
 
     known = _is_told(err)
     if known and isinstance(err, OSError) and err.strerror and err.filename:
@@ -127,12 +128,34 @@ class PlainGroup(click.Group):
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        def stop(*_: object) -> None:
-            raise KeyboardInterrupt
-
         if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold what the terminal cannot show
             sys.stdout.reconfigure(errors="backslashreplace")
-        with contextlib.suppress(ValueError):  # Only the main thread may set it.
-            signal.signal(signal.SIGTERM, stop)
-        with _plain_errors(lambda: ctx.invoked_subcommand in _RESUMING):
+        with _stoppable(), _plain_errors(lambda: ctx.invoked_subcommand in _RESUMING):
             return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Stop in an orderly way at the first Ctrl-C or SIGTERM, and at once at the second, whatever hangs."""
+
+    def stop(*_: object) -> None:
+        _set_handlers(dict.fromkeys(before, at_once))
+        raise KeyboardInterrupt
+
+    def at_once(*_: object) -> None:
+        os.write(2, b"dask-imgcurator: stopped at once.\n")
+        os._exit(FAILED)  # workers that this process started end with it
+
+    try:
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in signals if signal.getsignal(number) != signal.SIG_IGN}
+        _set_handlers(dict.fromkeys(before, stop))
+    except ValueError:  # only the main thread may set them
+        before = {}
+    yield
+    _set_handlers(before)  # what was stopped stays so while Python ends
+
+
+def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -38,9 +38,10 @@ class _OwnerClient(Client):
         self.register_plugin(_ListColumns())
 
     def close(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().close(*args, **kwargs)
-        self._started_cluster.close()
-        return result
+        try:
+            return super().close(*args, **kwargs)
+        finally:
+            self._started_cluster.close()
 
 
 def start_client(

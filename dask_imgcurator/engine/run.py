@@ -8,7 +8,6 @@ all partitions' results on the workers; `stream` brings larger ones here one by 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,11 +18,11 @@ import dask
 import dask.dataframe as dd
 import pandas as pd
 from dask.system import CPU_COUNT
-from dask.utils import parse_timedelta
-from distributed import Client, Future, futures_of, get_client, get_worker
+from distributed import Client, Future, futures_of, get_client
 from distributed.scheduler import KilledWorker
 
-from .. import config
+from ..clusters.faults import JobError, WorkerFault
+from ..clusters.watch import Watch
 from ..monitor import Monitor
 from ..storage import files
 from .backend import is_dask
@@ -36,39 +35,10 @@ Place: TypeAlias = Client | str | int | None
 #: Shards in one graph. Larger graphs buy nothing; with two in flight, scheduler and client hold a few thousand tasks.
 WAVE = 1000
 
-#: Seconds after which a run that hears nothing looks for workers, and after which one without any says so.
-_LOOK, _TOLD = 10, 30
-
-_log = logging.getLogger(__name__)
-
 _FAN_IN = 16
 
 #: From so many failures on, a run of which nearly everything fails is stopped.
 _MOST_FAULTS = 8
-
-
-class JobError(RuntimeError):
-    """The run could not finish; what is finished is kept."""
-
-
-class WorkerFault(JobError):
-    """What a worker could not read or write, though others perhaps can; `worker` is its address."""
-
-    def __init__(self, message: str, worker: str = "") -> None:
-        super().__init__(message, worker)
-        self.worker = worker
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-def worker_fault(err: OSError) -> WorkerFault:
-    """Make an error of this machine, where it is one, tell where it happened."""
-    try:
-        worker = str(get_worker().address)
-    except ValueError:  # not in a task
-        worker = ""
-    return WorkerFault(f"{os.uname().nodename}: {type(err).__name__}: {err}", worker)
 
 
 # --- where ----------------------------------------------------------------------------------------
@@ -174,6 +144,7 @@ def _to_own_row(frame: Any, own: pd.DataFrame, writer: str, function: Callable[.
 class _Aside:
     """Partitions that could not be done and are set aside while others go on: by workers that died, or say why."""
 
+    pulse: Callable[[], float]  # when a partition last did something
     lost: list[str] = field(default_factory=list)
     faults: dict[str, WorkerFault] = field(default_factory=dict)
 
@@ -193,16 +164,17 @@ def run(
     again: Callable[[Sequence[str]], Wave] | None = None,
     label: Callable[[str], str] = str,
     build: Callable[[Sequence[str]], dd.DataFrame] | None = None,
+    pulse: Callable[[], float] = float,
 ) -> Generator[tuple[str, Any], None, None]:
     """Compute graphs, two at a time, and yield the name and result of each partition as it is done."""
     # A partition whose workers died more often than Dask allows is set aside while the others go on, then done once
     # more by the graph that `again` makes. One that its worker could not read is done on another machine, by the graph
     # that `build` makes. Any other error stops the run with a `JobError`: it would hit the other partitions too (a full
-    # disk). `what` and `label` say what is done to which partition.
+    # disk). `what` and `label` say what is done to which partition; `pulse`, when one of them last made progress.
     if client is None:
         yield from _run_in_threads(waves, what)
         return
-    aside = _Aside()
+    aside = _Aside(pulse)
     yield from _run_on(client, waves, what, label, aside)
     if aside.lost and again is not None:
         retried = list(aside.lost)
@@ -253,7 +225,7 @@ def _run_on(
 ) -> Iterator[tuple[str, Any]]:
     done: SimpleQueue[Future] = SimpleQueue()
     running: dict[Any, tuple[str, Future]] = {}
-    waiting = iter(waves)
+    watch, waiting = Watch(client, what, aside.pulse), iter(waves)
     finished = 0
 
     def submit() -> bool:
@@ -273,7 +245,7 @@ def _run_on(
         while running:
             if more and len(running) <= WAVE:
                 more = submit()
-            ready = [_next(client, done, what)]
+            ready = [_next(done, watch, lambda: {key: label(name) for key, (name, _) in running.items()})]
             while not done.empty():
                 ready.append(done.get())
             for name, future in [running.pop(future.key) for future in ready]:
@@ -297,31 +269,14 @@ def _run_on(
             client.cancel([future for _, future in running.values()], force=True)
 
 
-def _next(client: Client, done: SimpleQueue[Future], what: str) -> Future:
-    """Wait for a partition to be done, as long as there are workers, or may be again."""
+def _next(done: SimpleQueue[Future], watch: Watch, running: Callable[[], dict[Any, str]]) -> Future:
+    """Wait for a partition to be done, as long as something moves, or may again."""
+    watch.moved()
     while True:
         try:
-            return done.get(timeout=_LOOK)
+            return done.get(timeout=watch.wait)
         except Empty:
-            if not client.nthreads():
-                require_workers(client, what)
-
-
-def require_workers(client: Client, what: str) -> None:
-    """Wait until there is a worker, for as long as the settings say; `JobError` then."""
-    limit, address = parse_timedelta(config.get("worker-timeout")), client.scheduler_info()["address"]
-    told = min(_TOLD, limit)
-    try:
-        return client.wait_for_workers(1, timeout=told)
-    except TimeoutError:
-        if limit > told:
-            _log.warning("No worker for %s at %s: waiting %.0f s for one", what, address, limit - told)
-    try:
-        return client.wait_for_workers(1, timeout=max(limit - told, 0.1))  # 0 would be for ever
-    except TimeoutError:
-        raise JobError(
-            f"no worker for {what} at {address} for {limit:.0f} s (imgcurator.worker-timeout): start one"
-        ) from None
+            watch.look(running())
 
 
 def _stop_if_all_fail(client: Client, aside: _Aside, doing: str) -> None:

@@ -15,8 +15,10 @@ import dask.dataframe as dd
 import pyarrow as pa
 from distributed import Client
 
+from ..clusters.faults import JobError, worker_fault
+from ..clusters.watch import require_workers
 from ..engine.cache import cache
-from ..engine.run import JobError, Place, Wave, place, require_workers, results, run, tasks, waves, worker_fault
+from ..engine.run import Place, Wave, place, results, run, tasks, waves
 from ..models import ModelError
 from ..models.weights import WeightsError
 from ..monitor import Monitor, ShardProgress
@@ -211,7 +213,8 @@ def _score(
 
     client.subscribe_topic(plan.embed.topic, lambda event: progress.update(event[1]))
     try:
-        for url, written in run(client, waves(list(todo), build), "scoring", again, build=build):
+        graphs, pulse = waves(list(todo), build), lambda: progress.last
+        for url, written in run(client, graphs, "scoring", again, build=build, pulse=pulse):
             done[todo[url].url] = written
             progress.finish(url, written.measured.counts)
     except JobError as err:

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from .. import config
+from ..clusters.faults import worker_fault
 from ..engine.backend import Backend, backend_of
 from ..engine.cluster import log_event, turn
 from ..engine.frames import apply_step, require_columns
-from ..engine.run import worker_fault
 from ..images import quality
 from ..images.formats import BadImage
 from ..images.pillow import is_deep

@@ -14,9 +14,9 @@ import dask.dataframe as dd
 import pyarrow as pa
 from dask.base import tokenize
 
+from ..clusters.faults import worker_fault
 from ..engine.backend import get_backend, resolve_name
 from ..engine.frames import from_map
-from ..engine.run import worker_fault
 from ..json_fields import FIELD_TYPES, JsonField, as_type, parse_columns, type_of
 from ..schema import arrow_schema, columns_of
 from ..storage.samples import Sample, ShardIndex, as_utf8

@@ -21,9 +21,10 @@ import dask.dataframe as dd
 import pyarrow as pa
 from distributed import Client
 
+from ..clusters.faults import JobError
 from ..engine.backend import backend_of, is_dask
 from ..engine.frames import meta_of, objects_stay, require_columns
-from ..engine.run import JobError, Wave, current_client, results, run, waves
+from ..engine.run import Wave, current_client, results, run, waves
 from ..schema import kinds_of_schema
 from ..storage import files
 from ..storage.curated import (

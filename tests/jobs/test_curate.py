@@ -24,7 +24,7 @@ from trees import contents
 import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
 from dask_imgcurator.cli.main import cli
-from dask_imgcurator.engine.run import JobError
+from dask_imgcurator.clusters.faults import JobError
 from dask_imgcurator.monitor import Monitor, Progress
 from dask_imgcurator.results import RunResult
 from dask_imgcurator.runs import plan as planning

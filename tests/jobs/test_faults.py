@@ -21,8 +21,8 @@ from distributed import Client
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
-from dask_imgcurator.engine import run
-from dask_imgcurator.engine.run import JobError
+from dask_imgcurator.clusters import watch
+from dask_imgcurator.clusters.faults import JobError
 from dask_imgcurator.monitor import Monitor, Progress
 
 OPTIONS: dict[str, Any] = {"model": "starter", "dtype": "float32", "backend": "pandas"}
@@ -109,7 +109,7 @@ def test_a_run_without_workers_ends(made: SampleShards, tmp_path: Path, monkeypa
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
 
-    monkeypatch.setattr(run, "_LOOK", 1)
+    monkeypatch.setattr(watch, "LOOK", 1)
     with cluster(tmp_path, [("", {})]) as client, dask.config.set({"imgcurator.worker-timeout": "3s"}):
         pids = set(client.run(os.getpid).values())
         urls = [str(p) for p in made.shards]

@@ -19,7 +19,7 @@ from distributed import Client
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import make_sample_shards
-from dask_imgcurator.engine.run import JobError
+from dask_imgcurator.clusters.faults import JobError
 from dask_imgcurator.jobs.score import MissingShardsError
 from dask_imgcurator.monitor import Monitor
 from dask_imgcurator.schema import METADATA_KEY

@@ -21,7 +21,7 @@ from servers import OPTIONS, S3, Request, plain_server, s3_server
 import dask_imgcurator as dic
 from dask_imgcurator.checks import verify
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
-from dask_imgcurator.engine.run import JobError
+from dask_imgcurator.clusters.faults import JobError
 from dask_imgcurator.storage import files, remote
 from dask_imgcurator.storage.tar_index import open_shard
 from dask_imgcurator.storage.urls import HEAD

@@ -1,0 +1,31 @@
+"""Why a run could not finish."""
+
+from __future__ import annotations
+
+import os
+
+from distributed import get_worker
+
+
+class JobError(RuntimeError):
+    """The run could not finish; what is finished is kept."""
+
+
+class WorkerFault(JobError):
+    """What a worker could not read or write, though others perhaps can; `worker` is its address."""
+
+    def __init__(self, message: str, worker: str = "") -> None:
+        super().__init__(message, worker)
+        self.worker = worker
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def worker_fault(err: OSError) -> WorkerFault:
+    """Make an error of this machine, where it is one, tell where it happened."""
+    try:
+        worker = str(get_worker().address)
+    except ValueError:  # not in a task
+        worker = ""
+    return WorkerFault(f"{os.uname().nodename}: {type(err).__name__}: {err}", worker)

@@ -1,0 +1,111 @@
+"""Whether a run goes on: what stands still and where, and the end of a run that does not move or has no workers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from threading import Thread
+from typing import Any, TypeVar
+
+from dask.utils import parse_timedelta
+from distributed import Client
+
+from .. import config
+from .faults import JobError
+
+T = TypeVar("T")
+
+#: Seconds after which a run that hears nothing looks for workers; after which one without any says so, and one in
+#: which nothing moves; and for which a scheduler is waited for.
+LOOK, _TOLD, _STANDS, _PATIENCE = 10, 30, 60, 30
+
+#: Workers, and parts on each, that a message names.
+_NAMED = 5
+
+_log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Watches a run that does `what`; `pulse` tells when a part last did something (`time.monotonic`)."""
+
+    def __init__(self, client: Client, what: str, pulse: Callable[[], float]) -> None:
+        self._client, self._what, self._pulse = client, what, pulse
+        self._limit = parse_timedelta(config.get("stall-timeout"))
+        self.wait = min(LOOK, self._limit / 4)  # seconds until a look
+        self.moved()
+
+    def moved(self) -> None:
+        """Something was finished, or begins."""
+        self._since, self._told = time.monotonic(), False
+
+    def look(self, running: Mapping[Any, str]) -> None:
+        """Look why nothing is finished; `running`: what people call the parts, by their keys."""
+        workers = _ask(self._client.nthreads)
+        if workers is not None and not workers:
+            require_workers(self._client, self._what)
+            self.moved()
+            return
+        self._since = max(self._since, self._pulse())
+        idle = time.monotonic() - self._since
+        if idle >= self._limit:
+            raise JobError(
+                f"nothing moved for {idle:.0f} s (imgcurator.stall-timeout) while {self._what} {self._where(running)}: "
+                "a native library may hang, or a file system; restart these workers"
+            )
+        if idle >= min(_STANDS, self._limit / 2) and not self._told:
+            self._told = True
+            doing = f"{self._what} {self._where(running)}"
+            _log.warning("Nothing moved for %.0f s while %s; waiting up to %.0f s", idle, doing, self._limit)
+
+    def _where(self, running: Mapping[Any, str]) -> str:
+        """The parts that stand, and the workers that have them."""
+        at = _ask(self._client.processing)
+        if at is None:
+            return f"{_first([*running.values()])} (the scheduler does not answer)"
+        places = [
+            f"{_first([running[key] for key in keys if key in running])} on {worker}"
+            for worker, keys in at.items()
+            if any(key in running for key in keys)
+        ]
+        return _first(places) if places else f"{_first([*running.values()])}, which no worker has"
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
+
+
+def _ask(question: Callable[[], T]) -> T | None:
+    """Ask the scheduler; None: it does not answer now."""
+    answer: Future[T] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except Exception as err:
+            answer.set_exception(err)
+
+    Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(_PATIENCE)
+    except (OSError, RuntimeError):  # no answer in time, or a connection that is closed
+        return None
+
+
+def require_workers(client: Client, what: str) -> None:
+    """Wait until there is a worker, for as long as the settings say; `JobError` then."""
+    limit, address = parse_timedelta(config.get("worker-timeout")), client.scheduler_info()["address"]
+    told = min(_TOLD, limit)
+    try:
+        return client.wait_for_workers(1, timeout=told)
+    except TimeoutError:
+        if limit > told:
+            _log.warning("No worker for %s at %s: waiting %.0f s for one", what, address, limit - told)
+    try:
+        return client.wait_for_workers(1, timeout=max(limit - told, 0.1))  # 0 would be for ever
+    except TimeoutError:
+        raise JobError(
+            f"no worker for {what} at {address} for {limit:.0f} s (imgcurator.worker-timeout): start one"
+        ) from None
