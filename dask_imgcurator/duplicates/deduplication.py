@@ -22,6 +22,7 @@ import pandas as pd
 from ..engine.backend import Backend, backend_of, local_backend
 from ..engine.frames import meta_of
 from ..schema import kind_of
+from ..steps.embed import warn_of_decoding
 from . import hashes
 from .cells import TOLERANCE, Cells, assign, default_cells, near_pairs, on_threads, train
 from .components import Forest, Pairs, component_roots, follow, joined, order_rows, strongest
@@ -147,6 +148,8 @@ def find_duplicates(
     names = {"sha256": sha256, "phash": phash, "embedding": embedding}
     options = _settle(df, Options(tiers, eps, max_distance, keep, lowest, rule, n_cells, probe, seed, names))
     columns = {column: names[column] for column in (_NEEDS[tier][0] for tier in options.tiers)}
+    used = [*columns.values(), *([options.keep] if options.keep else [])]
+    warn_of_decoding(df, [name for name in used if name in df.columns], "The search for duplicates")
     sources, index = [Source(df, columns, options.keep, lowest)], None
     if isinstance(against, str | os.PathLike):
         against = open_index(against, storage_options)

@@ -23,8 +23,8 @@ would have to keep one and drop the other, it raises `SelectionError`.
 
 Functions here read the columns that they rank by when they are called, once (twice where ties must be broken); what
 they return is lazy where the input is. Give them a score table (`read_scores`, of which only those columns are read) or
-``df.persist()``, not a lazy `embed` that would decode the images each time. ``df["key"].count()`` counts rows by one
-column; Dask's ``len(df)`` reads them all, embeddings too.
+``df.persist()``, not a lazy `embed` that would decode the images each time (they warn of it). ``df["key"].count()``
+counts rows by one column; Dask's ``len(df)`` reads them all, embeddings too.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ import pyarrow as pa
 
 from ..engine.run import reduce
 from ..results import Counts
+from ..steps.embed import warn_of_decoding
 from .ranks import arrow_type, find_ranks, value_order
 from .settle import Condition, Settled, begin, keys_of
 from .steps import RandomSample, Step, Ties, Top, expand_steps, share
@@ -51,7 +52,10 @@ Steps = str | Step | Iterable[str | Step]
 
 def settle(df: Any, steps: Steps, *, ok_only: bool = True, alone: bool = False) -> Settled:
     """Find the bounds of a selection on a frame, splitting expressions at ``and``; `alone`: also per step."""
-    return begin(df, _conditions(steps), ok_only).run(alone)
+    settling = begin(df, _conditions(steps), ok_only)
+    if any(condition.order is not None for condition in settling.settled.conditions):
+        warn_of_decoding(df, settling.settled.columns, "This selection")
+    return settling.run(alone)
 
 
 def _conditions(steps: Steps) -> list[Step]:
@@ -242,6 +246,7 @@ def quantile(df: Any, column: str, q: float | Sequence[float], *, where: str | W
     settling = begin(df, before, ok_only=False)
     at = len(settling.settled.conditions)
     settling.add(Condition(Top(column, 1), order))
+    warn_of_decoding(df, settling.settled.columns, "This quantile")
 
     def rank(share: Fraction, n: int) -> int:
         return max(1, math.ceil(share * n))
@@ -279,6 +284,8 @@ def funnel(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool =
     Conditions are counted in one pass over the columns that they use; steps that rank read theirs once before.
     """
     settled = settle(df, steps, ok_only=ok_only, alone=True)
+    if all(condition.order is None for condition in settled.conditions):  # else it was told
+        warn_of_decoding(df, [name for name in settled.columns if name in df.columns], "This funnel")
     counts = count(df, settled)
     ok = [("status == 'ok'", counts.readable, counts.readable)] if settled.ok_only else []
     own = [(step.condition, step.alone, step.left) for step in counts.funnel]

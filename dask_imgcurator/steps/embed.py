@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ import pyarrow as pa
 
 from .. import config
 from ..clusters.faults import worker_fault
-from ..engine.backend import Backend, backend_of
+from ..engine.backend import Backend, backend_of, is_dask
 from ..engine.cluster import log_event, turn
 from ..engine.frames import apply_step, require_columns
 from ..images import quality
@@ -213,6 +215,26 @@ def _progress(topic: str | None, urls: list[str]) -> Callable[[int, int], None]:
         log_event(topic, counts)
 
     return tell
+
+
+def warn_of_decoding(df: Any, columns: Iterable[str], who: str) -> None:
+    """Warn the caller of the library where columns that are read now, of a lazy frame, are made from its images."""
+    names = list(columns)
+    if not is_dask(df) or not _decodes(df[names]):
+        return
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(f"{__package__.partition('.')[0]}."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"{who} decodes and embeds the images to read {', '.join(names)}, and computing its result does so again: "
+        "take df.persist(), or a score table of it (to_scores, read_scores)",
+        stacklevel=level,
+    )
+
+
+def _decodes(df: Any) -> bool:
+    nodes = df.simplify().expr.walk()
+    return any(operand is embed_partition for node in nodes for operand in node.operands)
 
 
 def embed_spec(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import pandas as pd
 import pytest
 from distributed import Client
 from distributed.diagnostics.plugin import SchedulerPlugin
@@ -60,6 +61,38 @@ def test_only_what_is_wanted_is_decoded(tmp_path: Path, monkeypatch: pytest.Monk
         assert sorted(decoded) == sorted(str(p) for p in made.shards)
     assert list(whole.columns) == list(df.columns)
     assert whole["nsfw_score"].notna().sum() == (whole["status"] == "ok").sum() > 0
+
+
+#: Selections that read a column which is made from images, before their result is computed.
+READING: dict[str, Any] = {
+    "top_fraction": lambda df: dic.top_fraction(df, "aesthetic_score", 0.5),
+    "top_count": lambda df: dic.top_count(df, "width", 2, where="status == 'ok'"),
+    "sample": lambda df: dic.sample(df, 2, where="width > 9"),
+    "quantile": lambda df: dic.quantile(df, "aesthetic_score", [0.2, 0.8]),
+    "funnel": lambda df: dic.funnel(df, "width > 9 and height > 9"),
+    "funnel of ranks": lambda df: dic.funnel(df, ["width > 9", "top 50% by width"]),
+    "dedup": lambda df: dic.dedup(df, eps=0.05),
+}
+
+
+@pytest.mark.parametrize("name", READING)
+def test_a_selection_that_decodes_warns(name: str, tmp_path: Path) -> None:
+    """Once, at the caller's line, and not of a frame that has its columns already."""
+    made = make_sample_shards(tmp_path / "shards", count=8, per_shard=4)
+    df = dic.read_webdataset([str(p) for p in made.shards], backend="pandas")
+    df = dic.score_aesthetic(dic.embed(df, model="starter"), "aesthetic-starter")
+    with dask.config.set(scheduler="synchronous"):
+        with pytest.warns(UserWarning, match=r"decodes and embeds the images .* take df.persist\(\)") as told:
+            found = READING[name](df)
+        assert [Path(w.filename).name for w in told] == [Path(__file__).name]
+        # Errors here, as every warning is: these read no image, or have them in memory.
+        dic.sample(df, 3)
+        dic.apply_steps(df, "width > 9")
+        dic.top_count(df, "sample_offset", 3)
+        again = READING[name](df.persist())
+        if name != "quantile":
+            found, again = (getattr(x, "compute", lambda x=x: x)() for x in (found, again))
+            pd.testing.assert_frame_equal(found, again)
 
 
 def test_a_file_that_is_written_anew_is_read_anew(client: Client, tmp_path: Path) -> None:
