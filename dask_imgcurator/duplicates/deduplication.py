@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from ..engine.backend import Backend, backend_of, local_backend
+from ..engine.backend import Backend, backend_of
 from ..engine.frames import meta_of
 from ..schema import kind_of
 from ..steps.embed import warn_of_decoding
@@ -174,7 +174,7 @@ def find_duplicates(
         index.check(rows.width, provenance)
         return rows.joined([(part.rows, part.vectors) for part in index.parts], index.about["width"])
 
-    return _decide(gathered, sources[0].identity, options, index, local_backend(backend_of(df)))
+    return _decide(gathered, sources[0].identity, options, index, backend_of(df))
 
 
 def _settle(df: Any, asked: Options) -> Options:

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ..engine.backend import Backend, backend_of, local_backend
+from ..engine.backend import Backend, backend_of
 from ..engine.pandas import from_arrow
 from ..select.ranks import IDENTITY
 from ..storage import files
@@ -186,7 +186,7 @@ def build_index(
         raise FileExistsError(f"{folder} holds an index already: choose another folder, or pass append=True")
     columns = {"sha256": sha256, "phash": phash, "embedding": embedding}
     columns = {name: column for name, column in columns.items() if column in df.columns}
-    rows, backend = gather([Source(df, columns)]), local_backend(backend_of(df))
+    rows, backend = gather([Source(df, columns)]), backend_of(df)
     if before is not None:
         before.check(rows.width, provenance)
         return write_part(rows, folder, before.about, before.centroids, backend, options)

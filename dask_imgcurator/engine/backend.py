@@ -126,11 +126,11 @@ def get_backend(name: str) -> Backend:
     raise ValueError(f"unknown backend {name!r}: use pandas or cudf")
 
 
-def local_backend(backend: Backend) -> Backend:
-    """Return a backend, or pandas if this process has no card: the frames may live on workers."""
-    import torch
-
-    return backend if backend.device == "cpu" or torch.cuda.is_available() else get_backend("pandas")
+def empty_frame(name: str, schema: pa.Schema) -> Any:
+    """Make the ``meta`` of a graph whose partitions are of a backend."""
+    # cuDF makes no column in a process without a card. Where the frames live on workers, pandas tells their columns.
+    here = name if name == "pandas" or gpu_problem() is None else "pandas"
+    return get_backend(here).from_arrow(schema.empty_table())
 
 
 def is_dask(frame: Any) -> bool:

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from threading import BoundedSemaphore
 from typing import Any
 
-from distributed import Client, Worker, WorkerPlugin, get_worker, secede
+import dask
+from distributed import Client, Worker, WorkerPlugin, get_client, get_worker, secede
 
-from .backend import get_backend, resolve_name
+from .. import config
+from .backend import BackendError, get_backend, gpu_problem, resolve_name
 from .cache import cache
 
 
@@ -94,6 +96,32 @@ def start_client(
     if n_workers is not None and n_workers < 1:
         raise ValueError(f"n_workers={n_workers}: it must be at least 1")
     return _OwnerClient(get_backend(resolve_name(backend)).make_cluster(n_workers, **kwargs))
+
+
+def backend_for(name: str | None, where: Client | str | int | None = None, *, cheap: bool = False) -> str:
+    """Resolve a backend's name for frames at a place; BackendError where it is unusable there.
+
+    Workers may have what this process lacks. `cheap` work is done by pandas, unless cuDF is asked for by name.
+    """
+    name = config.get("backend", name)
+    if cheap and name == "auto" and dask.config.get("dataframe.backend", None) != "cudf":
+        return "pandas"
+    try:
+        return resolve_name(name)
+    except BackendError as err:
+        if isinstance(where, str):  # of a scheduler, whose workers will tell
+            return "cudf"
+        try:
+            client = get_client() if where is None else where
+        except ValueError:  # there is none
+            client = None
+        if not isinstance(client, Client):
+            raise err
+    workers = list(client.nthreads())[:1]
+    problem = client.run(gpu_problem, workers=workers)[workers[0]] if workers else None
+    if problem is not None:
+        raise BackendError(f"backend 'cudf' cannot be used by the workers: {problem}. Or use backend='pandas'.")
+    return "cudf"
 
 
 def _worker() -> Worker | None:

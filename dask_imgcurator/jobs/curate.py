@@ -14,7 +14,7 @@ from typing import Any
 import dask.dataframe as dd
 from distributed import Client
 
-from ..engine.backend import resolve_name
+from ..engine.cluster import backend_for
 from ..engine.run import Place, place
 from ..monitor import Monitor
 from ..report import report
@@ -101,7 +101,7 @@ def write_selection(
     storage_options, source_options : mapping, optional
         For the fsspec file systems of both folders, and of the source shards.
     backend : {"auto", "cudf", "pandas"}, optional
-        Of the frames; by default `imgcurator.backend`.
+        Of the frames; by default pandas: nothing here is worth a card.
     client : distributed.Client, str, or int, optional
         Where to run, as for `curate`.
     monitor : Monitor, optional
@@ -123,7 +123,7 @@ def write_selection(
     spec = write_spec(out, max_count, max_size, storage_options, source_options)
     table = open_scores(scores, storage_options)
     check_keys(table.schema)
-    read = ScoreFiles(resolve_name(backend), table.schema, table.storage_options)
+    read = ScoreFiles(backend_for(backend, client, cheap=True), table.schema, table.storage_options)
     parsed = parse_where(where, table.kinds) if where is not None else None
     check_makers(table, () if parsed is None else parsed.columns)
     note_unfinished(scores, storage_options, monitor)
@@ -213,7 +213,7 @@ def curate(
     urls = expand(urlpath, given.storage_options)
     if not overwrite:
         check_replaced(curated, urls, given.out_options)
-    plan, parsed = make_plan(urls, given, where, monitor)
+    plan, parsed = make_plan(urls, given, where, monitor, client)
     last = Last(settled_where(parsed, planned=plan.planned), spec, plan.chosen)
     scores, run_of = files.join(folder, "scores"), Run(resume, overwrite, monitor, result)
     with files.no_partial(scores, curated), place(client, plan.read.backend, monitor) as lent:

@@ -335,7 +335,7 @@ def score_shards(
     result = RunResult(folder, notes=monitor.notes)
     given = ScoreOptions(**options)
     urls = expand(urlpath, given.storage_options)
-    plan, _ = make_plan(urls, given, None, monitor)
+    plan, _ = make_plan(urls, given, None, monitor, client)
     run_of = Run(resume, overwrite, monitor, result)
     with files.no_partial(folder), place(client, plan.read.backend, monitor) as lent:
         assert lent is not None

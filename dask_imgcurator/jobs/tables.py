@@ -20,7 +20,7 @@ from distributed import Client
 from ..duplicates import deduplication
 from ..duplicates import index as dedup_index
 from ..duplicates.cells import CellCheck
-from ..engine.backend import resolve_name
+from ..engine.cluster import backend_for
 from ..engine.run import Place, place, results, run, waves
 from ..exports.base import Exported, export, formats
 from ..monitor import Monitor
@@ -73,7 +73,7 @@ def open_table(
     light: bool = True,
 ) -> Iterator[Table]:
     """Open a score table, with a place to compute on; `light`: no model will be loaded there."""
-    name = resolve_name(backend)
+    name = backend_for(backend, client, cheap=light)
     table = open_scores(scores, storage_options)
     monitor = monitor or Monitor()
     note_unfinished(scores, storage_options, monitor)
@@ -173,7 +173,7 @@ def select_rows(
     storage_options : mapping, optional
         For the fsspec file systems of both tables.
     backend : {"auto", "cudf", "pandas"}, optional
-        Of the frames; by default `imgcurator.backend`.
+        Of the frames; by default pandas: nothing here is worth a card.
     client : distributed.Client, str, or int, optional
         Where to run: a client, the address of a scheduler, or a number of new worker processes. By default threads of
         this process do it: there is no model to load.

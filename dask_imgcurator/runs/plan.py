@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 
 from ..engine.backend import get_backend
+from ..engine.cluster import backend_for
+from ..engine.run import Place
 from ..images import quality
 from ..json_fields import FIELD_TYPES
 from ..models import heads, open_clip, starter, weights
@@ -108,7 +110,7 @@ class ScorePlan:
 
 
 def make_plan(
-    urls: Sequence[str], options: ScoreOptions, where: str | None, monitor: Monitor
+    urls: Sequence[str], options: ScoreOptions, where: str | None, monitor: Monitor, client: Place = None
 ) -> tuple[ScorePlan, Where | None]:
     """Resolve what is done to shards, and parse the expression against the columns they will have."""
     check_shards(urls, options.storage_options)
@@ -117,7 +119,8 @@ def make_plan(
             f"Compressed tars are left out ({len(packed):,} in all); unpack them first: {', '.join(packed[:3])}"
         )
     model, pretrained = choose_model(options.model, options.pretrained, monitor)
-    read = read_spec(options.columns, options.caption, options.storage_options, options.backend, options.image)
+    backend = backend_for(options.backend, client)
+    read = read_spec(options.columns, options.caption, options.storage_options, backend, options.image)
     types = peek(urls, read)
     fields = tuple(f if f.type else replace(f, likely=types[f.name]) for f in read.fields)
     read = replace(read, fields=fields, notes=True)

@@ -20,7 +20,8 @@ import pandas as pd
 import pyarrow as pa
 
 from ..duplicates.index import Index
-from ..engine.backend import backend_of, get_backend, resolve_name
+from ..engine.backend import backend_of, get_backend
+from ..engine.cluster import backend_for
 from ..engine.frames import refuse_text, require_columns
 from ..engine.run import Place, current_client, place, reduce
 from ..monitor import Monitor
@@ -102,7 +103,7 @@ def _opened(scores: Any, asked: Asked, options: Mapping[str, Any], backend: str 
         return _Table(scores, _scan(scores, asked), options)
     table = open_scores(scores, options)
     made = table_provenance(table)
-    df = table.frame(resolve_name(backend))
+    df = table.frame(backend_for(backend, cheap=True))
     index = None if asked.index is None else by_index.open_search_index(asked.index, table.urls, asked.column, options)
     return _Table(df, _scan(df, asked), options, table, made, index)
 

@@ -15,8 +15,9 @@ import pyarrow as pa
 from dask.base import tokenize
 
 from ..clusters.faults import worker_fault
-from ..engine.backend import get_backend, resolve_name
-from ..engine.frames import from_map
+from ..engine.backend import empty_frame, get_backend
+from ..engine.cluster import backend_for
+from ..engine.frames import from_map, objects_stay
 from ..json_fields import FIELD_TYPES, JsonField, as_type, parse_columns, type_of
 from ..schema import arrow_schema, columns_of
 from ..storage.samples import Sample, ShardIndex, as_utf8
@@ -236,7 +237,8 @@ def read_webdataset(
     storage_options : mapping, optional
         For the fsspec file system.
     backend : {"auto", "cudf", "pandas"}, optional
-        Of the partitions; by default `imgcurator.backend`.
+        Of the partitions; by default `imgcurator.backend`. Where only the workers of the current client have cards,
+        ``cudf`` must be asked for; ``dtypes`` are then told by pandas, and Dask's own shuffles and merges do not work.
 
     Returns
     -------
@@ -253,7 +255,7 @@ def read_webdataset(
     ValueError
         If the first samples have no such JSON field or caption.
     BackendError
-        If cudf is asked for and cannot work here.
+        If cudf is asked for, and neither this process nor the current client's workers can use it.
 
     Examples
     --------
@@ -262,7 +264,7 @@ def read_webdataset(
     if shards_per_partition < 1:
         raise ValueError(f"shards_per_partition={shards_per_partition}: it must be at least 1")
     urls = expand(urlpath, storage_options)
-    spec = read_spec(columns, caption, storage_options, backend, image)
+    spec = read_spec(columns, caption, storage_options, backend_for(backend), image)
     types = peek(urls, spec)
     fields = [f if f.type else replace(f, type=types[f.name] or "string", guessed=True) for f in spec.fields]
     spec = replace(spec, fields=tuple(fields), versions=tokenize(fingerprints(urls, storage_options)))
@@ -272,15 +274,16 @@ def read_webdataset(
 
 def read_groups(groups: Sequence[tuple[str, ...]], spec: ReadSpec) -> dd.DataFrame:
     """Make a lazy frame of shards, one partition per group."""
-    meta = get_backend(spec.backend).from_arrow(spec.schema.empty_table())
-    return from_map(index_partition, groups, "read-webdataset", meta, spec=spec)
+    meta = empty_frame(spec.backend, spec.schema)
+    with objects_stay() if spec.backend == "cudf" else contextlib.nullcontext():
+        return from_map(index_partition, groups, "read-webdataset", meta, spec=spec)
 
 
 def read_spec(
     columns: Sequence[str] | Mapping[str, str],
     caption: str | None,
     storage_options: Mapping[str, Any] | None,
-    backend: str | None,
+    backend: str,
     image: str | Sequence[str] = (),
 ) -> ReadSpec:
     """Resolve, on the client, how shards become rows."""
@@ -288,4 +291,4 @@ def read_spec(
     if not all(extensions):
         raise ValueError(f"image={image!r}: give an extension, such as 'jpg', or a list of them")
     fields = parse_columns(columns)
-    return ReadSpec(resolve_name(backend), caption, fields, dict(storage_options or {}), extensions)
+    return ReadSpec(backend, caption, fields, dict(storage_options or {}), extensions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -14,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from dask.base import tokenize
 
-from ..engine.backend import backend_of, get_backend, is_dask, resolve_name
-from ..engine.frames import from_map
+from ..engine.backend import backend_of, empty_frame, get_backend, is_dask
+from ..engine.cluster import backend_for
+from ..engine.frames import from_map, objects_stay
 from ..engine.run import Wave, current_client, results, run
 from ..schema import METADATA_KEY, conform, kinds_of_schema, unify_schemas
 from ..storage import files
@@ -105,6 +107,10 @@ def write_score_file(
         if len(table):  # an empty row group is an error to some readers
             writer.write_table(table)
     return table.schema.remove_metadata()
+
+
+def _write_part(frame: Any, url: str, provenance: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    write_score_file(frame, url, provenance, backend_of(frame).name, options)
 
 
 # --- what the files are ---------------------------------------------------------------------------
@@ -291,8 +297,9 @@ def open_files(urlpath: URLPath, storage_options: Mapping[str, Any] | None = Non
 def scores_from_files(urls: Iterable[str | Sequence[str]], spec: ScoreFiles) -> dd.DataFrame:
     """Read score files as partitions, in the order given, one or several files each."""
     groups = [(item,) if isinstance(item, str) else tuple(item) for item in urls]
-    meta = get_backend(spec.backend).from_arrow(spec.schema.empty_table())
-    return from_map(read_score_files, groups, "read-scores", meta, spec=spec)
+    meta = empty_frame(spec.backend, spec.schema)
+    with objects_stay() if spec.backend == "cudf" else contextlib.nullcontext():
+        return from_map(read_score_files, groups, "read-scores", meta, spec=spec)
 
 
 def read_scores(
@@ -323,7 +330,7 @@ def read_scores(
         If a column is of types in two files that have no common one.
     """
     table = open_files(urlpath, storage_options)
-    return table.frame(resolve_name(backend), tokenize(fingerprints(table.urls, storage_options)))
+    return table.frame(backend_for(backend), tokenize(fingerprints(table.urls, storage_options)))
 
 
 def to_scores(
@@ -367,12 +374,11 @@ def to_scores(
     files.make_folder(folder)
     first = open_scores(like, options).files[0].provenance if like is not None else {}
     provenance = {"command": "to_scores", **{name: first[name] for name in ("encoder", "heads") if name in first}}
-    arguments = provenance, backend_of(df).name, options
     targets = [files.join(folder, f"{i:05d}.parquet") for i in range(df.npartitions if is_dask(df) else 1)]
     if not is_dask(df):
-        write_score_file(df, targets[0], *arguments)
+        _write_part(df, targets[0], provenance, options)
         return targets
-    graph = Wave(targets, results(df, write_score_file, *arguments, label="to-scores", each=targets))
+    graph = Wave(targets, results(df, _write_part, provenance, options, label="to-scores", each=targets))
     for _ in run(current_client(), [graph], "writing"):
         pass
     return targets

@@ -22,7 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import dask_imgcurator as dic
 from dask_imgcurator.engine.backend import BackendError, backend_of, get_backend, gpu_problem, resolve_name
+from dask_imgcurator.engine.cluster import backend_for
 from dask_imgcurator.schema import COLUMNS, arrow_schema
 from dask_imgcurator.steps.score_table import ScoreFiles, read_score_files, write_score_file
 
@@ -398,6 +400,48 @@ def test_only_auto_falls_back() -> None:
         assert re.search(r'pip install "dask-imgcurator\[cu1[23]\]"', str(caught.value))
     with dask.config.set({"imgcurator.backend": "cudf"}), pytest.raises(BackendError, match="cudf"):
         resolve_name()
+
+
+@needs_no_gpu
+def test_a_graph_of_cudf_frames_is_made_without_a_card(tmp_path: Path) -> None:
+    """By a client whose workers have cards, or will: here there are none yet, and then one without a card comes."""
+    from distributed import Client, LocalCluster
+
+    from dask_imgcurator.checks.samples import make_sample_shards
+
+    shards = [str(p) for p in make_sample_shards(tmp_path / "shards", count=4, per_shard=2).shards]
+    with pytest.raises(BackendError, match="cudf"):
+        dic.read_webdataset(shards, backend="cudf")
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        df = dic.read_webdataset(shards, columns=["uid"], backend="cudf")
+        df = dic.score_aesthetic(dic.embed(df, model="starter"), "aesthetic-starter")
+        df = df[(df.aesthetic_score >= 5.0) & (df["width"] > 9)]
+        assert df.npartitions == 2
+        assert {"key": "string", "uid": "string", "width": "int32[pyarrow]"}.items() <= dict(
+            df.dtypes.astype(str)
+        ).items()
+        assert backend_for("cudf", cluster.scheduler_address) == "cudf"
+        assert backend_for("cudf", cheap=True) == "cudf"
+        # Whatever Dask would put between for pandas' sake, such as another kind of text, would meet cuDF's frames.
+        assert "ArrowStringConversion" not in [type(node).__name__ for node in df.optimize(fuse=False).expr.walk()]
+        cluster.scale(1)
+        client.wait_for_workers(1)
+        with pytest.raises(BackendError, match=r"cannot be used by the workers: .*no CUDA device"):
+            dic.read_webdataset(shards, backend="cudf")
+
+
+def test_cheap_work_takes_pandas_unless_cudf_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is a card."""
+    monkeypatch.setattr("dask_imgcurator.engine.backend.gpu_problem", lambda: None)
+    assert [backend_for(name, cheap=True) for name in (None, "auto", "pandas", "cudf")] == ["pandas"] * 3 + ["cudf"]
+    assert backend_for("auto") == "cudf"
+    with dask.config.set({"dataframe.backend": "cudf"}):
+        assert backend_for(None, cheap=True) == "cudf"
+    with dask.config.set({"imgcurator.backend": "cudf"}):
+        assert backend_for(None, cheap=True) == "cudf"
 
 
 @needs_no_gpu
