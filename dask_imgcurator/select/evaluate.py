@@ -48,6 +48,10 @@ _FUNCTIONS = (
 )
 
 
+# Arrow's regular expressions are RE2's, which take a time linear in the text whatever the pattern.
+_TEXT_TESTS = {"contains": pc.match_substring, "matches": pc.match_substring_regex}
+
+
 def kind_of_value(value: Any) -> str:
     """Kind of a column or constant."""
     if _is_constant(value):
@@ -116,6 +120,8 @@ class Evaluator:
                 if _is_constant(value):
                     raise self.fail("only a column or what is computed from one can be null", node.left)
                 return pc.is_null(value) if isinstance(op, ast.Is) else pc.is_valid(value)
+            case ast.Call(func=ast.Name(id=name)) if name.lower() in _TEXT_TESTS:
+                return self.text_test(node, name.lower())
             case ast.Compare() if all(type(op) in SIGNS for op in node.ops):
                 sides = pairwise([node.left, *node.comparators])
                 return reduce(pc.and_kleene, map(partial(self.comparison, node), node.ops, sides))
@@ -132,7 +138,10 @@ class Evaluator:
             case ast.Call():
                 name = clip(self.source(node.func))
                 end = self.text.index("(", span(node.func)[1]) + 1
-                message = f"calls are not allowed, so `{name}(…)` cannot be used"
+                hint = (
+                    "; the length of a caption is the column `caption_chars`" if name.lower().startswith("len") else ""
+                )
+                message = f"there is no function `{name}(…)`: there are contains(…) and matches(…), for text{hint}"
                 return WhereError(message, self.text, node.col_offset, end)
             case ast.Subscript():
                 return self.fail("subscripts are not allowed", node.value, "[")
@@ -143,6 +152,22 @@ class Evaluator:
             case ast.Tuple() | ast.List():
                 return self.fail("there is nothing in these brackets", node)
         return self.fail("this is not allowed in an expression", node)
+
+    def text_test(self, node: ast.Call, name: str) -> Any:
+        """Whether text contains other text, or something that a regular expression describes."""
+        match node.args:
+            case [column, ast.Constant(value=str(pattern))] if not node.keywords:
+                value, kind = self.wanted(column, "string", f"`{name}(…)` wants text, but {{}} is {{}}")
+            case _:
+                example = f"{name}(caption, '{'cat' if name == 'contains' else r'cats?'}')"
+                raise self.fail(f"`{name}` wants a column and text in quotes, as in `{example}`", node)
+        if _is_constant(value):
+            raise self.fail(f"`{name}(…)` looks into a column, not into a constant", column)
+        try:
+            _TEXT_TESTS[name](pa.array([""]), pattern)  # tells mistakes also where there is no row
+        except pa.ArrowInvalid as err:
+            raise self.fail(f"this is no regular expression of RE2: {err}", node.args[1]) from None
+        return value.cast(pa.bool_()) if kind == "unknown" else _TEXT_TESTS[name](value, pattern)
 
     def unknown(self, node: ast.Name) -> WhereError:
         lower = {name.lower(): name for name in self.table.column_names}

@@ -132,7 +132,9 @@ def parse(text: str) -> tuple[ast.expr, tuple[str, ...]]:
         raise _misplaced(text, [t for t in tokens if not t.text.isspace()], (error.offset or 1) - 1) from None
     except (RecursionError, MemoryError):
         raise WhereError("the expression is nested too deeply", text, 0, len(text)) from None
-    columns = dict.fromkeys(operand.id for operand in operands.values() if isinstance(operand, ast.Name))
+    functions = {node.func.col_offset for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    names = (operand.id for at, operand in operands.items() if isinstance(operand, ast.Name) and at not in functions)
+    columns = dict.fromkeys(names)
     if not columns:
         raise WhereError("the expression uses no column, so it says nothing about a row", text, 0, len(text))
     return tree, tuple(columns)
@@ -212,6 +214,8 @@ def _operand(text: str, match: re.Match[str]) -> ast.Name | ast.Constant | None:
 
 
 def _no_operator(raw: str) -> str:
+    if raw.lower() in ("like", "ilike"):
+        return f"there is no `{raw.lower()}`; write contains(caption, 'cat'), or matches(caption, '(?i)cats?$')"
     hint = " (a quote inside text is written \\')" if raw[0] in "'\"" else ""
     return f"expected an operator before `{clip(raw)}`{hint}"
 

@@ -640,8 +640,14 @@ MISTAKES = [
     ("!flag", "^", "write `not`"),
     ("width ^ 2 > 9", "      ^", "write `**`"),
     ("(w := 5) > 3", "   ^^", "`:=` is not allowed"),
-    ("len(caption) > 5", "^^^^", "calls are not allowed"),
-    ("5 > abs (width)", "    ^^^^^", "calls are not allowed"),
+    ("len(caption) > 5", "^^^^", "there is no function `len"),
+    ("5 > abs (width)", "    ^^^^^", "there is no function `abs"),
+    ("contains(width, '5')", "         ^^^^^", "wants text, but 'width' is a number"),
+    ("contains(caption)", "^^^^^^^^^^^^^^^^^", "wants a column and text in quotes"),
+    ("matches(caption, width)", "^^^^^^^^^^^^^^^^^^^^^^^", "wants a column and text in quotes"),
+    ("contains('a', 'b') and width > 5", "         ^^^", "looks into a column"),
+    ("matches(caption, '(')", "                 ^^^", "no regular expression"),
+    ("caption like '%cat%'", "        ^^^^", "there is no `like`; write contains"),
     ("caption.upper() == 'X'", "       ^", "attributes are not allowed"),
     ("caption[0] == 'x'", "       ^", "subscripts are not allowed"),
     ("[x for x in width]", "   ^^^", "`for` is not allowed"),
@@ -816,3 +822,43 @@ def test_any_text_is_read_or_refused(text):
     else:
         assert isinstance(where, Where)
         assert where.mask(frame).dtype == bool
+
+
+TEXTS = [None, "", "a cat", "Cats and dogs", "concat", "a\\b", "π ≈ 3.14", "100%", "line\nbreak"]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["cat", "", "%", "\\\\", "π", "(?i)^cats?\\\\b", "[0-9]+%$", "a.*t", "(a|b)*c", "k$"]
+)
+@pytest.mark.parametrize("layout", ["string", "large_string", "string_view", "dictionary"])
+def test_text_is_looked_into_as_duckdb_does(pattern, layout):
+    duckdb = pytest.importorskip("duckdb")
+    plain = pa.table({"id": range(len(TEXTS)), "s": pa.array(TEXTS)})
+    types = {"string": pa.string(), "large_string": pa.large_string(), "string_view": pa.string_view()}
+    column = plain["s"].dictionary_encode() if layout == "dictionary" else plain["s"].cast(types[layout])
+    ours = plain.set_column(1, "s", column)
+    raw = pattern.replace("\\\\", "\\")
+    for name, theirs in (("contains", "contains"), ("matches", "regexp_matches")):
+        if name == "matches" and raw == "\\":
+            continue  # no pattern
+        for condition in ("{}", "not {}", "{} or s is null"):
+            expected = duckdb.sql(
+                f"select id from plain where {condition.format(f'{theirs}(s, $1)')} order by id", params=[raw]
+            ).fetchall()
+            truth = parse_where(condition.format(f"{name}(s, '{pattern}')")).evaluate(ours)
+            assert [i for i, value in enumerate(truth.to_pylist()) if value] == [i for (i,) in expected]
+
+
+def test_a_function_is_no_column_and_a_column_may_have_its_name():
+    where = parse_where("contains(`contains`, 'x') and matches > 1")
+    assert where.columns == ("contains", "matches")
+    frame = pd.DataFrame({"contains": ["x", "y", "xx"], "matches": [1, 2, 3]})
+    assert where.mask(frame).tolist() == [False, False, True]
+    assert [part.text for part in where.conjuncts()] == ["contains(`contains`, 'x')", "matches > 1"]
+
+
+def test_no_pattern_takes_long():
+    frame = pd.DataFrame({"s": ["a" * 5000 + "!"] * 20})
+    begin = time.process_time()
+    assert not parse_where("matches(s, '^(a+)+$')").mask(frame).any()
+    assert time.process_time() - begin < 30  # Python's re would take longer than the universe has
