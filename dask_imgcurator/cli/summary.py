@@ -16,7 +16,7 @@ from rich.text import Text
 from ..checks.parity_record import ALL, Parity
 from ..duplicates.index import Index
 from ..engine.backend import get_backend
-from ..jobs.tables import Deduplicated
+from ..jobs.dedup import Deduplicated
 from ..report.render import plain
 from ..results import Counts, RunResult, count
 from ..schema import STATUSES

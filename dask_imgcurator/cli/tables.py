@@ -27,6 +27,18 @@ from .options import (
 @scores_argument
 @click.option("--out", required=True, metavar="DIR", help="Folder for the selected rows, itself a score table.")
 @where_options
+@click.option(
+    "--only",
+    metavar="[COLUMN=]FILE",
+    multiple=True,
+    help="Keep only the rows whose key (or COLUMN) FILE lists; repeatable.",
+)
+@click.option(
+    "--exclude",
+    metavar="[COLUMN=]FILE",
+    multiple=True,
+    help="Drop the rows whose key (or COLUMN) FILE lists; repeatable.",
+)
 @ranking_options
 @light_options
 @storage_option
@@ -44,6 +56,7 @@ def select(
     \b
     dask-imgcurator select run/scores --where 'aesthetic_score >= 5.5 and width >= 512' --out run/selected
     dask-imgcurator select run/scores --min-aesthetic 5 --top '30% by clip_score' --out run/selected
+    dask-imgcurator select run/scores --exclude seen.txt --only uid=subset.npy --out run/selected
 
     The expression knows the table's columns, numbers, 'text', + - * / %, comparisons, and, or, not, in (…), is null.
     A row for which the result is unknown (a missing score) is dropped.
@@ -118,7 +131,7 @@ def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[floa
     dask-imgcurator dedup run/scores --keep aesthetic_score --out run/unique    drop them, keep the best
     dask-imgcurator dedup run/scores --against eval.index --out run/clean       decontaminate
     """
-    from ..jobs.tables import drop_duplicates as run
+    from ..jobs.dedup import drop_duplicates as run
     from . import summary
 
     with display(quiet) as monitor:

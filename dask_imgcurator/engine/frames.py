@@ -1,13 +1,21 @@
-"""Steps on frames of any kind: Dask, pandas or cuDF."""
+"""Steps on frames of any kind (Dask, pandas or cuDF), and passes over their rows as Arrow tables."""
 
 from __future__ import annotations
 
+import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
 import dask
 import dask.dataframe as dd
+import numpy as np
+import pandas as pd
 import pyarrow as pa
+from dask.dataframe.dask_expr._expr import ArrowStringConversion, Projection
+from dask.dataframe.dask_expr.io.io import FromMap, FromMapProjectable
+from dask.system import CPU_COUNT
 
 from .backend import backend_of, is_dask
 
@@ -80,3 +88,160 @@ def refuse_text(frame: Any, column: str) -> None:
 def host_column(frame: Any, name: str) -> list[Any]:
     """Return the values of a partition's column as Python objects."""
     return list(backend_of(frame).to_host(frame, [name])[name].to_pylist())
+
+
+# --- rows as Arrow tables -------------------------------------------------------------------------
+
+
+def to_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
+    """Copy columns of a pandas or cuDF frame into host memory; those of an Arrow table are taken."""
+    if isinstance(frame, pa.Table):
+        return frame.select(list(names))
+    part = frame[list(names)]
+    # Under their own names, the backend would round some to the types that we publish.
+    part.columns = [str(i) for i in range(len(names))]
+    try:
+        return backend_of(frame).to_host(part, list(part.columns)).rename_columns(list(names))
+    except (pa.ArrowException, OverflowError, UnicodeError):  # Python objects
+        if len(names) > 1:
+            return pa.table({name: to_arrow(frame, [name])[name] for name in names})
+        return pa.table({names[0]: _objects(frame[names[0]])})
+
+
+def _objects(column: pd.Series) -> pa.Array:
+    """Objects that Arrow has no type for: integers of any size as float64, of others only whether they are null."""
+    if pd.api.types.infer_dtype(column, skipna=True) in ("integer", "floating", "mixed-integer-float"):
+        return pa.array(column.astype("float64"), from_pandas=True)
+    return pa.array([b"" if known else None for known in column.notna()], pa.binary())
+
+
+#: Reads columns.
+More: TypeAlias = Callable[[list[str]], pa.Table]
+
+
+class RowFilter(Protocol):
+    """Which rows are wanted: tells by the columns `first`, and by `more` where those do not settle it."""
+
+    @property
+    def first(self) -> list[str]: ...
+
+    def kept(self, table: pa.Table, more: More | None = None) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What a partition is read from, and which of its rows are wanted; made by `pick`."""
+
+    item: Any
+    rows: int
+    kept: int
+    bits: bytes
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Which rows: (n,) bool."""
+        return np.unpackbits(np.frombuffer(self.bits, np.uint8), count=self.rows).astype(bool)
+
+
+def pick(item: Any, kept: np.ndarray) -> Picked:
+    """Keep some of an item's rows."""
+    if isinstance(item, Picked):
+        item, mask = item.item, item.mask
+        mask[mask] = kept
+        kept = mask
+    return Picked(item, len(kept), int(kept.sum()), np.packbits(kept).tobytes())
+
+
+def together(parts: Sequence[list[Picked]], at_once: int) -> list[list[Picked]]:
+    """Join neighbouring partitions of which few rows are wanted, none to more rows than the largest had."""
+    most = max((sum(item.rows for item in part) for part in parts), default=0)
+    found: list[list[Picked]] = []
+    rows = most
+    for part in parts:
+        more = sum(item.kept for item in part)
+        if found and rows + more <= most and len(found[-1]) + len(part) <= at_once:
+            found[-1] = [*found[-1], *part]
+            rows += more
+        else:
+            found.append(list(part))
+            rows = more
+    return found
+
+
+class Reader(ABC):
+    """Reads files as partitions of a frame; passes that look at a few columns read several at once, as Arrow tables."""
+
+    backend: str
+    filters: tuple[RowFilter, ...]
+    at_once: int  # items that a task may read where only a few columns are wanted
+
+    @property
+    @abstractmethod
+    def meta(self) -> Any:
+        """An empty partition."""
+
+    @abstractmethod
+    def __call__(self, items: Sequence[Any], columns: Sequence[str] | None = None) -> Any:
+        """Read a partition; Dask's optimizer sets `columns` to those used later."""
+
+    @abstractmethod
+    def table(self, items: Sequence[Any], names: Sequence[str]) -> pa.Table:
+        """Read columns of some items."""
+
+    @abstractmethod
+    def keeping(self, rows: RowFilter) -> Reader:
+        """Read fewer rows."""
+
+    def frame(self, parts: Sequence[Sequence[Any]], label: str) -> dd.DataFrame:
+        """Make a lazy frame; each partition is read from some items."""
+        # Of a cuDF frame whose meta is pandas', Dask would convert the text.
+        with objects_stay() if self.backend == "cudf" else contextlib.nullcontext():
+            return from_map(self, parts, label, self.meta)
+
+
+def source_of(df: Any) -> tuple[Reader, list[Sequence[Any]]] | None:
+    """What a Dask frame is read by, and each partition's items; None if more than a choice of columns is made."""
+    expr = df.expr.simplify()
+    while isinstance(expr, Projection | ArrowStringConversion):
+        expr = expr.frame
+    reader = expr.operand("func") if isinstance(expr, FromMap | FromMapProjectable) else None
+    return (reader, [expr.iterables[0][i] for i in expr._partitions]) if isinstance(reader, Reader) else None
+
+
+def grouped(reader: Reader, parts: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Items of several partitions that a task reads where only a few columns are wanted."""
+    size = min(reader.at_once, max(1, len(parts) // (2 * CPU_COUNT)))
+    return [[item for part in parts[i : i + size] for item in part] for i in range(0, len(parts), size)]
+
+
+def map_tables(
+    df: Any, names: Sequence[str], function: Callable[..., Any], *args: Any, meta: Any, label: str
+) -> dd.DataFrame:
+    """Map a function (Arrow table of columns, *args) over a Dask frame, several partitions at once where it can."""
+    source = source_of(df)
+    if source is None:
+        narrow = df[list(names)]
+        return narrow.map_partitions(_on_frame, function, args, meta=meta, enforce_metadata=False, token=label)
+    with objects_stay():
+        return from_map(_on_items, grouped(*source), label, meta, args=[source[0], list(names), function, *args])
+
+
+def _on_frame(frame: Any, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+    return function(to_arrow(frame, list(frame.columns)), *args)
+
+
+def _on_items(
+    items: Sequence[Any], reader: Reader, names: Sequence[str], function: Callable[..., Any], *args: Any
+) -> Any:
+    return function(reader.table(items, names), *args)
+
+
+def objects_of(items: Sequence[Any], label: str) -> dd.DataFrame:
+    """Make a Dask frame of one partition per item, which holds it."""
+    with objects_stay():
+        return from_map(boxed, list(items), label, boxed(None).iloc[:0])
+
+
+def boxed(value: Any) -> pd.DataFrame:
+    """A frame of one row with one object."""
+    return pd.DataFrame({"object": pd.Series([value], dtype=object)})

@@ -27,7 +27,7 @@ from ..monitor import Monitor
 from ..storage import files
 from .backend import is_dask
 from .cluster import start_client
-from .frames import from_map, objects_stay
+from .frames import boxed, from_map, map_tables, objects_of, objects_stay, to_arrow
 
 #: Where a job runs: a client, the address of a scheduler, a number of new worker processes, or None (a job's default).
 Place: TypeAlias = Client | str | int | None
@@ -93,7 +93,7 @@ def waves(names: Sequence[str], build: Callable[[Sequence[str]], dd.DataFrame]) 
 
 def tasks(items: Sequence[Any], function: Callable[..., Any], *args: Any, label: str) -> dd.DataFrame:
     """Call a function (item, *args) lazily: for each item a row with one object, for `run`."""
-    meta, writer = _row(None).iloc[:0], files.this_writer()
+    meta, writer = boxed(None).iloc[:0], files.this_writer()
     with objects_stay():
         return from_map(_item_row, items, label, meta, writer=writer, call=(function, *args))
 
@@ -102,11 +102,10 @@ def results(
     df: dd.DataFrame, function: Callable[..., Any], *args: Any, label: str, each: Sequence[Any] | None = None
 ) -> dd.DataFrame:
     """Apply a function (partition, its item of `each` if given, *args) lazily: a row with one object, for `run`."""
-    meta, writer = _row(None).iloc[:0], files.this_writer()
+    meta, writer = boxed(None).iloc[:0], files.this_writer()
     if each is None:
         return df.map_partitions(_to_row, writer, function, *args, meta=meta, enforce_metadata=False, token=label)
-    with objects_stay():
-        own = from_map(_row, list(each), f"{label}-items", meta)
+    own = objects_of(each, f"{label}-items")
     return df.map_partitions(
         _to_own_row,
         own,
@@ -120,24 +119,20 @@ def results(
     )
 
 
-def _row(value: Any) -> pd.DataFrame:
-    return pd.DataFrame({"result": pd.Series([value], dtype=object)})
-
-
 def _item_row(item: Any, writer: str, call: tuple[Any, ...]) -> pd.DataFrame:
     function, *args = call
     with files.writing_for(writer):
-        return _row(function(item, *args))
+        return boxed(function(item, *args))
 
 
 def _to_row(frame: Any, writer: str, function: Callable[..., Any], *args: Any) -> pd.DataFrame:
     with files.writing_for(writer):
-        return _row(function(frame, *args))
+        return boxed(function(frame, *args))
 
 
 def _to_own_row(frame: Any, own: pd.DataFrame, writer: str, function: Callable[..., Any], *args: Any) -> pd.DataFrame:
     with files.writing_for(writer):
-        return _row(function(frame, own["result"].iat[0], *args))
+        return boxed(function(frame, own["object"].iat[0], *args))
 
 
 @dataclass(frozen=True)
@@ -262,7 +257,7 @@ def _run_on(
                     raise JobError(f"{what} {label(name)}: {type(error).__name__}: {error}") from error
                 else:
                     finished += 1
-                    yield name, future.result()["result"].iat[0]
+                    yield name, future.result()["object"].iat[0]
             del ready, future  # the scheduler forgets what nobody holds
     finally:
         if running:
@@ -294,7 +289,7 @@ def _run_in_threads(waves: Iterable[Wave], what: str) -> Iterator[tuple[str, Any
             raise
         except Exception as err:
             raise JobError(f"{what}: {type(err).__name__}: {err}") from err
-        yield from zip(wave.names, found["result"], strict=True)
+        yield from zip(wave.names, found["object"], strict=True)
 
 
 def current_client() -> Client | None:
@@ -308,23 +303,36 @@ def current_client() -> Client | None:
 # --- reduce ---------------------------------------------------------------------------------------
 
 
-def reduce(df: Any, function: Callable[..., Any], merge: Callable[[list[Any]], Any], *args: Any) -> Any:
+def reduce(
+    df: Any,
+    function: Callable[..., Any],
+    merge: Callable[[list[Any]], Any],
+    *args: Any,
+    columns: Sequence[str] | None = None,
+) -> Any:
     """Apply a function to each partition of any frame and merge results in place, a few at a time."""
-    # `merge` must be associative.
+    # `merge` must be associative. With `columns`, the function gets Arrow tables of them, each of any rows. Partitions
+    # that are here already come as a list.
+    if isinstance(df, list):
+        return merge(files.at_once(lambda part: function(part, *args), df))
     if not is_dask(df):
-        return merge([function(df, *args)])
-    parts = results(df, function, *args, label="reduce")
+        return merge([function(df if columns is None else to_arrow(df, columns), *args)])
+    if columns is None:
+        parts = results(df, function, *args, label="reduce")
+    else:
+        row = boxed(None).iloc[:0]
+        parts = map_tables(df, columns, _to_row, files.this_writer(), function, *args, meta=row, label="reduce")
     merged = parts.reduction(
         _merge_results,
         aggregate=_merge_results,
         combine=_merge_results,
-        meta=_row(None).iloc[:0],
+        meta=boxed(None).iloc[:0],
         split_every=_FAN_IN,
         chunk_kwargs={"merge": merge},
         aggregate_kwargs={"merge": merge},
         combine_kwargs={"merge": merge},
     )
-    return merged.compute()["result"].iat[0]
+    return merged.compute()["object"].iat[0]
 
 
 def stream(df: Any, function: Callable[..., Any], *args: Any, each: Sequence[Any] | None = None) -> Iterator[Any]:
@@ -336,9 +344,9 @@ def stream(df: Any, function: Callable[..., Any], *args: Any, each: Sequence[Any
     client = current_client()
     at_once = 2 * (sum(client.nthreads().values()) if client else CPU_COUNT)
     for start in range(0, len(parts), at_once):
-        yield from (row["result"].iat[0] for row in dask.compute(*parts[start : start + at_once]))
+        yield from (row["object"].iat[0] for row in dask.compute(*parts[start : start + at_once]))
 
 
 def _merge_results(frame: pd.DataFrame, merge: Callable[[list[Any]], Any]) -> pd.DataFrame:
     # To learn the type of the result, Dask tries an empty frame.
-    return _row(merge(list(frame["result"]))) if len(frame) else frame
+    return boxed(merge(list(frame["object"]))) if len(frame) else frame

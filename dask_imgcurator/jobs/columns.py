@@ -107,7 +107,7 @@ def add_columns(
         note = json.loads(json.dumps(added, default=str))
         made = made_of("add", scores, note, ", ".join(new))
         with replacing(os.fspath(out), made, targets, overwrite, table.scores.storage_options):
-            write_table(df, table, targets, {"added": note})
+            write_table(table, targets, {"added": note}, df)
     return new
 
 

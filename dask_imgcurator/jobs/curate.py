@@ -46,7 +46,7 @@ def write_scored(client: Client | None, scored: Scored, last: Last, resume: bool
         for stats in before.written:
             monitor.wrote(stats)
         return before
-    read = replace(scored.read, keep=last.settled)
+    read = replace(scored.read, filters=(last.settled,))
 
     def regroup(groups: Sequence[Group], columns: Sequence[str] | None) -> dd.DataFrame:
         urls = [[scored.urls[i] for i in group.partitions] for group in groups]

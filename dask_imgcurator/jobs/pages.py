@@ -94,7 +94,7 @@ def write_report(
     with open_table(scores, options, "pandas", client, monitor) as table:
         check_makers(table.scores, _shown_of(table.scores.schema))
         steps = [] if where is None else [parse_where(where, table.scores.kinds)]
-        settled = selection.settle(table.df, [*steps, *ranked], alone=True)
+        settled = selection.settle(table.df, [*steps, *ranked], alone=True).settled
         found = survey(table.scores, settled)
         provenance, notes = _provenance(table.scores)
         counts = found.counts

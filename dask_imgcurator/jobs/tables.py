@@ -7,7 +7,6 @@ that any of them goes on from the result of another. No image is read.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,20 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import dask.dataframe as dd
+import numpy as np
+import pyarrow as pa
 from distributed import Client
 
-from ..duplicates import deduplication
-from ..duplicates import index as dedup_index
-from ..duplicates.cells import CellCheck
 from ..engine.cluster import backend_for
-from ..engine.run import Place, place, results, run, waves
+from ..engine.frames import More
+from ..engine.run import Place, place, results, run, tasks, waves
 from ..exports.base import Exported, export, formats
 from ..monitor import Monitor
 from ..results import Counts
 from ..runs.records import made_of, note_unfinished, replacing
 from ..select import selection
-from ..select.settle import Settled
-from ..select.steps import Step, Top, parse_sample, parse_top
+from ..select.settle import Settled, counts_of
+from ..select.steps import Listed, Step, Top, parse_listed, parse_sample, parse_top
 from ..select.where import Where, filter_frame, parse_where
 from ..steps.read import URLPath
 from ..steps.score_table import (
@@ -37,7 +36,7 @@ from ..steps.score_table import (
     check_makers,
     file_provenance,
     open_scores,
-    read_kept,
+    provenance_of,
     write_score_file,
 )
 from ..storage import files
@@ -95,46 +94,54 @@ def targets_of(table: Table, out: str | os.PathLike[str]) -> list[str]:
     return [files.join(folder, name) for name in taken.values()]
 
 
-@dataclass(frozen=True)
-class ResultFile:
-    """A result file, and the table's file that it comes from."""
-
-    source: str
-    url: str
-
-
 def write_table(
-    df: dd.DataFrame,
-    table: Table,
-    targets: Sequence[str],
-    note: Mapping[str, Any],
-    settled: Settled | None = None,
+    table: Table, targets: Sequence[str], note: Mapping[str, Any], rows: dd.DataFrame | Settled
 ) -> list[Counts]:
-    """Write each partition's kept rows as a file, and count the input, in order."""
-    pairs = {str(i): ResultFile(*pair) for i, pair in enumerate(zip(table.urls, targets, strict=True))}
-    if settled is not None:  # the rest of the kept rows is read when it is known which they are
-        df = df[[name for name in settled.columns if name in df.columns] or list(df.columns[:1])]
+    """Write what is left of each file: the partition's rows, or those selected; counts the input, in order."""
+    pairs = {str(i): pair for i, pair in enumerate(zip(table.urls, targets, strict=True))}
     read = ScoreFiles(table.backend, table.scores.schema, table.scores.storage_options)
 
     def build(names: Sequence[str]) -> dd.DataFrame:
-        part = df.partitions[int(names[0]) : int(names[-1]) + 1] if len(names) < len(pairs) else df
-        return results(part, _write_partition, read, note, settled, label="write", each=[pairs[n] for n in names])
+        some = [pairs[name] for name in names]
+        if isinstance(rows, Settled):
+            return tasks(some, _write_selected, read, note, rows, label="select")
+        part = rows.partitions[int(names[0]) : int(names[-1]) + 1] if len(names) < len(pairs) else rows
+        return results(part, _write_partition, read, note, label="write", each=some)
 
-    found = dict(run(table.client, waves(list(pairs), build), "writing", label=lambda name: pairs[name].url))
+    found = dict(run(table.client, waves(list(pairs), build), "writing", label=lambda name: pairs[name][1]))
     return [found[name] for name in pairs]
 
 
-def _write_partition(
-    frame: Any, target: ResultFile, read: ScoreFiles, note: Mapping[str, Any], settled: Settled | None
-) -> Counts:
-    provenance = file_provenance(target.source, read.storage_options) or {}
-    for name, value in note.items():
-        provenance[name] = {**provenance.get(name, {}), **value} if isinstance(value, dict) else value
-    counts = Counts(len(frame)) if settled is None else settled.count(frame)
-    if settled is not None:
-        frame = read_kept(target.source, read, frame, settled.mask(frame))
-    write_score_file(frame, target.url, provenance, read.backend, read.storage_options)
-    return counts
+def _write_partition(frame: Any, pair: tuple[str, str], read: ScoreFiles, note: Mapping[str, Any]) -> Counts:
+    source, target = pair
+    provenance = _noted(file_provenance(source, read.storage_options) or {}, note)
+    write_score_file(frame, target, provenance, read.backend, read.storage_options)
+    return Counts(len(frame))
+
+
+def _write_selected(pair: tuple[str, str], read: ScoreFiles, note: Mapping[str, Any], settled: Settled) -> Counts:
+    (source, target), counting = pair, _Counting(settled)
+    table, _ = read.keeping(counting).rows(source, read.schema.names)
+    write_score_file(table, target, _noted(provenance_of(table.schema), note), read.backend, read.storage_options)
+    return counting.counts
+
+
+def _noted(provenance: dict[str, Any], note: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what was done to a file's provenance."""
+    merged = {k: {**provenance.get(k, {}), **v} if isinstance(v, dict) else v for k, v in note.items()}
+    return {**provenance, **merged}
+
+
+class _Counting:
+    """A selection that counts the rows that it judges."""
+
+    def __init__(self, settled: Settled) -> None:
+        self.settled, self.first, self.counts = settled, settled.first, Counts()
+
+    def kept(self, table: pa.Table, more: More | None = None) -> np.ndarray:
+        verdict = self.settled.judge(table, more)
+        self.counts = counts_of(self.settled, verdict, table)
+        return verdict.kept
 
 
 # --- choosing -------------------------------------------------------------------------------------
@@ -147,6 +154,8 @@ def select_rows(
     *,
     top: str | Sequence[str] = (),
     sample: str | None = None,
+    only: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     overwrite: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     backend: str | None = None,
@@ -168,6 +177,9 @@ def select_rows(
         another.
     sample : str, optional
         Of what is left then, a random part: ``"10000"``, ``"10% seed 1"``, ``"20 by cluster"``.
+    only, exclude : str or sequence of str
+        Files that name the rows to keep, or to drop, before anything is ranked: ``"keys.txt"``, ``"uid=bad.npy"``; see
+        `dask_imgcurator.only`.
     overwrite : bool
         Whether another result in `out` is replaced, whole; the same selection always may be.
     storage_options : mapping, optional
@@ -199,20 +211,26 @@ def select_rows(
     ranked = steps_of(top, sample)
     with open_table(scores, storage_options, backend, client, monitor) as table:
         steps = ranked if where is None else [parse_where(where, table.scores.kinds), *ranked]
+        for names, keep in ((exclude, False), (only, True)):
+            steps = [parse_listed(name, keep, storage_options) for name in _several(names)] + steps
         table.made(*used_columns(steps))
         targets = targets_of(table, out)
-        settled = selection.settle(table.df, steps, alone=True)
+        settled = selection.settle(table.df, steps, alone=True).settled
         note = {"steps": [step.text for step in steps]}
         made = made_of("select", scores, note, ", ".join(note["steps"]) or "all")
         with replacing(os.fspath(out), made, targets, overwrite, table.scores.storage_options):
-            return Counts.sum(write_table(table.df, table, targets, {"selected": note}, settled))
+            return Counts.sum(write_table(table, targets, {"selected": note}, settled))
+
+
+def _several(items: str | Sequence[str]) -> Sequence[str]:
+    return [items] if isinstance(items, str) else items
 
 
 def used_columns(steps: Iterable[Step]) -> list[str]:
     """Columns that decide a selection."""
     found: list[str | None] = []
     for step in steps:
-        if isinstance(step, Where):
+        if isinstance(step, Where | Listed):
             found.extend(step.columns)
         elif isinstance(step, Top):
             found.extend([step.column, *(step.among.columns if isinstance(step.among, Where) else ())])
@@ -221,112 +239,8 @@ def used_columns(steps: Iterable[Step]) -> list[str]:
 
 def steps_of(top: str | Sequence[str], sample: str | None) -> list[Step]:
     """Parse a selection's steps that rank or draw, reporting mistakes before anything starts."""
-    steps: list[Step] = [parse_top(t) for t in ([top] if isinstance(top, str) else top)]
+    steps: list[Step] = [parse_top(text) for text in _several(top)]
     return steps if sample is None else [*steps, parse_sample(sample)]
-
-
-# --- duplicates -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Deduplicated:
-    """What `drop_duplicates` found.
-
-    Attributes
-    ----------
-    rows, kept : int
-        Of the table, and of the result (without rows that are not ``ok``).
-    counts : list of dict
-        For each tier and eps: ``tier``, ``eps``, ``groups``, ``dropped``, ``remaining``.
-    cells : CellCheck or None
-        How well the cells of the semantic tier work; None where every pair was compared.
-    """
-
-    rows: int
-    kept: int
-    counts: list[dict[str, Any]]
-    cells: CellCheck | None = None
-
-
-def drop_duplicates(
-    scores: URLPath,
-    out: str | os.PathLike[str] | None = None,
-    *,
-    groups: str | os.PathLike[str] | None = None,
-    index: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-    storage_options: Mapping[str, Any] | None = None,
-    backend: str | None = None,
-    client: Place = None,
-    monitor: Monitor | None = None,
-    **options: Any,
-) -> Deduplicated:
-    """Find the duplicates of a score table and write it without them.
-
-    Parameters
-    ----------
-    scores : str, path, or sequence of them
-        Score table, as for `read_scores`.
-    out : str or path, optional
-        Folder for the rows that are left; None: only count.
-    groups : str or path, optional
-        Parquet file for the table of groups: which rows, which of them is kept, how similar.
-    index : str or path, optional
-        Folder for an index of what is left, to compare later tables with (`against`).
-    overwrite : bool
-        Whether another result in `out` is replaced, whole.
-    storage_options, backend, client, monitor
-        As for `select_rows`.
-    **options
-        As for `deduplication.find_duplicates`: ``tiers``, ``eps``, ``max_distance``, ``keep``, ``rule``, ``against`` …
-
-    Returns
-    -------
-    Deduplicated
-        How many rows each tier finds, and how many are left.
-
-    Raises
-    ------
-    FileExistsError
-        As `select_rows`.
-    ValueError
-        If several `eps` are given with `out` or `index`; if several models made what is compared; and as
-        `deduplication.find_duplicates` does.
-    """
-    monitor = monitor or Monitor()
-    eps = options.get("eps", 0.05)
-    if not isinstance(eps, int | float) and len(set(eps)) > 1 and (out is not None or index is not None):
-        raise ValueError(f"eps={list(eps)}: to drop rows, name one; without a folder to write to, all are counted")
-    vectors = options.get("embedding", "embedding")
-    with open_table(scores, storage_options, backend, client, monitor) as table:
-        df = table.df[table.df["status"] == "ok"] if "status" in table.df.columns else table.df
-        targets = targets_of(table, out) if out is not None else []
-        semantic = "semantic" in (options.get("tiers") or deduplication.TIERS) and vectors in table.scores.schema.names
-        used = [options.get("keep") or "key", *([vectors] if semantic or index is not None else [])]
-        encoder = table.made(*used).get("encoder", {})
-        if encoder.get("model") == "starter" and semantic:
-            monitor.note(
-                "The starter's embeddings lie close together: its semantic duplicates at the usual eps are mostly "
-                "other pictures. Look at the groups, or use the tiers exact and perceptual."
-            )
-        made = encoder or None
-        found = deduplication.find_duplicates(df, provenance=made, storage_options=storage_options, **options)
-        counts = json.loads(found.counts().to_json(orient="records"))
-        rows = len(table.df[["key"]])  # not of the frame: Dask would read its embeddings
-        kept = int(counts[-1]["remaining"]) if counts else rows
-        if groups is not None:
-            with files.write_whole(os.fspath(groups), storage_options) as file:
-                found.groups().to_parquet(file, index=False)
-        left = found.drop(df)
-        if out is not None:
-            note = {k: v for k, v in options.items() if k != "against" or isinstance(v, str)}
-            note = json.loads(json.dumps(note, default=str))
-            record = made_of("dedup", scores, note, ", ".join(f"{k} {v}" for k, v in note.items()))
-            with replacing(os.fspath(out), record, targets, overwrite, table.scores.storage_options):
-                kept = sum(counts.rows for counts in write_table(left, table, targets, {"deduplicated": note}))
-        if index is not None:
-            dedup_index.build_index(left, index, provenance=made, storage_options=storage_options)
-    return Deduplicated(rows, kept, counts, found.cells)
 
 
 # --- other layouts --------------------------------------------------------------------------------

@@ -9,18 +9,18 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..results import Counts
 from ..schema import MEASURES, kind_of
 from ..select.ranks import ValueOrder
 from ..select.settle import Bound, Condition, Settled, counts_of
 from ..select.where import Where
-from ..steps.score_table import ScoreTable
+from ..steps.score_table import PLACE, ScoreTable
 from .histograms import KEPT, LOWER_IS_BETTER, OTHER, OWN, Histogram, Mark, scale_of
 from .render import ROW, number
 
@@ -131,7 +131,7 @@ class Survey:
         self.histograms = histograms_of([*scores, *MEASURES, *SIZES, *bounded], numbers)
         self.scores = [n for n in self.histograms if n in {*scores, *bounded} - set(SIZES)]  # shown with a picture
         self.rank = Rank(self.scores[0]) if self.scores else None
-        self.wanted = {*ROW, "sample_offset", *self.histograms, "status", *settled.columns}
+        self.wanted = {PLACE, *self.histograms, "status", *settled.columns}
         self.counts = Counts()
         self.failed: Counter[int] = Counter()  # readable rows by what they fail: bit i for condition i
         self.examples: dict[str, list[dict[str, Any]]] = {}  # the first failed rows of each status
@@ -158,7 +158,7 @@ class Survey:
         """Add some rows of a score file."""
         verdict = self.settled.judge(table)
         ok, kept = verdict.ok, verdict.kept
-        self.counts = Counts.sum([self.counts, counts_of(self.settled, verdict, _statuses(table))])
+        self.counts = Counts.sum([self.counts, counts_of(self.settled, verdict, table)])
         self._note_failures(ok, verdict.passed)
 
         def others(parts: Sequence[int]) -> np.ndarray:
@@ -166,7 +166,7 @@ class Survey:
             return np.logical_and.reduce([ok, *(m for i, m in enumerate(verdict.passed) if i not in parts)])
 
         def row(i: int) -> dict[str, Any]:
-            return {**row_of(table, i, ("sample_offset", *self.scores)), "kept": bool(kept[i])}
+            return {PLACE: table[PLACE][i].as_py(), "kept": bool(kept[i])}
 
         values = {name: floats(table, name) for name in self.histograms}
         for name, histogram in self.histograms.items():
@@ -206,12 +206,6 @@ class Survey:
         }
 
 
-def _statuses(table: pa.Table) -> dict[str, int]:
-    if "status" not in table.column_names:
-        return {"ok": table.num_rows}
-    return {str(item["values"]): item["counts"] for item in pc.value_counts(table["status"]).to_pylist()}
-
-
 def row_of(table: pa.Table, i: int, columns: Sequence[str]) -> dict[str, Any]:
     """Return what a card shows of a row, and a few more columns."""
     return {name: table[name][i].as_py() for name in (*ROW, *columns) if name in table.column_names}
@@ -225,8 +219,12 @@ def floats(table: pa.Table, name: str) -> np.ndarray:
 
 
 def survey(table: ScoreTable, settled: Settled) -> Survey:
-    """Stream once through a score table."""
+    """Stream once through a score table, and read what is shown of the few rows that are."""
     found = Survey(table.schema, settled)
     for batch in table.batches(found.wanted):
         found.add(batch)
+    shown = [*chain.from_iterable(wall.shown for wall in found.walls.values()), *chain(*found.examples.values())]
+    rows = table.fetch((row[PLACE] for row in shown), {*ROW, "sample_offset", *found.scores})
+    for row in shown:
+        row.update(rows[row.pop(PLACE)])
     return found

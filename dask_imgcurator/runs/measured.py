@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from .. import __version__
 from ..engine.backend import backend_of
+from ..engine.frames import to_arrow
 from ..monitor import Monitor
 from ..results import ConditionCount, Counts, count
 from ..schema import kind_of
@@ -55,7 +56,8 @@ class Last:
         """Count a partition's rows."""
         kept = None if self.spec is None else measure_partition(self.settled.filter(frame), self.spec)
         empty = frozenset(name for name in self.chosen if name in frame.columns and not frame[name].notna().any())
-        return Measured(self.settled.count(frame), kept, _remarks(frame), empty)
+        rows = to_arrow(frame, [name for name in self.settled.columns if name in frame.columns])
+        return Measured(self.settled.count(rows), kept, _remarks(frame), empty)
 
     @property
     def kind(self) -> str:

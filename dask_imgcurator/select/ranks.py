@@ -21,8 +21,9 @@ from ..engine.frames import meta_of
 from ..engine.run import reduce
 from ..schema import kind_of
 
-#: Columns by which a row is known, whatever partition it is in.
+#: Columns by which a row is known, whatever partition it is in: the key too, where one of the other two is missing.
 IDENTITY = ("shard", "key", "sample_offset")
+_PLACE = ("shard", "sample_offset")
 
 _DIGIT = 16
 _GATHER = 1 << 21  # rows whose whole keys may be counted at once: 32 MB
@@ -55,9 +56,9 @@ class ValueOrder:
     def keys(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         """Return the (n,) uint64 keys of rows, and which rows have one: (n,) bool."""
         array = table[self.column]
-        known = array.is_valid().to_numpy()
-        if not known.any():  # of whatever type
-            return np.zeros(len(table), np.uint64), known
+        if array.null_count == len(array):  # of whatever type
+            return np.zeros(len(array), np.uint64), np.zeros(len(array), bool)
+        known = array.is_valid().to_numpy() if array.null_count else np.ones(len(array), bool)
         try:
             if kind_of(array.type) != "number":
                 raise pa.ArrowInvalid(f"a partition holds {array.type}")
@@ -68,14 +69,14 @@ class ValueOrder:
                 f"compared: {err}. Give it one type"
             ) from err
         if self.dtype == "f8":
-            known = known & ~np.isnan(values)
-            bits = (values + 0.0).view(np.uint64)
-            keys = bits ^ np.where(bits >> np.uint64(63) != 0, _ONES, _SIGN)
-        elif self.dtype == "i8":
-            keys = values.view(np.uint64) ^ _SIGN
+            known &= ~np.isnan(values)
+            bits = (values + 0.0).view(np.int64)
+            keys = bits >> 63  # all ones if negative
+            keys |= np.int64(-(2**63))
+            keys ^= bits
         else:
-            keys = values
-        return (~keys if self.largest else keys), known
+            keys = values.view(np.int64) ^ np.int64(-(2**63) if self.dtype == "i8" else 0)
+        return np.invert(keys, out=keys).view(np.uint64) if self.largest else keys.view(np.uint64), known
 
     def value(self, key: int) -> float | int:
         """Return the value of a key."""
@@ -138,21 +139,30 @@ def random_order(df: Any, seed: int, why: str) -> RandomOrder:
             f"{why} needs the columns by which a row is known ({', '.join(IDENTITY)}, or one of them): keep them "
             f"(there are: {', '.join(map(str, df.columns))})"
         )
-    return RandomOrder(identity, int(seed))
+    return RandomOrder(_PLACE if set(_PLACE) <= set(identity) else identity, int(seed))
 
 
 def _hashes(array: pa.ChunkedArray, repeated: bool) -> np.ndarray:
     """Hash numbers or text: (n,) uint64, the same in every process and for every storage type."""
     if pa.types.is_integer(array.type):
         return array.fill_null(-1).cast(pa.int64()).to_numpy().view(np.uint64)
-    array = array.cast(pa.string()).combine_chunks()
-    if repeated:
-        coded = array.dictionary_encode(null_encoding="encode")
-        return _hashes_of(coded.dictionary)[coded.indices.to_numpy()]
-    return _hashes_of(array)
+    if repeated or pa.types.is_dictionary(array.type):
+        return by_value(array if pa.types.is_dictionary(array.type) else array.dictionary_encode(), _hashes_of)
+    return _hashes_of(array.combine_chunks())
+
+
+def by_value(coded: pa.ChunkedArray, function: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
+    """Apply a function to the values of dictionary-encoded text, once each; it is told of null too."""
+    found = []
+    for chunk in coded.chunks:
+        values = chunk.dictionary
+        of = function(pa.concat_arrays([values, pa.nulls(1, values.type)]))
+        found.append(of[chunk.indices.fill_null(len(values)).to_numpy()])
+    return np.concatenate(found) if found else function(pa.array([], pa.string()))
 
 
 def _hashes_of(texts: pa.Array) -> np.ndarray:
+    texts = texts.cast(pa.string())
     return pd.util.hash_array(texts.to_numpy(zero_copy_only=False).astype(object), categorize=False)
 
 

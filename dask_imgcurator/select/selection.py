@@ -11,20 +11,19 @@ What is kept depends on the rows only: not on partitions, workers, threads or th
   taken of the rows that can be ranked: those for which `where` is true and whose value is neither null nor NaN. The top
   0.3 of 10 rows are 3, of 9 rows 2, of 3 rows none. Infinities are values like others; -0.0 equals 0.0.
 - **Ties** at the last place: ``ties="exact"`` keeps exactly as many as were asked for, and among equals those that come
-  first in a fixed random order (a hash of ``shard``, ``key`` and ``sample_offset``, so no shard is preferred);
+  first in a fixed random order (a hash of ``shard`` and ``sample_offset``, so no shard is preferred);
   ``"include"`` keeps all equals; ``"exclude"`` none of them, unless all fit.
 - **Quantiles are values that occur**: of n values the one of rank max(1, ⌈q n⌉) from below, which NumPy calls
   ``inverted_cdf``. So the rows above `quantile(df, c, 0.7)` are, but for ties, `top_fraction(df, c, 0.3)`.
 - **Samples** are the first rows in a random order by the seed and the same hash. So a larger sample of the same seed
   contains the smaller one, and new shards do not reshuffle the old. Shards under other URLs make another sample.
 
-Rows that have ``shard``, ``key`` and ``sample_offset`` in common are one row as far as this can tell; if a selection
+Rows that have ``shard`` and ``sample_offset`` in common are one row as far as this can tell; if a selection
 would have to keep one and drop the other, it raises `SelectionError`.
 
-Functions here read the columns that they rank by when they are called, once (twice where ties must be broken); what
-they return is lazy where the input is. Give them a score table (`read_scores`, of which only those columns are read) or
-``df.persist()``, not a lazy `embed` that would decode the images each time (they warn of it). ``df["key"].count()``
-counts rows by one column; Dask's ``len(df)`` reads them all, embeddings too.
+Functions here read the columns that they rank by when they are called, once; what they return is lazy where the input
+is. Give them a score table (`read_scores`, of which only those columns are read, and neighbouring partitions with few
+rows left are joined) or ``df.persist()``, not a lazy `embed` that would decode the images each time (they warn of it).
 """
 
 from __future__ import annotations
@@ -39,18 +38,17 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ..engine.run import reduce
-from ..results import Counts
 from ..steps.embed import warn_of_decoding
+from .bounds import Settling, begin, keys_of
 from .ranks import arrow_type, find_ranks, value_order
-from .settle import Condition, Settled, begin, keys_of
+from .settle import Condition, Settled
 from .steps import RandomSample, Step, Ties, Top, expand_steps, share
 from .where import Where, parse_where
 
 Steps = str | Step | Iterable[str | Step]
 
 
-def settle(df: Any, steps: Steps, *, ok_only: bool = True, alone: bool = False) -> Settled:
+def settle(df: Any, steps: Steps, *, ok_only: bool = True, alone: bool = False) -> Settling:
     """Find the bounds of a selection on a frame, splitting expressions at ``and``; `alone`: also per step."""
     settling = begin(df, _conditions(steps), ok_only)
     if any(condition.order is not None for condition in settling.settled.conditions):
@@ -60,12 +58,6 @@ def settle(df: Any, steps: Steps, *, ok_only: bool = True, alone: bool = False) 
 
 def _conditions(steps: Steps) -> list[Step]:
     return [part for step in expand_steps(steps) for part in (step.conjuncts() if isinstance(step, Where) else [step])]
-
-
-def count(df: Any, settled: Settled) -> Counts:
-    """Count what a selection keeps of a frame."""
-    columns = [name for name in settled.columns if name in df.columns]
-    return reduce(df[columns or list(df.columns[:1])], settled.count, Counts.sum)
 
 
 def apply_steps(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool = True) -> Any:
@@ -97,7 +89,7 @@ def apply_steps(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: b
     --------
     >>> df = apply_steps(df, ["aesthetic_score >= 5", "top 30% by clip_score", "sample 10000"])  # doctest: +SKIP
     """
-    return settle(df, steps, ok_only=ok_only).filter(df)
+    return settle(df, steps, ok_only=ok_only).filter()
 
 
 def top_fraction(
@@ -283,10 +275,11 @@ def funnel(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool =
     -----
     Conditions are counted in one pass over the columns that they use; steps that rank read theirs once before.
     """
-    settled = settle(df, steps, ok_only=ok_only, alone=True)
-    if all(condition.order is None for condition in settled.conditions):  # else it was told
+    settling = settle(df, steps, ok_only=ok_only, alone=True)
+    settled = settling.settled
+    if settling.digests is None:  # else it was told
         warn_of_decoding(df, [name for name in settled.columns if name in df.columns], "This funnel")
-    counts = count(df, settled)
+    counts = settling.count()
     ok = [("status == 'ok'", counts.readable, counts.readable)] if settled.ok_only else []
     own = [(step.condition, step.alone, step.left) for step in counts.funnel]
     table = pd.DataFrame([("all rows", counts.rows, counts.rows), *ok, *own], columns=["condition", "alone", "left"])

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from ..results import count
+from ..schema import kind_of, plain_type
+from ..storage import files
 from .ranks import SelectionError
 from .syntax import WhereError, fold
 from .where import Where, parse_where
@@ -119,8 +127,41 @@ class RandomSample:
         return f"sample {self.amount} seed {self.seed}{by}"
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A condition: the value of a column is, or is not, among those of a file. Make it by `only` or `exclude`."""
+
+    column: str
+    values: pa.Array = field(repr=False, compare=False)
+    keep: bool
+    text: str  # with a hash of the values, so that equal texts mean equal conditions
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that it uses."""
+        return (self.column,)
+
+    def check(self, names: Any) -> None:
+        """Raise `SelectionError` if there is no such column."""
+        if self.column not in names:
+            there = ", ".join(map(str, names))
+            raise SelectionError(f"`{self.text}`: there is no column {self.column!r} (there are: {there})")
+
+    def evaluate(self, table: pa.Table) -> pa.ChunkedArray:
+        """Tell for each row of an Arrow table whether it is kept; one without a value is in no list."""
+        column = table[self.column]
+        column = column.cast(plain_type(column.type))
+        if kind_of(column.type) not in ("string", "number", "unknown"):
+            raise SelectionError(f"`{self.text}`: column {self.column!r} holds {column.type}, which no list can name")
+        try:
+            among = pc.is_in(column, value_set=self.values.cast(column.type), skip_nulls=True)
+        except pa.ArrowInvalid as err:
+            raise SelectionError(f"`{self.text}`: column {self.column!r} holds {column.type}: {err}") from err
+        return among if self.keep else pc.invert(among)
+
+
 #: One step of a selection. Where one is wanted, a string is read by `parse_step`.
-Step = Where | Top | RandomSample
+Step = Where | Listed | Top | RandomSample
 
 
 # --- text to steps --------------------------------------------------------------------------------
@@ -226,3 +267,110 @@ def expand_steps(steps: str | Step | Iterable[str | Step]) -> Iterator[Step]:
             yield step.among
             step = replace(step, among=None)
         yield step
+
+
+# --- lists of rows ---------------------------------------------------------------------------------
+
+
+def only(
+    path: str | os.PathLike[str], column: str = "key", *, storage_options: Mapping[str, Any] | None = None
+) -> Listed:
+    """Keep only the rows that a file names: a step for `apply_steps` and `funnel`.
+
+    Parameters
+    ----------
+    path : str or path
+        A Parquet file with a column of that name (or with one column), a ``.npy`` file (of text, of numbers, or of
+        DataComp's pairs of uint64, which are read as hexadecimal uids), or text with one value per line.
+    column : str
+        The column that has the values: ``key``, or one of your own such as ``uid``.
+    storage_options : mapping, optional
+        For the fsspec file system.
+
+    Returns
+    -------
+    Listed
+        The step.
+
+    Raises
+    ------
+    SelectionError
+        If the file holds nothing of the kind.
+    FileNotFoundError
+        If there is no such file.
+
+    Examples
+    --------
+    >>> df = apply_steps(df, [only("good.npy", "uid"), "top 30% by clip_score"])  # doctest: +SKIP
+    """
+    return _listed(path, column, True, storage_options)
+
+
+def exclude(
+    path: str | os.PathLike[str], column: str = "key", *, storage_options: Mapping[str, Any] | None = None
+) -> Listed:
+    """Drop the rows that a file names: a step for `apply_steps` and `funnel`.
+
+    Parameters
+    ----------
+    path, column, storage_options
+        As for `only`.
+
+    Returns
+    -------
+    Listed
+        The step. Rows without a value stay.
+
+    Raises
+    ------
+    SelectionError, FileNotFoundError
+        As `only`.
+    """
+    return _listed(path, column, False, storage_options)
+
+
+def parse_listed(text: str, keep: bool, storage_options: Mapping[str, Any] | None = None) -> Listed:
+    """Read ``FILE`` or ``COLUMN=FILE``, as the command line has it."""
+    column, sign, path = text.partition("=")
+    column, path = (column, path) if sign and column.isidentifier() else ("key", text)
+    return _listed(path, column, keep, storage_options)
+
+
+def _listed(path: str | os.PathLike[str], column: str, keep: bool, options: Mapping[str, Any] | None) -> Listed:
+    url = os.fspath(path)
+    values = _read_list(url, column, options).drop_null().unique()
+    if not len(values):
+        raise SelectionError(f"{url} names no value of {column!r}: it is empty")
+    digest = hashlib.sha256()
+    for value in values.cast(pa.string()).sort().to_pylist():
+        digest.update(value.encode() + b"\0")
+    about = f"{count(len(values), 'value')} of {url.rpartition('/')[2]}, {digest.hexdigest()[:8]}"
+    return Listed(column, values, keep, f"{column} {'in' if keep else 'not in'} ({about})")
+
+
+def _read_list(url: str, column: str, options: Mapping[str, Any] | None) -> pa.ChunkedArray | pa.Array:
+    with files.opened(url, options) as file:
+        if url.endswith(".parquet"):
+            parquet = pq.ParquetFile(file)
+            names = parquet.schema_arrow.names
+            name = column if column in names else names[0] if len(names) == 1 else None
+            if name is None:
+                raise SelectionError(f"{url} has no column {column!r} (there are: {', '.join(names)})")
+            found = parquet.read([name])[name]
+            return found.cast(plain_type(found.type)).combine_chunks()
+        if url.endswith(".npy"):
+            return _from_numpy(np.load(file, allow_pickle=False), url)
+        try:
+            lines = file.read().decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as err:
+            raise SelectionError(f"{url} is no text ({err}): give a .txt, .parquet or .npy file") from err
+    return pa.array([line for line in lines if line], pa.string())
+
+
+def _from_numpy(values: np.ndarray, url: str) -> pa.Array:
+    if values.dtype.names and len(values.dtype.names) == 2 and values.ndim == 1:
+        high, low = (values[name].tolist() for name in values.dtype.names)
+        return pa.array([f"{a:016x}{b:016x}" for a, b in zip(high, low, strict=True)], pa.string())
+    if values.ndim != 1 or values.dtype.kind not in "iuU":
+        raise SelectionError(f"{url} holds {values.dtype} of shape {values.shape}: give text, integers or uids")
+    return pa.array(values)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..engine.backend import backend_of, is_dask
-from ..engine.frames import meta_of
+from ..engine.frames import meta_of, to_arrow
 from .evaluate import KINDS, Evaluator, kind_of_value
 from .syntax import MAX_CHARACTERS, WhereError, fold, parse, span
 
@@ -140,23 +139,3 @@ def kinds_of(frame: Any) -> dict[str, str]:
         if kind == "unknown" and not is_dask(frame):  # objects have a type by their values only
             kinds[name] = kind_of_value(to_arrow(frame, [name])[name])
     return kinds
-
-
-def to_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
-    """Copy columns of a pandas or cuDF frame into host memory."""
-    part = frame[list(names)]
-    # Under their own names, the backend would round some to the types that we publish.
-    part.columns = [str(i) for i in range(len(names))]
-    try:
-        return backend_of(frame).to_host(part, list(part.columns)).rename_columns(list(names))
-    except (pa.ArrowException, OverflowError, UnicodeError):  # Python objects
-        if len(names) > 1:
-            return pa.table({name: to_arrow(frame, [name])[name] for name in names})
-        return pa.table({names[0]: _objects(frame[names[0]])})
-
-
-def _objects(column: pd.Series) -> pa.Array:
-    """Objects that Arrow has no type for: integers of any size as float64, of others only whether they are null."""
-    if pd.api.types.infer_dtype(column, skipna=True) in ("integer", "floating", "mixed-integer-float"):
-        return pa.array(column.astype("float64"), from_pandas=True)
-    return pa.array([b"" if known else None for known in column.notna()], pa.binary())

@@ -20,7 +20,7 @@ from ..duplicates.index import Index, cell_order, open_index, write_part
 from ..duplicates.rows import DedupError, Source, gather, is_in, row_ids
 from ..engine.backend import get_backend
 from ..steps.read import URLPath
-from ..steps.score_table import ScoreFiles, ScoreTable, open_scores, read_score_files
+from ..steps.score_table import ScoreFiles, ScoreTable, open_scores
 from ..storage import files
 from ..storage.urls import fingerprint
 from .queries import table_provenance
@@ -185,7 +185,7 @@ def read_rows(index: Index, scored: ScoreTable, scan: RowScan, wanted: pa.Table)
 
 
 def _read_file(url: str, spec: ScoreFiles, scan: RowScan, ids: np.ndarray) -> tuple[pa.Table, np.ndarray]:
-    frame = read_score_files([url], spec)
+    frame = spec([url])
     found = row_ids(fetch(frame, np.arange(len(frame)), scan.identity))
     rows = np.flatnonzero(is_in(found, ids))
     return fetch(frame, rows, scan.returned), found[rows]

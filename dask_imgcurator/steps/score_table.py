@@ -2,99 +2,108 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import dask.dataframe as dd
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from dask.base import tokenize
 
-from ..engine.backend import backend_of, empty_frame, get_backend, is_dask
+from ..engine.backend import empty_frame, get_backend
 from ..engine.cluster import backend_for
-from ..engine.frames import from_map, objects_stay
-from ..engine.run import Wave, current_client, results, run
+from ..engine.frames import Picked, Reader, RowFilter
 from ..schema import METADATA_KEY, conform, kinds_of_schema, unify_schemas
 from ..storage import files
 from ..storage.urls import fingerprints, first_bytes, what_is
 from .read import URLPath
 
-#: Rows of a streamed table in memory at a time.
-_BATCH = 16_384
+#: Rows of a streamed table in memory at a time; and of a task that looks at a few columns only.
+_BATCH, _ROWS_AT_ONCE = 1 << 16, 1 << 20
 
+#: Column that `ScoreTable.batches` adds on request: the file's number and the row's in it, in 32 bits each.
+PLACE = " place"
 
-class RowFilter(Protocol):
-    """Which rows of a partition are wanted, judging by some of its columns."""
-
-    @property
-    def columns(self) -> list[str]: ...
-
-    def mask(self, frame: Any) -> Any: ...
+#: Columns whose few texts are stored as a dictionary, which decides faster than its values.
+_REPEATED, _CODED = ("shard", "status"), pa.dictionary(pa.int32(), pa.string())
 
 
 @dataclass(frozen=True)
-class ScoreFiles:
-    """How score files are read; `keep` drops rows before their other columns are read."""
+class ScoreFiles(Reader):
+    """How score files are read; `filters` drop rows before their other columns are read."""
 
     backend: str
     schema: pa.Schema
     storage_options: Mapping[str, Any] = field(default_factory=dict)
-    keep: RowFilter | None = None
+    filters: tuple[RowFilter, ...] = ()
     versions: str = ""  # of the files: persisted rows of an older one have other keys
+    at_once: int = 1
 
+    @property
+    def meta(self) -> Any:
+        """An empty partition."""
+        return empty_frame(self.backend, self.schema)
 
-def read_score_files(urls: Sequence[str], spec: ScoreFiles, columns: Sequence[str] | None = None) -> Any:
-    """Read score files as one partition; Dask's optimizer sets `columns` to those used later."""
-    wanted = list(spec.schema.names if columns is None else columns)
-    backend = get_backend(spec.backend)
-    if spec.keep is None:
-        return backend.from_arrow(pa.concat_tables([_read(url, spec, wanted) for url in urls]))
-    frames = [_read_kept(url, spec, wanted) for url in urls]
-    if len(frames) == 1:
-        return frames[0]
-    return backend.from_arrow(pa.concat_tables([backend.to_arrow(f) for f in frames], promote_options="permissive"))
+    def keeping(self, rows: RowFilter) -> ScoreFiles:
+        """Read fewer rows."""
+        return replace(self, filters=(*self.filters, rows))
 
+    def __call__(self, items: Sequence[Any], columns: Sequence[str] | None = None) -> Any:
+        """Read files as one partition; Dask's optimizer sets `columns` to those used later."""
+        read = [self.rows(item, self.schema.names if columns is None else columns) for item in items]
+        frame = get_backend(self.backend).from_arrow(pa.concat_tables([table for table, _ in read]))
+        kept = np.concatenate([kept for _, kept in read])
+        if not kept.all():  # labels as if all rows had been read
+            frame.index = np.flatnonzero(kept)
+        return frame
 
-def _read(url: str, spec: ScoreFiles, names: Sequence[str]) -> pa.Table:
-    """Read columns of a file as the table's types; null where the file has none of a name."""
+    def table(self, items: Sequence[Any], names: Sequence[str]) -> pa.Table:
+        """Read columns of some files."""
+        return pa.concat_tables([self.rows(item, names, _REPEATED)[0] for item in items])
 
-    def read() -> pa.Table:
-        with files.opened(url, spec.storage_options) as file:
-            parquet = pq.ParquetFile(file)
-            return parquet.read([name for name in names if name in parquet.schema_arrow.names])
+    def rows(self, item: Any, names: Sequence[str], coded: Sequence[str] = ()) -> tuple[pa.Table, np.ndarray]:
+        """Read columns of a file's rows that are wanted, with its metadata; and which those are: (n,) bool."""
+        # Text of the columns in `coded` stays as it is stored, a dictionary and numbers.
+        url, picked = (item.item, item.mask) if isinstance(item, Picked) else (item, None)
+        fields = {f.name: f.with_type(_CODED) if f.name in coded and f.type == pa.string() else f for f in self.schema}
+        wanted = pa.schema([fields[name] for name in names])
+        if isinstance(item, Picked) and not item.kept:
+            return wanted.empty_table(), item.mask
+        with files.opened(url, self.storage_options) as file:
+            parquet = files.persist(url, lambda: pq.ParquetFile(file, read_dictionary=list(coded)))
+            schema = parquet.schema_arrow
 
-    return conform(files.persist(url, read), pa.schema([spec.schema.field(name) for name in names]), url)
+            def read(names: Iterable[str]) -> pa.Table:
+                there = [name for name in names if name in schema.names]
+                table = files.persist(url, lambda: parquet.read(there, use_threads=False))
+                return conform(table, pa.schema([fields[name] for name in names]), url)
 
-
-def _read_kept(url: str, spec: ScoreFiles, wanted: list[str]) -> Any:
-    assert spec.keep is not None
-    first = [name for name in spec.keep.columns if name in spec.schema.names]
-    frame = get_backend(spec.backend).from_arrow(_read(url, spec, first))
-    return read_kept(url, spec, frame, spec.keep.mask(frame))[wanted]
-
-
-def read_kept(url: str, spec: ScoreFiles, frame: Any, mask: Any) -> Any:
-    """Read the remaining columns of rows kept by a mask; `frame` has those already read."""
-    backend, names = get_backend(spec.backend), spec.schema.names
-    if not mask.any():
-        return backend.from_arrow(spec.schema.empty_table())
-    rest = [name for name in names if name not in frame.columns]
-    if rest:
-        more = backend.from_arrow(_read(url, spec, rest))
-        frame = frame.assign(**{name: more[name] for name in rest})
-    return frame[names][mask].reset_index(drop=True)
+            kept = np.ones(parquet.metadata.num_rows, bool) if picked is None else picked
+            if len(kept) != parquet.metadata.num_rows:
+                raise ValueError(f"{url} has changed since its rows were selected: select them anew")
+            table = pa.table({})
+            if self.filters:
+                first = dict.fromkeys(n for rows in self.filters for n in rows.first if n in self.schema.names)
+                table = read(first)
+                kept = np.logical_and.reduce([kept, *(rows.kept(table, read) for rows in self.filters)])
+            rest = read([name for name in names if name not in table.column_names] if kept.any() else [])
+        if not kept.any():
+            return wanted.empty_table().replace_schema_metadata(schema.metadata), kept
+        columns = [(table if name in table.column_names else rest)[name] for name in names]
+        found = pa.Table.from_arrays(columns, schema=wanted.with_metadata(schema.metadata))
+        return (found if kept.all() else found.filter(pa.array(kept))), kept
 
 
 def write_score_file(
     frame: Any, url: str, provenance: Mapping[str, Any], backend: str, storage_options: Mapping[str, Any]
 ) -> pa.Schema:
-    """Write a partition as a score file, and return its schema."""
-    table = get_backend(backend).to_arrow(frame)
+    """Write a partition or an Arrow table as a score file, and return its schema."""
+    table = frame if isinstance(frame, pa.Table) else get_backend(backend).to_arrow(frame)
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(provenance, sort_keys=True)})
     # Bytes of vectors compress better by their place, and repeat too seldom for a dictionary.
     vectors = [f.name for f in table.schema if f.type == pa.list_(pa.float32())]
@@ -109,10 +118,6 @@ def write_score_file(
     return table.schema.remove_metadata()
 
 
-def _write_part(frame: Any, url: str, provenance: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    write_score_file(frame, url, provenance, backend_of(frame).name, options)
-
-
 # --- what the files are ---------------------------------------------------------------------------
 
 
@@ -123,6 +128,7 @@ class ScoreFile:
     url: str
     schema: pa.Schema
     provenance: Mapping[str, Any]
+    rows: int = 0
 
     @property
     def json_fields(self) -> set[str]:
@@ -133,22 +139,27 @@ class ScoreFile:
 def look_at(url: str, storage_options: Mapping[str, Any] | None = None) -> ScoreFile:
     """Read a score file's footer."""
 
-    def read() -> pa.Schema:
+    def read() -> pq.FileMetaData:
         with files.opened(url, storage_options) as file:
-            return pq.read_schema(file)
+            return pq.read_metadata(file)
 
     try:
-        schema = files.persist(url, read)
+        footer = files.persist(url, read)
+        schema = footer.schema.to_arrow_schema()
     except pa.ArrowException as err:
         words = what_is(first_bytes(url, storage_options))
         raise ValueError(
             f"{url} is no Parquet file that can be read{f'; it is {words}' if words else f': {err}'}"
         ) from err
+    return ScoreFile(url, schema.remove_metadata(), provenance_of(schema), footer.num_rows)
+
+
+def provenance_of(schema: pa.Schema) -> dict[str, Any]:
+    """Return what a file's schema says of its origin; empty for files of other origin."""
     try:
-        provenance = json.loads((schema.metadata or {})[METADATA_KEY.encode()])
+        return dict(json.loads((schema.metadata or {})[METADATA_KEY.encode()]))
     except (KeyError, ValueError):
-        provenance = {}
-    return ScoreFile(url, schema.remove_metadata(), provenance)
+        return {}
 
 
 def look_at_all(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[ScoreFile]:
@@ -202,17 +213,43 @@ class ScoreTable:
         return kinds_of_schema(self.schema)
 
     def batches(self, columns: Container[str]) -> Iterator[pa.Table]:
-        """Stream those of the columns that the table has, a few thousand rows at a time."""
+        """Stream those of the columns that the table has, some ten thousand rows at a time."""
         schema = pa.schema([field for field in self.schema if field.name in columns])
-        for file in self.files:
-            names = [name for name in schema.names if name in file.schema.names]
+        some: list[pa.Table] = []
+        for number, file in enumerate(self.files):
+            names, row = [name for name in schema.names if name in file.schema.names], number << 32
             with files.opened(file.url, self.storage_options) as opened:
                 for batch in pq.ParquetFile(opened).iter_batches(_BATCH, columns=names):
-                    yield conform(pa.Table.from_batches([batch]), schema, file.url)
+                    table = conform(pa.Table.from_batches([batch]), schema, file.url)
+                    if PLACE in columns:
+                        table = table.append_column(PLACE, pa.array(np.arange(row, row + len(batch))))
+                        row += len(batch)
+                    some.append(table)
+                    if sum(map(len, some)) >= _BATCH:
+                        yield pa.concat_tables(some)
+                        some = []
+        if some:
+            yield pa.concat_tables(some)
+
+    def fetch(self, places: Iterable[int], columns: Container[str]) -> dict[int, dict[str, Any]]:
+        """Read columns of a few rows, by what `batches` gives them as `PLACE`."""
+        by_file: dict[int, list[int]] = {}
+        for place in sorted(set(places)):
+            by_file.setdefault(place >> 32, []).append(place)
+        names = [name for name in self.schema.names if name in columns]
+        read, found = ScoreFiles("pandas", self.schema, self.storage_options), dict[int, dict[str, Any]]()
+        for number, some in by_file.items():
+            table, _ = read.rows(self.files[number].url, names)
+            rows = table.take([place & 0xFFFFFFFF for place in some]).to_pylist()
+            found.update(zip(some, rows, strict=True))
+        return found
 
     def frame(self, backend: str, versions: str = "") -> dd.DataFrame:
         """Make a lazy frame with a partition per file; `versions` of the files, where a user may persist it."""
-        return scores_from_files(self.urls, ScoreFiles(backend, self.schema, self.storage_options, versions=versions))
+        rows = max(1, sum(file.rows for file in self.files) // len(self.files))
+        at_once = max(1, _ROWS_AT_ONCE // rows)
+        read = ScoreFiles(backend, self.schema, self.storage_options, versions=versions, at_once=at_once)
+        return scores_from_files(self.urls, read)
 
 
 # --- who made a column ----------------------------------------------------------------------------
@@ -294,12 +331,10 @@ def open_files(urlpath: URLPath, storage_options: Mapping[str, Any] | None = Non
     return ScoreTable(looks, dict(storage_options or {}))
 
 
-def scores_from_files(urls: Iterable[str | Sequence[str]], spec: ScoreFiles) -> dd.DataFrame:
+def scores_from_files(urls: Iterable[str | Sequence[str]], read: ScoreFiles) -> dd.DataFrame:
     """Read score files as partitions, in the order given, one or several files each."""
     groups = [(item,) if isinstance(item, str) else tuple(item) for item in urls]
-    meta = empty_frame(spec.backend, spec.schema)
-    with objects_stay() if spec.backend == "cudf" else contextlib.nullcontext():
-        return from_map(read_score_files, groups, "read-scores", meta, spec=spec)
+    return read.frame(groups, "read-scores")
 
 
 def read_scores(
@@ -331,54 +366,3 @@ def read_scores(
     """
     table = open_files(urlpath, storage_options)
     return table.frame(backend_for(backend), tokenize(fingerprints(table.urls, storage_options)))
-
-
-def to_scores(
-    df: Any,
-    urlpath: str | os.PathLike[str],
-    *,
-    like: URLPath | None = None,
-    storage_options: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """Write a frame as a score table, which all commands and any reader of Parquet open.
-
-    Parameters
-    ----------
-    df : dask, pandas or cuDF DataFrame
-        Rows with any columns; ``shard``, ``key``, ``sample_offset`` and ``sample_nbytes`` are needed to write their
-        samples later.
-    urlpath : str or path
-        A new folder, for one file per partition.
-    like : str, path, or sequence of them, optional
-        Score table that the embeddings and scores come from: the new one then names the same model and heads.
-    storage_options : mapping, optional
-        For the fsspec file systems of both.
-
-    Returns
-    -------
-    list of str
-        The files.
-
-    Raises
-    ------
-    FileExistsError
-        If the folder holds Parquet files.
-
-    Examples
-    --------
-    >>> to_scores(df.merge(ratings, on="key"), "run/rated", like="run/scores")  # doctest: +SKIP
-    """
-    folder, options = files.absolute(urlpath), dict(storage_options or {})
-    if there := files.list_files(folder, ".parquet", options):
-        raise FileExistsError(f"{folder} holds Parquet files already ({there[0]}): choose a new folder")
-    files.make_folder(folder)
-    first = open_scores(like, options).files[0].provenance if like is not None else {}
-    provenance = {"command": "to_scores", **{name: first[name] for name in ("encoder", "heads") if name in first}}
-    targets = [files.join(folder, f"{i:05d}.parquet") for i in range(df.npartitions if is_dask(df) else 1)]
-    if not is_dask(df):
-        _write_part(df, targets[0], provenance, options)
-        return targets
-    graph = Wave(targets, results(df, _write_part, provenance, options, label="to-scores", each=targets))
-    for _ in run(current_client(), [graph], "writing"):
-        pass
-    return targets

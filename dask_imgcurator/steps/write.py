@@ -341,7 +341,7 @@ def _write_dask(df: dd.DataFrame, spec: WriteSpec, resume: bool, compute: bool) 
 
 
 def _finish_rows(rows: Sequence[Any], spec: WriteSpec) -> list[dict[str, Any]]:
-    return _finish([row["result"].iat[0] for row in rows], spec)
+    return _finish([row["object"].iat[0] for row in rows], spec)
 
 
 def _finish(groups: Sequence[list[dict[str, Any]]], spec: WriteSpec) -> list[dict[str, Any]]:

@@ -37,6 +37,8 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Choose rows": (
         "filter_frame",
         "apply_steps",
+        "only",
+        "exclude",
         "funnel",
         "quantile",
         "top_fraction",

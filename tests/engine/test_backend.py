@@ -26,7 +26,7 @@ import dask_imgcurator as dic
 from dask_imgcurator.engine.backend import BackendError, backend_of, get_backend, gpu_problem, resolve_name
 from dask_imgcurator.engine.cluster import backend_for
 from dask_imgcurator.schema import COLUMNS, arrow_schema
-from dask_imgcurator.steps.score_table import ScoreFiles, read_score_files, write_score_file
+from dask_imgcurator.steps.score_table import ScoreFiles, write_score_file
 
 needs_no_gpu = pytest.mark.skipif(gpu_problem() is None, reason="there is a card, and RAPIDS")
 
@@ -275,10 +275,10 @@ def test_parquet(backend: Any, tmp_path: Path) -> None:
     assert footer.field("embedding").type == pa.list_(pa.float32())
     # as this backend reads it
     spec = ScoreFiles(backend.name, table.schema)
-    back = read_score_files([path], spec)
+    back = spec([path])
     assert list(back.dtypes) == list(backend.from_arrow(table).dtypes)
     assert backend.to_arrow(back).equals(table)
-    some = read_score_files([path], spec, ["nsfw_score", "key"])
+    some = spec([path], ["nsfw_score", "key"])
     assert backend.to_arrow(some).equals(table.select(["nsfw_score", "key"]))
     assert [p.name for p in tmp_path.iterdir()] == ["x.parquet"]
 

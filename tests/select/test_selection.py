@@ -399,8 +399,9 @@ def test_steps_work_on_what_those_before_them_left(parts: int) -> None:
 
 def test_settled_steps_travel_and_work_on_any_partition() -> None:
     frame = table()
-    settled = pickle.loads(pickle.dumps(settle(frame, ["top 30% by score", "sample 5 by cluster", "width > 64"])))
-    assert settled.columns == ["status", "score", "shard", "key", "sample_offset", "cluster", "width"]
+    settled = settle(frame, ["top 30% by score", "sample 5 by cluster", "width > 64"]).settled
+    settled = pickle.loads(pickle.dumps(settled))
+    assert settled.columns == ["status", "score", "shard", "sample_offset", "cluster", "width"]
     pieces = [settled.filter(frame.iloc[i : i + 100]) for i in range(0, len(frame), 100)]
     pd.testing.assert_frame_equal(pd.concat(pieces), settled.filter(frame))
     assert len(settled.filter(frame)) > 20
