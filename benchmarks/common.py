@@ -38,11 +38,12 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
 def settle_options(args: argparse.Namespace) -> tuple[list[str], Any, Any, int]:
     """Turn options into shard URLs, encoder spec, backend and batch size; a typing mistake ends the benchmark here."""
     from dask_imgcurator.engine.backend import get_backend, resolve_name
+    from dask_imgcurator.engine.device import default_batch
     from dask_imgcurator.models.encoders import resolve_encoder
     from dask_imgcurator.storage.urls import expand
 
     backend = get_backend(resolve_name(args.backend))
-    batch_size = args.batch_size or (16 if backend.device == "cpu" else 512)  # as `embed` does by default
+    batch_size = args.batch_size or default_batch(backend.device)
     return expand(args.shards), resolve_encoder(args.model, args.pretrained, args.dtype), backend, batch_size
 
 

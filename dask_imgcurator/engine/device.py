@@ -53,6 +53,22 @@ def to_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def default_batch(device: str) -> int:
+    """Inputs of a forward pass: larger batches spill a CPU's caches, smaller ones leave a card idle."""
+    return 16 if device == "cpu" else 512
+
+
+def pass_size(waiting: int, batch_size: int) -> int:
+    """Size of the next forward pass, for so many inputs that wait: a whole batch, or of the last ones a power of two.
+
+    There are few sizes, and at most an eighth of a pass is padding.
+    """
+    if waiting >= batch_size:
+        return batch_size
+    size = 1 << waiting.bit_length() - 1
+    return min(2 * size, batch_size) if 8 * (2 * size - waiting) <= 2 * size else size
+
+
 @contextmanager
 def full_float32(active: bool) -> Iterator[None]:
     """Keep float32 arithmetic in float32 if `active`: cuDNN's convolutions default to TF32 (10-bit mantissa)."""
@@ -99,7 +115,7 @@ def memory_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Graphed:
-    """A forward pass on a card, recorded once per input shape and replayed with one launch."""
+    """A forward pass on a card, recorded for whole batches (the largest shape) and replayed with one launch."""
 
     # `forward` must not make the host wait. The next call overwrites the result: copy it (on the same stream) to keep
     # it.
@@ -109,20 +125,26 @@ class Graphed:
 
     def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._forward = forward
-        self._recorded: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        self._recorded: tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor] | None = None
         self._turn = threading.Lock()
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Run the forward pass."""
         with self._turn:
-            shape = tuple(pixels.shape)
-            if shape not in self._recorded:
-                self._recorded.clear()  # Whole batches have one size: another one means that the first was too large.
-                self._recorded[shape] = self._record(pixels)
-            graph, source, result = self._recorded[shape]
+            if self._recorded is not None and len(pixels) < len(self._recorded[1]):
+                return self._forward(pixels)  # the rest of a partition, which comes too seldom
+            if self._recorded is None or pixels.shape != self._recorded[1].shape:
+                self._recorded = None  # its memory first
+                self._recorded = self._record(pixels)
+            graph, source, result = self._recorded
             source.copy_(pixels)
             graph.replay()
             return result
+
+    def forget(self) -> None:
+        """Give back a recording's memory: it was too large."""
+        with self._turn:
+            self._recorded = None
 
     def _record(self, pixels: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
         import torch

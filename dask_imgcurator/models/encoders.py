@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import config, plugins
 from ..engine.cache import cache
-from ..engine.device import Graphed, full_float32, graphs_problem, is_out_of_memory, release
+from ..engine.device import Graphed, full_float32, graphs_problem, is_out_of_memory, pass_size, release
 from ..images.preprocess import Preprocess
 from . import ModelError, open_clip, starter
 
@@ -168,12 +168,12 @@ class Encoder:
         return inputs.to(self.device, getattr(torch, self.spec.dtype))
 
     def encode(self, inputs: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """Encode any number of images in whole batches, in smaller ones if memory runs out.
+        """Encode any number of images in whole batches and a rest in powers of two, in smaller ones if memory runs out.
 
-        Batches are always padded with zeros: a batch's size changes the last bits of an embedding, so neither bad
-        neighbours nor the length of a shard may change it. If memory runs out, the size is halved for the rest of this
-        process, and the images that did not fit are encoded again. Embeddings from before and after differ by
-        rounding, as those of two machines do: by less than the tolerances between CPU and GPU.
+        A batch's size changes the last bits of an embedding. So an image's depend on its place in its partition, by
+        `pass_size`, but not on its neighbours. If memory runs out, the size is halved for the rest of this process, and
+        the images that did not fit are encoded again. Embeddings of other sizes differ by rounding, as those of two
+        machines do: by less than the tolerances between CPU and GPU.
         """
         import torch
 
@@ -182,7 +182,7 @@ class Encoder:
         parts: list[torch.Tensor] = []
         done = 0
         while done < len(inputs):
-            size = min(batch_size, self._fits or batch_size)
+            size = pass_size(len(inputs) - done, min(batch_size, self._fits or batch_size))
             encoded = self._encode_whole(inputs[done : done + size], size)
             # The error is gone by now, and with it the memory that its traceback held.
             if encoded is None:
@@ -205,6 +205,8 @@ class Encoder:
             return None
 
     def _shrink(self, size: int) -> None:
+        if isinstance(self._forward, Graphed):
+            self._forward.forget()
         release(self.device)
         if size == 1:
             raise ModelError(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..engine.cache import cache
+from ..engine.device import default_batch
 from . import ModelError, open_clip
 from .encoders import Encoder, EncoderSpec, load_encoder
 
@@ -69,12 +70,12 @@ class TextEncoder(Encoder):
         return inputs.to(self.device)
 
     def encode_texts(self, texts: Sequence[str], batch_size: int | None = None) -> torch.Tensor:
-        """Encode texts in whole batches (by default of 16 on a CPU, 512 on a GPU), each distinct text once."""
+        """Encode texts in batches, as `Encoder.encode` does, each distinct text once."""
         import torch
 
         if not texts:
             return torch.empty((0, self.width), device=self.device)
-        batch_size = batch_size or (16 if self.device == "cpu" else 512)
+        batch_size = batch_size or default_batch(self.device)
         place = {text: i for i, text in enumerate(dict.fromkeys(text[:MAX_CHARS] for text in texts))}
         encoded = self.encode(self.tokenize(list(place)), batch_size)
         if len(place) == len(texts):

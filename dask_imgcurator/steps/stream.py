@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..engine.backend import Backend
 from ..engine.cache import cache
-from ..engine.device import is_out_of_memory, release
+from ..engine.device import default_batch, is_out_of_memory, release
 from ..images.dali import dali_problem
 from ..images.decoder import Batch, Decoder
 from ..images.formats import BadImage
@@ -65,8 +65,8 @@ def stream_images(
 
 
 def batch_size_of(spec: EmbedSpec, backend: Backend) -> int:
-    """Images per forward pass: larger batches spill a CPU's caches, smaller ones leave a GPU idle."""
-    return spec.batch_size or (16 if backend.device == "cpu" else 512)
+    """Images per forward pass."""
+    return spec.batch_size or default_batch(backend.device)
 
 
 def _read(locators: Mapping[str, list[Any]], todo: list[int], batch_size: int, spec: EmbedSpec) -> Iterator[Piece]:

@@ -93,21 +93,56 @@ def make_encoder(forward: Callable[[torch.Tensor], torch.Tensor]) -> Encoder:
     return Encoder(EncoderSpec("small", dtype="float32"), forward, PREPROCESS, 4, "cpu", {})
 
 
-@pytest.mark.parametrize("count", [1, 5, 16])
+@pytest.mark.parametrize(
+    ("batch_size", "expected"),
+    [
+        (
+            16,
+            {
+                1: [1],
+                2: [2],
+                3: [2, 1],
+                5: [4, 1],
+                7: [8],
+                15: [16],
+                16: [16],
+                23: [16, 8],
+                24: [16, 8],
+                37: [16, 16, 4, 1],
+            },
+        ),
+        (512, {600: [512, 64, 16, 8], 448: [512], 447: [256, 128, 64], 1000: [512, 512], 88: [64, 16, 8]}),
+        (5, {3: [2, 1], 4: [4], 9: [5, 4], 12: [5, 5, 2]}),
+    ],
+)
+def test_the_rest_of_a_partition_is_encoded_in_powers_of_two(batch_size: int, expected: dict[int, list[int]]) -> None:
+    """By hand: at most an eighth of a pass is padding, and each image gets its own embedding."""
+    for count, sizes in expected.items():
+        forward = Small(batch_size)
+        pixels = torch.randn((count, 3, 8, 8), generator=torch.manual_seed(count))
+        found = make_encoder(forward).encode(pixels, batch_size)
+        assert forward.sizes == sizes, count
+        one_by_one = torch.cat([make_encoder(Small(1)).encode(p[None], 1) for p in pixels])
+        torch.testing.assert_close(found, one_by_one)
+
+
+@pytest.mark.parametrize("count", [9, 16, 21])
 def test_batches_are_halved_until_they_fit_and_stay_so(count: int) -> None:
     forward = Small(3)
     encoder = make_encoder(forward)
     pixels = torch.randn((count, 3, 8, 8), generator=torch.manual_seed(count))
     with pytest.warns(UserWarning, match="memory ran out") as said:
         found = encoder.encode(pixels, 16)
-    assert [str(w.message).rpartition(" ")[2] for w in said] == ["8", "4", "2"]
+    first = 8 if count == 9 else 16
+    tried = [size for size in (16, 8, 4) if size <= first]
+    assert [str(w.message).rpartition(" ")[2] for w in said] == [str(size // 2) for size in tried]
     whole = make_encoder(Small(16)).encode(pixels, 16)
     torch.testing.assert_close(found, whole)
-    assert forward.sizes == [16, 8, 4] + [2] * (-(-count // 2))
-    # The next batch begins with the size that was found, and is filled up to it.
+    assert forward.sizes == tried + [2] * (count // 2) + [1] * (count % 2)
+    # The next batch begins with the size that was found.
     forward.sizes.clear()
-    encoder.encode(pixels[:1], 16)
-    assert forward.sizes == [2]
+    encoder.encode(pixels[:3], 16)
+    assert forward.sizes == [2, 1]
 
 
 def test_a_size_below_what_fits_is_kept() -> None:
@@ -284,7 +319,7 @@ def test_a_graph_gives_what_the_model_gives() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Flatten(), torch.nn.Linear(32, 4)).cuda().eval()
     graphed = Graphed(model)
     with torch.inference_mode():
-        for count in (4, 4, 2, 4):
+        for count in (2, 4, 4, 2, 1, 4, 8, 4):
             pixels = torch.randn((count, 3, 8, 8), device="cuda")
             torch.testing.assert_close(graphed(pixels), model(pixels))
 

@@ -84,11 +84,13 @@ def test_text_embeddings_are_open_clips(real: open_clip.CLIP) -> None:
 
 
 def test_an_embedding_does_not_depend_on_its_neighbours() -> None:
+    """In a batch of the same size; in one of another size they differ by rounding."""
     tower = load_text_encoder(SPEC)
     texts = [f"picture number {i}" for i in range(9)]
     together = tower.encode_texts(texts, 4)
     assert torch.equal(together[[8]], tower.encode_texts(texts[8:], 4))
-    assert torch.equal(together.flip(0), tower.encode_texts(texts[::-1], 4))
+    assert torch.equal(together[:8].flip(0), tower.encode_texts(texts[7::-1], 4))
+    torch.testing.assert_close(together.flip(0), tower.encode_texts(texts[::-1], 4), rtol=0, atol=1e-6)
 
 
 def test_tokens_and_what_is_read_of_a_long_text() -> None:
@@ -137,7 +139,7 @@ def test_memory_that_runs_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) 
     texts = ["a", "b", "c", "d", "e"]
     with pytest.warns(UserWarning, match="memory ran out at .* texts a batch"):
         found = tower.encode_texts(texts, 8)
-    assert seen == [8, 4, 2, 2, 2]
+    assert seen == [4, 2, 2, 1]
     torch.testing.assert_close(found, load_text_encoder(SPEC).encode_texts(texts), rtol=0, atol=1e-5)
 
 
