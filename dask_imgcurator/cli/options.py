@@ -205,7 +205,21 @@ def cluster_options_with(workers: str) -> Callable[[Any], Any]:
         click.option(
             "--scheduler",
             metavar="ADDRESS",
-            help="Run on a Dask cluster: its scheduler's address, tcp://host:8786.",
+            help="Run on a Dask cluster: its scheduler's address, tcp://host:8786. [default: DASK_SCHEDULER_ADDRESS]",
+        ),
+        click.option(
+            "--scheduler-file",
+            metavar="FILE",
+            type=click.Path(exists=True, dir_okay=False),
+            help="The same by the file that the scheduler wrote (dask scheduler --scheduler-file).",
+        ),
+        *(
+            click.option(f"--tls-{name}", metavar="FILE", type=click.Path(exists=True, dir_okay=False), help=help_)
+            for name, help_ in (
+                ("ca-file", "For a scheduler at tls://…: certificate of the authority that signed its certificate."),
+                ("cert", "The same: certificate of this client."),
+                ("key", "The same: key of this certificate."),
+            )
         ),
         click.option(
             "--n-workers",
@@ -242,12 +256,26 @@ scores_argument = click.argument("scores", nargs=-1, required=True, metavar="SCO
 def given_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options that were given, with where to run as `client`; the functions have their own defaults."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    scheduler, n_workers = given.pop("scheduler", None), given.pop("n_workers", None)
+    address, file, n_workers = (given.pop(name, None) for name in ("scheduler", "scheduler_file", "n_workers"))
+    scheduler = address or file
+    if address and file:
+        raise click.UsageError("--scheduler and --scheduler-file: give one of them")
+    if tls := {name: given.pop(f"tls_{name}") for name in ("ca_file", "cert", "key") if f"tls_{name}" in given}:
+        _use_certificates(tls, scheduler)
     if scheduler is not None and n_workers is not None:
         raise click.UsageError(
             f"--n-workers is for a new cluster; the scheduler at {scheduler} has its own workers: give one of them"
         )
     return given | ({"client": scheduler or n_workers} if scheduler or n_workers else {})
+
+
+def _use_certificates(tls: Mapping[str, str], scheduler: str | None) -> None:
+    import dask
+
+    if scheduler is None and dask.config.get("scheduler-address", None) is None:
+        raise click.UsageError("--tls-ca-file, --tls-cert and --tls-key are for a scheduler: give its --scheduler too")
+    own = {f"distributed.comm.tls.client.{name}": path for name, path in tls.items() if name != "ca_file"}
+    dask.config.set(own | ({"distributed.comm.tls.ca-file": tls["ca_file"]} if "ca_file" in tls else {}))
 
 
 def asked_of(options: Mapping[str, Any]) -> dict[str, Any]:

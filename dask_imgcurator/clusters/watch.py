@@ -42,7 +42,7 @@ class Watch:
 
     def look(self, running: Mapping[Any, str]) -> None:
         """Look why nothing is finished; `running`: what people call the parts, by their keys."""
-        workers = _ask(self._client.nthreads)
+        workers = ask(self._client.nthreads)
         if workers is not None and not workers:
             require_workers(self._client, self._what)
             self.moved()
@@ -61,7 +61,7 @@ class Watch:
 
     def _where(self, running: Mapping[Any, str]) -> str:
         """The parts that stand, and the workers that have them."""
-        at = _ask(self._client.processing)
+        at = ask(self._client.processing)
         if at is None:
             return f"{_first([*running.values()])} (the scheduler does not answer)"
         places = [
@@ -77,7 +77,7 @@ def _first(names: list[str]) -> str:
     return f"{', '.join(names[:_NAMED])}{more}"
 
 
-def _ask(question: Callable[[], T]) -> T | None:
+def ask(question: Callable[[], T]) -> T | None:
     """Ask the scheduler; None: it does not answer now."""
     answer: Future[T] = Future()
 

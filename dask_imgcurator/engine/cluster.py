@@ -12,6 +12,7 @@ import dask
 from distributed import Client, Worker, WorkerPlugin, get_client, get_worker, secede
 
 from .. import config
+from ..clusters.connect import connect
 from .backend import BackendError, get_backend, gpu_problem, resolve_name
 from .cache import cache
 
@@ -57,7 +58,10 @@ def start_client(
         Worker processes. By default one a GPU; on a CPU one a core, but none with less than 4 GB of memory. The
         threads of torch and DALI are shared out: workers x threads = cores.
     scheduler : str, optional
-        Address of a running dask-scheduler (``tcp://host:8786``); no process is started then.
+        Address of a running scheduler (``tcp://host:8786``), or the file that it wrote (``dask scheduler
+        --scheduler-file``); no process is started then. By default Dask's setting ``scheduler-address``
+        (``DASK_SCHEDULER_ADDRESS``), if it is set. For ``tls://`` certificates come from Dask's settings
+        ``distributed.comm.tls``.
     backend : {"auto", "cudf", "pandas"}, optional
         ``cudf`` starts a `dask_cuda.LocalCUDACluster`, ``pandas`` a `distributed.LocalCluster`; by default
         `imgcurator.backend`.
@@ -75,22 +79,23 @@ def start_client(
     ------
     OSError
         If no scheduler answers at the address.
+    JobError
+        If the scheduler or a worker lacks this package.
     ValueError
-        If it is no address.
+        If it is no address, or one that needs certificates which are not set.
 
     Examples
     --------
     >>> with start_client(n_workers=2) as client:  # doctest: +SKIP
     ...     df = read_webdataset("laion/*.tar")
     """
+    if scheduler is None and n_workers is None and not kwargs:
+        scheduler = dask.config.get("scheduler-address", None)
     if scheduler is not None:
         if n_workers is not None or kwargs:
             given = ", ".join(["n_workers"] * (n_workers is not None) + list(kwargs))
             raise ValueError(f"{given}: these are for a new cluster; the scheduler at {scheduler} has its own workers")
-        try:
-            client = Client(scheduler, timeout="10s")
-        except ValueError as err:
-            raise ValueError(f"scheduler={scheduler!r}: {err}; write for example tcp://10.0.0.1:8786") from err
+        client = connect(scheduler)
         client.register_plugin(_ListColumns())
         return client
     if n_workers is not None and n_workers < 1:

@@ -21,6 +21,7 @@ from dask.system import CPU_COUNT
 from distributed import Client, Future, futures_of, get_client
 from distributed.scheduler import KilledWorker
 
+from ..clusters.connect import lacking, require_package
 from ..clusters.faults import JobError, WorkerFault
 from ..clusters.watch import Watch
 from ..monitor import Monitor
@@ -48,9 +49,12 @@ _MOST_FAULTS = 8
 def place(where: Place, backend: str, monitor: Monitor, light: bool = False) -> Iterator[Client | None]:
     """Open the place where a job runs, and make it Dask's default; None: threads of this process."""
     # By default a `light` job (no model to load, little Python that holds the GIL) runs in threads, any other on a new
-    # cluster of processes.
+    # cluster of processes; Dask may know of a scheduler, though.
+    if where is None:
+        where = dask.config.get("scheduler-address", None)
     if isinstance(where, Client):
-        monitor.started(where)
+        require_package(where)
+        _started(where, monitor)
         with where.as_current():
             yield where
         return
@@ -67,10 +71,16 @@ def place(where: Place, backend: str, monitor: Monitor, light: bool = False) -> 
         with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
             client = start_client(where, backend=backend, silence_logs=logging.CRITICAL)
     try:
-        monitor.started(client)
+        _started(client, monitor)
         yield client
     finally:
         client.close()
+
+
+def _started(client: Client, monitor: Monitor) -> None:
+    monitor.started(client)
+    for note in lacking(client):
+        monitor.note(note)
 
 
 # --- run ------------------------------------------------------------------------------------------

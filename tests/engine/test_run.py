@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import dask
 import pandas as pd
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster, get_worker
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import make_sample_shards
+from dask_imgcurator.engine.run import Wave, run, tasks
 from dask_imgcurator.steps import embed
 from dask_imgcurator.steps.embed import embed_partition
 
@@ -110,3 +112,23 @@ def test_a_file_that_is_written_anew_is_read_anew(client: Client, tmp_path: Path
     after.to_parquet(table)
     again = dic.read_scores(table, backend="pandas").persist()
     assert set(again["key"].compute()) == set(after["key"])
+
+
+def _who(item: str) -> str:
+    time.sleep(0.1)
+    return str(get_worker().address)
+
+
+def test_workers_that_join_get_work() -> None:
+    """However few there were when the run began."""
+    names = [str(i) for i in range(100)]
+    at = []
+    small = LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None)
+    with small as cluster, Client(cluster) as client:
+        for _, worker in run(client, [Wave(names, tasks(names, _who, label="who"))], "asking"):
+            at.append(worker)
+            if len(at) == 5:
+                cluster.scale(4)
+                client.wait_for_workers(4)
+    assert len(set(at)) == 4
+    assert all(15 <= n <= 40 for n in Counter(at[20:]).values())
