@@ -6,6 +6,7 @@ step that needs the pixels reads them from there.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
@@ -112,6 +113,32 @@ STATUSES: Mapping[str, str] = {
     "no_image": "the sample has no member with an image extension",
     "read_error": "the tar ends early, is damaged or cannot be opened here",
 }
+
+
+#: What makes a column that a table may lack, where a command on the table can.
+MAKERS: Mapping[str, str] = {
+    "clip_score": "`dask-imgcurator add --clip-score` makes it",
+    "aesthetic_score": "`dask-imgcurator add --aesthetic-head NAME` makes it",
+    "nsfw_score": "`dask-imgcurator add --nsfw-head NAME` makes it",
+    "caption_words": "`dask-imgcurator add --caption-stats` makes it",
+    "caption_chars": "`dask-imgcurator add --caption-stats` makes it",
+    "caption_language": "`dask-imgcurator add --language` makes it",
+    "cluster": "`dask-imgcurator add --clusters K` makes it",
+    **{
+        c.name: "`dask-imgcurator score` makes it, unless told --no-measures"
+        for c in COLUMNS.values()
+        if c.step == "measure"
+    },
+}
+
+
+def suggest(name: str, columns: Iterable[str]) -> str:
+    """What to say of a column that is not there: who makes it, or which one was meant; empty if neither is known."""
+    if name in MAKERS:
+        return f"; {MAKERS[name]}"
+    lower = {str(column).lower(): str(column) for column in columns}
+    close = difflib.get_close_matches(name.lower(), list(lower), n=2)
+    return "; did you mean " + " or ".join(repr(lower[found]) for found in close) + "?" if close else ""
 
 
 def columns_of(*steps: Step) -> list[Column]:

@@ -24,6 +24,17 @@ class Finding:
     remedy: str = ""
 
 
+#: Extras that add something for users: the packages that they bring, and what for.
+EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "remote": (("s3fs", "aiohttp"), "shards and tables on s3:// and https://"),
+    "formats": (("pillow-heif", "pillow-jxl-plugin"), "HEIC and JPEG XL"),
+    "text": (("py3langid",), "language of captions (add --language)"),
+    "search": (("faiss-cpu",), "duplicates among, or an index of, more than 20,000 rows"),
+    "dashboard": (("bokeh",), "Dask's page of a running job"),
+    "notebook": (("jupyterlab", "ipywidgets"), "the notebooks, explore()"),
+    "demo": (("scikit-image", "scikit-learn"), "sample pictures for `demo`"),
+}
+
 PACKAGES = ("dask-imgcurator", "dask", "distributed", "pandas", "pyarrow", "torch", "open_clip_torch", "pillow")
 
 
@@ -33,13 +44,12 @@ def examine() -> Iterator[Finding]:
     for name in PACKAGES:
         found = version_of(name)
         yield Finding(name, found) if found else Finding(name, "not installed", "problem", f"pip install {name}")
-    for look in (_torchvision, _cpu, _gpu, _decoder, _starter, _heads):
+    for look in (_torchvision, _cpu, _gpu, _decoder, _model, _starter, _heads, _extras):
         yield from look()
 
 
 def _torchvision() -> Iterator[Finding]:
     try:
-        import open_clip  # noqa: F401
         import torchvision
     except Exception as err:  # A torchvision made for another torch fails with a RuntimeError.
         remedy = "install torch and torchvision of one release: pip install -U torch torchvision"
@@ -90,6 +100,28 @@ def _decoder() -> Iterator[Finding]:
         yield Finding("decoder", f"{pillow}; {dali} is there for decoder: dali and for parity")
     else:
         yield Finding("decoder", f"DALI ({dali}) on the card (mixed) for JPEG, Pillow for everything else")
+
+
+def _model() -> Iterator[Finding]:
+    from ..models import open_clip
+    from ..runs.plan import DEFAULT_MODEL
+
+    name, tag = DEFAULT_MODEL
+    if open_clip.can_have(name, tag):
+        yield Finding("default model", f"{name} ({tag})")
+    else:
+        remedy = "bring them (docs/howto/air_gapped.md), or name a checkpoint: --model ViT-L-14 --pretrained FILE"
+        yield Finding("default model", f"starter: the weights of {name} ({tag}) cannot be had here", "note", remedy)
+
+
+def _extras() -> Iterator[Finding]:
+    """What each extra brings, so far as it is for users."""
+    for extra, (names, purpose) in EXTRAS.items():
+        missing = [name for name in names if version_of(name) is None]
+        if missing:
+            yield Finding(f"extra {extra}", f"missing: {purpose}", "note", f'pip install "dask-imgcurator[{extra}]"')
+        else:
+            yield Finding(f"extra {extra}", f"present: {purpose}")
 
 
 def _starter() -> Iterator[Finding]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from .options import (
     shards_argument,
     threshold_options,
 )
+
+_INDENT = 22
 
 
 @click.command()
@@ -86,18 +90,23 @@ def verify(folder: str, storage_options: dict[str, Any] | None, out_options: dic
 @click.command()
 def doctor() -> None:
     """Report what is installed, what is visible, what would be used, and why not."""
-    from rich.text import Text
-
     from ..checks.doctor import examine
-    from . import summary
+    from ..results import count
 
-    table = summary.make_table("", "found", "what to do")
-    signs = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM", "bold red")}
-    problems = 0
+    console, problems = make_console(), 0
+    signs = {"ok": (" ", "green"), "note": ("·", "yellow"), "problem": ("!", "bold red")}
     for finding in examine():
         problems += finding.state == "problem"
         sign, style = signs[finding.state]
-        table.add_row(Text(f"{finding.topic}"), Text(finding.value), Text(finding.remedy), Text(sign, style))
-    make_console().print(table)
+        for line in _wrapped(finding.value, console.width) or [""]:
+            console.print(f"{sign} {finding.topic:<{_INDENT - 2}}{line}", style=style)
+            sign, finding = " ", replace(finding, topic="")
+        for line in _wrapped(f"→ {finding.remedy}", console.width) if finding.remedy else []:
+            console.print(f"{'':<{_INDENT}}{line}")
     if problems:
-        raise Failure(f"{problems} problem{'s' * (problems > 1)}: see the table", FAILED)
+        raise Failure(f"{count(problems, 'problem')}: see the lines that begin with !", FAILED)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines beside a column of topics; paths and names stay in one piece."""
+    return textwrap.wrap(text, max(20, width - _INDENT), break_long_words=False, break_on_hyphens=False)

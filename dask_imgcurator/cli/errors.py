@@ -124,6 +124,9 @@ def _reported(err: BaseException) -> str:
 
 class PlainGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:  # asked for nothing: what there is, as an answer and not as an error
+            click.echo(ctx.get_help())
+            ctx.exit()
         with _plain_errors():
             return super().parse_args(ctx, args)
 

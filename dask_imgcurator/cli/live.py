@@ -40,12 +40,19 @@ def make_monitor(console: Console) -> Iterator[monitor.Monitor]:
         yield _Live(console, progress)
 
 
+#: Where there is no terminal, a line says how far a run is at every twentieth, or after so many seconds.
+_STEPS, _SILENCE = 20, 30
+
+
 class _Lines(monitor.Monitor):
-    """Notes and phases, one per line."""
+    """Notes, phases and progress, one per line."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self.console = console
+        self._begin = self._told = time.monotonic()
+        self._step = 0
+        self._total = self._wrote = 0
 
     def note(self, text: str) -> None:
         super().note(text)
@@ -61,9 +68,31 @@ class _Lines(monitor.Monitor):
         if taken_over:
             text += f" ({taken_over:,} more are finished already)"
         self.console.print(text)
+        self._restart()
+
+    def progress(self, state: monitor.Progress) -> None:
+        if self._is_time(state.images, state.expected):
+            self.console.print(f"scoring: {_told(state, time.monotonic() - self._begin)}")
 
     def writing(self, total: int) -> None:
         self.console.print(f"writing {count(total, 'curated shard')}")
+        self._restart(total)
+
+    def wrote(self, shard: Mapping[str, Any]) -> None:
+        self._wrote += 1
+        if self._is_time(self._wrote, self._total):
+            self.console.print(f"writing: {self._wrote:,}/{self._total:,} curated shards")
+
+    def _restart(self, total: int = 0) -> None:
+        self._begin = self._told = time.monotonic()
+        self._step, self._total, self._wrote = 0, total, 0
+
+    def _is_time(self, done: int, total: int) -> bool:
+        step, now = _STEPS * done // max(1, total), time.monotonic()
+        if step <= self._step and now - self._told < _SILENCE:
+            return False
+        self._step, self._told = max(step, self._step), now
+        return True
 
 
 class _Live(_Lines):
@@ -73,10 +102,9 @@ class _Live(_Lines):
         super().__init__(console)
         self._progress = progress
         self._task: TaskID | None = None
-        self._begin = time.monotonic()
-        self._step("starting workers")
+        self._next("starting workers")
 
-    def _step(self, description: str, total: float | None = None, text: str = "") -> None:
+    def _next(self, description: str, total: float | None = None, text: str = "") -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(description, total=total, text=text)
@@ -84,31 +112,35 @@ class _Live(_Lines):
 
     def started(self, client: Client) -> None:
         super().started(client)
-        self._step("loading the model")
+        self._next("loading the model")
 
     def scoring(self, total: int, taken_over: int) -> None:
         super().scoring(total, taken_over)
-        self._step("scoring")
+        self._next("scoring")
 
     def progress(self, state: monitor.Progress) -> None:
         assert self._task is not None
-        seconds = time.monotonic() - self._begin
-        rate = state.images / seconds if seconds > 0 else 0.0
-        kept = f" · kept {state.kept / state.decided:.0%}" if state.decided else ""
-        left = f" · {_clock((state.expected - state.images) / rate)} left" if rate > 0 else ""
-        text = (
-            f"{state.images:,}/~{state.expected:,} images · {rate:,.1f}/s{kept} · {state.errors:,} errors · "
-            f"shard {state.shards:,}/{state.total_shards:,}{left}"
-        )
+        text = _told(state, time.monotonic() - self._begin)
         self._progress.update(self._task, total=max(1, state.expected), completed=state.images, text=text)
 
     def writing(self, total: int) -> None:
         super().writing(total)
-        self._step("writing", total=total)
+        self._next("writing", total=total)
 
     def wrote(self, shard: Mapping[str, Any]) -> None:
         assert self._task is not None
         self._progress.update(self._task, advance=1, text=str(shard["shard"]))
+
+
+def _told(state: monitor.Progress, seconds: float) -> str:
+    """Images, images/s, kept share, errors, shards, time left."""
+    rate = state.images / seconds if seconds > 0 else 0.0
+    kept = f" · kept {state.kept / state.decided:.0%}" if state.decided else ""
+    left = f" · {_clock((state.expected - state.images) / rate)} left" if rate > 0 else ""
+    return (
+        f"{state.images:,}/~{state.expected:,} images · {rate:,.1f}/s{kept} · {state.errors:,} errors · "
+        f"shard {state.shards:,}/{state.total_shards:,}{left}"
+    )
 
 
 def _has_dashboard(link: str) -> bool:

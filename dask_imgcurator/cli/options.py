@@ -246,6 +246,12 @@ missing_option = click.option(
     "--allow-missing", is_flag=True, help="Exit with 0 even if shards cannot be read. [default: exit with 1 in the end]"
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
+limit_option = click.option(
+    "--limit",
+    metavar="N",
+    type=click.IntRange(1),
+    help="Only the first N shards, for a first look; a later run without it takes them over.",
+)
 shards_argument = click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
 scores_argument = click.argument("scores", nargs=-1, required=True, metavar="SCORES...")
 

@@ -13,6 +13,7 @@ from .live import display, make_console
 from .options import (
     cluster_options,
     given_of,
+    limit_option,
     missing_option,
     model_options,
     overwrite_option,
@@ -52,6 +53,7 @@ def _shown_all_the_same(quiet: bool) -> Iterator[None]:
 @resume_option
 @overwrite_option
 @missing_option
+@limit_option
 @quiet_option
 def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
     """Score shards, keep the images that match an expression, write them as curated shards.
@@ -80,6 +82,7 @@ def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> No
 @resume_option
 @overwrite_option
 @missing_option
+@limit_option
 @quiet_option
 def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
     """Score shards into a table: the expensive part, done once.

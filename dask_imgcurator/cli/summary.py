@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -40,6 +41,11 @@ def _numbers(*columns: str) -> Table:
     return table
 
 
+def _inside(text: str) -> Padding:
+    """A cell that belongs to the row above, also where it takes several lines."""
+    return Padding(Text(text), (0, 0, 0, 2))
+
+
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
@@ -50,11 +56,11 @@ def print_run(result: RunResult) -> None:
     table.add_row("in the score table", f"{result.samples:,}", "")
     for status, n in result.by_status.items():
         meaning = "readable and scored" if status == "ok" else f"{status}: {STATUSES.get(status, '')}"
-        table.add_row(f"  {meaning}", f"{n:,}", _share(n, result.samples))
+        table.add_row(_inside(meaning), f"{n:,}", _share(n, result.samples))
     before = result.by_status.get("ok", 0)
     for step in result.funnel:
         table.add_row(
-            f"  dropped by {step.condition}",
+            _inside(f"dropped by {step.condition}"),
             f"{before - step.left:,}",
             _share(before - step.left, result.samples),
         )
@@ -73,6 +79,8 @@ def print_run(result: RunResult) -> None:
         console.print(f"taken over from an earlier run: {count(result.shards_taken_over, 'shard')}")
     if result.shards_missing:
         console.print(f"missing: {count(len(result.shards_missing), 'shard')}")
+    if result.kept == 0 and result.samples:
+        console.print("Nothing is kept: the report shows what each condition drops.", style="yellow")
     if result.kept is not None:
         console.print(written_line(result.written, str(Path(result.out) / "shards")))
         console.print(f"report: {Path(result.out) / 'report.html'}")
@@ -93,9 +101,11 @@ def print_selection(selection: Counts, out: str) -> None:
     if ok != selection.rows:
         table.add_row("readable and scored", f"{ok:,}", "")
     for step in selection.funnel:
-        table.add_row(f"  and {step.condition}", f"{step.left:,}", f"{step.alone:,}")
+        table.add_row(_inside(f"and {step.condition}"), f"{step.left:,}", f"{step.alone:,}")
     table.add_row("kept", f"{selection.kept:,}", _share(selection.kept, selection.rows), style="bold")
     console.print(table)
+    if not selection.kept:
+        console.print("Nothing is kept: the column 'alone' shows which condition leaves how many.", style="yellow")
     console.print(f"in {out}")
 
 

@@ -149,6 +149,7 @@ def curate(
     resume: bool = True,
     overwrite: bool = False,
     allow_missing: bool = False,
+    limit: int | None = None,
     client: Place = None,
     monitor: Monitor | None = None,
     **options: Any,
@@ -176,6 +177,8 @@ def curate(
         Whether scores of another model, with other settings or of other shards that are in `out` are replaced, whole.
     allow_missing : bool
         Whether shards that cannot be read now are only noted, and no error in the end.
+    limit : int, optional
+        Only the first so many shards, for a first look; a later run without it takes them over.
     client : distributed.Client, str, or int, optional
         Where to run: a client, the address of a scheduler (``tcp://host:8786``), or a number of new worker processes on
         this machine. By default new ones: one per GPU; on a CPU one per core with 4 GB.
@@ -210,7 +213,7 @@ def curate(
     where = combine(where, min_aesthetic, max_nsfw)
     curated = files.join(folder, "shards")
     spec = write_spec(curated, max_count, max_size, given.out_options, given.storage_options)
-    urls = expand(urlpath, given.storage_options)
+    urls = expand(urlpath, given.storage_options)[:limit]
     if not overwrite:
         check_replaced(curated, urls, given.out_options)
     plan, parsed = make_plan(urls, given, where, monitor, client)

@@ -291,6 +291,7 @@ def score_shards(
     resume: bool = True,
     overwrite: bool = False,
     allow_missing: bool = False,
+    limit: int | None = None,
     client: Place = None,
     monitor: Monitor | None = None,
     **options: Any,
@@ -309,6 +310,8 @@ def score_shards(
         Whether scores of another model, with other settings or of other shards that are in `out` are replaced, whole.
     allow_missing : bool
         Whether shards that cannot be read now are only noted, and no error in the end.
+    limit : int, optional
+        Only the first so many shards, for a first look; a later run without it takes them over.
     client : distributed.Client, str, or int, optional
         Where to run, as for `curate`.
     monitor : Monitor, optional
@@ -334,7 +337,7 @@ def score_shards(
     folder = os.fspath(out)
     result = RunResult(folder, notes=monitor.notes)
     given = ScoreOptions(**options)
-    urls = expand(urlpath, given.storage_options)
+    urls = expand(urlpath, given.storage_options)[:limit]
     plan, _ = make_plan(urls, given, None, monitor, client)
     run_of = Run(resume, overwrite, monitor, result)
     with files.no_partial(folder), place(client, plan.read.backend, monitor) as lent:

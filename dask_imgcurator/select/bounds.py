@@ -35,7 +35,7 @@ from ..engine.frames import (
 )
 from ..engine.run import current_client, reduce, stream
 from ..results import Counts
-from .ranks import IDENTITY, RandomOrder, SelectionError, arrow_type, find_ranks, random_order, value_order
+from .ranks import IDENTITY, RandomOrder, SelectionError, arrow_type, find_ranks, no_column, random_order, value_order
 from .settle import ALL, NONE, Bound, Condition, GroupBounds, Settled, check_groups, counts_of, digest
 from .steps import Listed, RandomSample, Step, Top
 from .where import Where
@@ -202,9 +202,7 @@ def begin(df: Any, steps: Sequence[Step], ok_only: bool) -> Settling:
             order = random_order(df, step.seed, f"`{step.text}`")
             if step.by is not None:
                 if step.by not in df.columns:
-                    raise SelectionError(
-                        f"there is no column {step.by!r} (there are: {', '.join(map(str, df.columns))})"
-                    )
+                    raise no_column(step.by, df.columns)
                 check_groups(step.by, arrow_type(df, step.by))
             conditions.append(Condition(step, order))
     return Settling(df, Settled(tuple(conditions), ok_only and "status" in df.columns))

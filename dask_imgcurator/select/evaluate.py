@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import math
 import operator
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..schema import kind_of
+from ..schema import kind_of, suggest
 from .syntax import SIGNS, WhereError, clip, span
 
 _MAX_EXPONENT = 8
@@ -170,13 +169,9 @@ class Evaluator:
         return value.cast(pa.bool_()) if kind == "unknown" else _TEXT_TESTS[name](value, pattern)
 
     def unknown(self, node: ast.Name) -> WhereError:
-        lower = {name.lower(): name for name in self.table.column_names}
-        close = difflib.get_close_matches(node.id.lower(), list(lower), n=2)
-        if close:
-            hint = "; did you mean " + " or ".join(repr(lower[name]) for name in close) + "?"
-        else:
-            hint = f" (if it is text, put it in quotes: '{clip(node.id)}')"
-        note = "columns: " + ", ".join(lower.values()) if lower else "there are no columns"
+        names = self.table.column_names
+        hint = suggest(node.id, names) or f" (if it is text, put it in quotes: '{clip(node.id)}')"
+        note = "columns: " + ", ".join(names) if names else "there are no columns"
         return self.fail(f"unknown column {clip(node.id)!r}{hint}", node, note=note)
 
     def wanted(self, node: ast.expr, kinds: str, message: str) -> tuple[Any, str]:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from ..engine.backend import backend_of
 from ..engine.frames import meta_of
 from ..engine.run import reduce
-from ..schema import kind_of
+from ..schema import kind_of, suggest
 
 #: Columns by which a row is known, whatever partition it is in: the key too, where one of the other two is missing.
 IDENTITY = ("shard", "key", "sample_offset")
@@ -114,6 +114,13 @@ class RandomOrder:
 Order = ValueOrder | RandomOrder
 
 
+def no_column(column: str, there: Iterable[Any], what: str = "") -> SelectionError:
+    """Make an error of a column that is not there."""
+    names = [str(name) for name in there]
+    hint = suggest(column, names)
+    return SelectionError(f"{what}there is no column {column!r}{hint} (there are: {', '.join(names)})")
+
+
 def arrow_type(df: Any, column: str) -> pa.DataType:
     """Arrow type of a column from a frame's dtypes; null if they do not tell (Python objects)."""
     return backend_of(df).to_host(meta_of(df), [column]).schema.field(column).type
@@ -122,7 +129,7 @@ def arrow_type(df: Any, column: str) -> pa.DataType:
 def value_order(df: Any, column: str, largest: bool = False) -> ValueOrder:
     """Resolve how a column's values are compared."""
     if column not in df.columns:
-        raise SelectionError(f"there is no column {column!r} (there are: {', '.join(map(str, df.columns))})")
+        raise no_column(column, df.columns)
     type_ = arrow_type(df, column)
     long = pa.types.is_decimal(type_) and type_.precision > 15  # which float64 cannot tell apart
     if long or kind_of(type_) not in ("number", "unknown"):

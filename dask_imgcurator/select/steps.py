@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from ..results import count
 from ..schema import kind_of, plain_type
 from ..storage import files
-from .ranks import SelectionError
+from .ranks import SelectionError, no_column
 from .syntax import WhereError, fold
 from .where import Where, parse_where
 
@@ -144,8 +144,7 @@ class Listed:
     def check(self, names: Any) -> None:
         """Raise `SelectionError` if there is no such column."""
         if self.column not in names:
-            there = ", ".join(map(str, names))
-            raise SelectionError(f"`{self.text}`: there is no column {self.column!r} (there are: {there})")
+            raise no_column(self.column, names, f"`{self.text}`: ")
 
     def evaluate(self, table: pa.Table) -> pa.ChunkedArray:
         """Tell for each row of an Arrow table whether it is kept; one without a value is in no list."""

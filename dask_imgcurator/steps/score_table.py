@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -324,11 +325,21 @@ def open_files(urlpath: URLPath, storage_options: Mapping[str, Any] | None = Non
             continue
         found = files.list_files(item, ".parquet", storage_options)
         if not found:
-            raise FileNotFoundError(f"no score table at {item!r}: expected a .parquet file or a folder with such files")
+            raise FileNotFoundError(f"no score table at {item!r}: {_instead(item, storage_options)}")
         urls.extend(found)
     looks = look_at_all(list(dict.fromkeys(urls)), storage_options)
     looks.sort(key=lambda file: (str(file.provenance.get("shard", "")), file.url))
     return ScoreTable(looks, dict(storage_options or {}))
+
+
+def _instead(item: str, storage_options: Mapping[str, Any] | None) -> str:
+    """What to give instead of something that is no score table."""
+    inner = files.join(item, "scores")
+    if files.list_files(inner, ".parquet", storage_options):
+        return f"did you mean {inner}?"
+    if re.fullmatch(r"[<>=!]*-?[\d.]+|=|and|or|not", item):
+        return "if this is part of an expression, put the expression in quotes: --where 'aesthetic_score >= 5'"
+    return "expected a .parquet file or a folder with such files"
 
 
 def scores_from_files(urls: Iterable[str | Sequence[str]], read: ScoreFiles) -> dd.DataFrame:

@@ -50,6 +50,9 @@ def scores(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "images/s" in done.stdout
     assert "preview" in done.stderr
     assert "\r" not in done.stderr and "\x1b" not in done.stderr  # no live line where stderr is no terminal
+    told = re.findall(r"^scoring: ([0-9]+)/~32 images · .* · [0-9]+ errors · shard ([0-2])/2", done.stderr, re.M)
+    assert told[-1][0] == "32"
+    assert len(told) <= 21
     return out
 
 
@@ -99,6 +102,12 @@ WRONG = {
     ("curate", "{samples}", "--out", "o", "--model", "starter", "--backend", "cudf"): "pip install",
     ("write", "/nowhere", "--out", "o"): "no score table at '/nowhere'",
     ("export", "{samples}", "--out", "o", "--format", "list", "--arch", "b32"): "--arch is for the format datacomp",
+    ("select", "{samples}/..", "--out", "o"): "/scores?",
+    ("select", "{scores}", "5", "--out", "o"): "put the expression in quotes",
+    ("select", "{scores}", "--where", "clip_score > 0.2", "--out", "o"): "`dask-imgcurator add --clip-score` makes it",
+    ("select", "{scores}", "--where", "caption_chars > 9", "--out", "o"): "add --caption-stats",
+    ("select", "{scores}", "--top", "5 by aesthetic_scor", "--out", "o"): "did you mean 'aesthetic_score'?",
+    ("select", "{scores}", "--sample", "5 by kinds", "--out", "o"): "did you mean 'kind'?",
     ("nonsense",): "No such command",
     ("--nonsense",): "No such option",
 }
@@ -106,14 +115,16 @@ WRONG = {
 
 @pytest.mark.parametrize("arguments", WRONG, ids=lambda a: " ".join(a)[:60])
 def test_wrong_usage_is_one_message_and_exit_code_2(
-    arguments: tuple[str, ...], samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], samples: Path, scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dask_imgcurator.engine.backend import gpu_problem
 
     if "cudf" in arguments and gpu_problem() is None:
         pytest.skip("cudf works here")
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(cli, [a.format(samples=samples) for a in arguments])
+    beside = scores if "{samples}/.." in arguments else samples / "x"
+    given = [a.format(samples=samples, scores=scores).replace(f"{samples}/..", str(beside.parent)) for a in arguments]
+    result = CliRunner().invoke(cli, given)
     assert result.exit_code == 2, result.output
     assert WRONG[arguments] in result.stderr
     assert result.stderr.startswith("dask-imgcurator: ")
@@ -151,11 +162,43 @@ def test_address_that_is_none(scores: Path) -> None:
     assert "tcp://" in result.stderr
 
 
-def test_doctor_names_what_would_be_used() -> None:
-    result = CliRunner().invoke(cli, ["doctor"], env={"COLUMNS": "200"})
+@pytest.mark.parametrize("columns", [200, 80, 40])
+def test_doctor_names_what_would_be_used(columns: int) -> None:
+    result = CliRunner().invoke(cli, ["doctor"], env={"COLUMNS": str(columns)})
     assert result.exit_code == 0, result.output
-    for text in ("torch", "backend", "decoder", "starter model", "aesthetic-v2-l14"):
+    for text in ("torch", "backend", "decoder", "default model", "starter model", "aesthetic-v2-l14", "extra formats"):
         assert text in result.stdout
+    words = {word for line in result.stdout.splitlines() if len(line) > columns for word in [line.split()[-1]]}
+    assert all(len(word) > columns - 22 - 20 for word in words)  # only what cannot be broken sticks out
+
+
+def test_without_a_command_there_is_help() -> None:
+    done = run()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == run("--help").stdout
+
+
+def test_a_first_look_is_taken_over(samples: Path, scores: Path, tmp_path: Path) -> None:
+    """The first shard alone, then all: as if they had been scored at once."""
+    out = tmp_path / "scores"
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        common = [str(samples), "--out", str(out), "--model", "starter", "--column", "kind", "--scheduler"]
+        first = CliRunner().invoke(cli, ["score", *common, cluster.scheduler_address, "--limit", "1"])
+        assert first.exit_code == 0, first.output
+        assert [p.name for p in sorted(out.glob("*.parquet"))] == ["00000.parquet"]
+        kept = (out / "00000.parquet").stat().st_mtime_ns
+        whole = CliRunner().invoke(cli, ["score", *common, cluster.scheduler_address])
+    assert whole.exit_code == 0, whole.output
+    assert "taken over from an earlier run: 1 shard" in whole.stdout
+    assert (out / "00000.parquet").stat().st_mtime_ns == kept
+    for path in scores.glob("*.parquet"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_nothing_kept_is_said(scores: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["select", str(scores), "--where", "aesthetic_score > 99", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "Nothing is kept" in done.stdout
 
 
 def test_help_teaches() -> None:
