@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import io
 import json
@@ -84,6 +85,28 @@ def test_the_list_of_what_the_machine_needs_names_modules(gpu: Any) -> None:
     needed = gpu.gpu_smoke.needed_modules()
     assert {"cudf", "pylibcudf", "dask_cudf", "dask_cuda", "nvidia.dali", "torch", "pytest"} <= set(needed)
     assert all(part.isidentifier() for name in needed for part in name.split("."))
+
+
+def test_no_gpu_test_wants_what_the_machine_does_not_have(gpu: Any) -> None:
+    """An import at the top of its file that fails would keep a GPU test from running at all."""
+    there = {name.partition(".")[0] for name in gpu.gpu_smoke.needed_modules()}
+    there |= set(sys.stdlib_module_names) | {path.stem for path in Path(__file__).parent.rglob("*.py")}
+    brought = {
+        "dask_imgcurator",
+        "numpy",
+        "pandas",
+        "pyarrow",
+        "dask",
+        "click",
+        "PIL",
+        "fsspec",
+        "scipy",
+    }  # dependencies' own
+    for path in gpu.gpu_tests.files():
+        nodes = ast.parse(path.read_text()).body
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert {name.partition(".")[0] for name in names} <= there | brought, path
 
 
 def test_a_step_that_fails_is_told_and_the_next_ones_run(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,15 +318,15 @@ def about_the_worker() -> dict[str, Any]:
     }
 
 
-def test_a_worker_a_card_with_one_pool_for_all(client: Any) -> None:
+def test_a_worker_a_card_with_the_driver_s_pool(client: Any) -> None:
     from dask.system import CPU_COUNT
 
     found = list(client.run(about_the_worker).values())
     assert len(found) == torch.cuda.device_count()
     for one in found:
-        assert one["pool"] == "PoolMemoryResource"
-        assert one["torch"] == "pluggable"
-        assert one["spill"] is True
+        assert one["pool"] == "CudaAsyncMemoryResource"
+        assert one["torch"] == "native"
+        assert one["spill"] is False
         assert one["threads"] == max(1, CPU_COUNT // len(found))
     assert list(client.nthreads().values()) == [1] * len(found)
 

@@ -78,7 +78,7 @@ def _gpu() -> Iterator[Finding]:
     from ..engine.backend import gpu_problem, resolve_name
 
     facts = gpu_facts()
-    yield from gpu_findings(facts, config.get("rmm-pool"))
+    yield from gpu_findings(facts)
     problem = gpu_problem()
     chosen = "pandas" if problem else resolve_name("auto")
     state: State = "note" if problem and (facts.torch_sees or facts.cards) else "ok"
@@ -159,8 +159,8 @@ def _heads() -> Iterator[Finding]:
 _RAPIDS = ("cudf-", "dask-cudf-", "rmm-", "dask-cuda")
 
 
-def gpu_findings(facts: GpuFacts, pool: float | int | str | None = None) -> Iterator[Finding]:
-    """Judge the facts alone; a fractional `imgcurator.rmm-pool` (`pool`) is compared with free memory."""
+def gpu_findings(facts: GpuFacts) -> Iterator[Finding]:
+    """Judge the facts alone."""
     if not facts.cards and not facts.torch_sees:
         yield Finding("GPU", "no NVIDIA card, or no driver for it: everything runs on the CPU")
         return
@@ -171,8 +171,6 @@ def gpu_findings(facts: GpuFacts, pool: float | int | str | None = None) -> Iter
     for library, wheels in GPU_PACKAGES.items():
         yield _library(library, wheels, facts)
     yield from _mismatches(facts)
-    if facts.cards and facts.driver is not None:
-        yield _pool(facts, pool)
 
 
 def _driver(facts: GpuFacts) -> Finding:
@@ -252,19 +250,3 @@ def _install(facts: GpuFacts) -> str:
     """Command that completes the GPU path, for the CUDA of the driver (else torch)."""
     newest = facts.driver_cuda[0] if facts.driver_cuda else int((facts.torch_cuda or "13").partition(".")[0])
     return f'pip install "dask-imgcurator[cu{12 if newest < 13 else 13}]"'
-
-
-def _pool(facts: GpuFacts, pool: float | int | str | None) -> Finding:
-    """Whether the memory pool that workers allocate at startup fits the free memory of each card."""
-    topic = "memory pool"
-    if not isinstance(pool, float) or not 0 < pool <= 1:
-        return Finding(topic, f"{pool}" if pool else "none (imgcurator.rmm-pool)")
-    tight = min(facts.cards, key=lambda card: card.free / card.total)
-    size = pool * tight.total
-    value = f"{size / 2**30:.1f} GiB ({pool:g} of a card), {tight.free / 2**30:.1f} GiB free"
-    if size <= tight.free:
-        return Finding(topic, value)
-    fits = max(0, int(100 * tight.free / tight.total) - 5) / 100
-    return Finding(
-        topic, value, "problem", f"end what else runs there, or DASK_IMGCURATOR__RMM_POOL={fits:g} (0: no pool)"
-    )

@@ -6,6 +6,7 @@ is one chosen by name.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import warnings
 from functools import cache
@@ -75,14 +76,17 @@ def gpu_problem() -> str | None:
     except ImportError:
         return "torch is not installed"
     visible = torch.cuda.is_available()
-    missing = next((m for m in ("cudf", "dask_cudf", "dask_cuda", "nvidia.dali") if not _installed(m)), None)
-    if visible and missing is None:
-        return None
     seen = "a CUDA card is visible, but" if visible else "torch sees no CUDA device"
-    if missing is None:
-        return seen
-    cuda = (torch.version.cuda or "13").partition(".")[0]
-    return f'{seen}{"" if visible else ", and"} {missing} is not installed: pip install "dask-imgcurator[cu{cuda}]"'
+    remedy = f'pip install "dask-imgcurator[cu{(torch.version.cuda or "13").partition(".")[0]}]"'
+    modules = "cudf", "dask_cudf", "dask_cuda", "nvidia.dali"
+    if missing := next((module for module in modules if not _installed(module)), None):
+        return f"{seen}{'' if visible else ', and'} {missing} is not installed: {remedy}"
+    for module in modules if visible else ():
+        try:
+            importlib.import_module(module)
+        except Exception as err:  # a dependency that is one release too new suffices
+            return f"{seen} {module} cannot be imported ({type(err).__name__}: {err}): {remedy} brings what fits it"
+    return None if visible else seen
 
 
 def _installed(module: str) -> bool:

@@ -66,9 +66,8 @@ def start_client(
         ``cudf`` starts a `dask_cuda.LocalCUDACluster`, ``pandas`` a `distributed.LocalCluster`; by default
         `imgcurator.backend`.
     **kwargs
-        For the cluster's class (``memory_limit=``, ``rmm_pool_size=``, ``dashboard_address=`` …). What a GPU's worker
-        does with its memory comes from the settings `imgcurator.rmm-pool`, ``rmm-maximum-pool``, ``rmm-share`` and
-        ``cudf-spill`` where it is not given here.
+        For the cluster's class (``memory_limit=``, ``rmm_pool_size=``, ``dashboard_address=`` …). On a GPU, cuDF and
+        CuPy share the driver's pool (``rmm_async=True``) unless another one is given here; torch and DALI have theirs.
 
     Returns
     -------

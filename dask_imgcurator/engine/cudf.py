@@ -17,12 +17,26 @@ import numpy as np
 import pyarrow as pa
 import pylibcudf as plc
 
-from ..schema import COLUMNS, is_ours
-from . import device
+from ..schema import COLUMNS, is_ours, plain_type
 from .pandas import importable
 
 if TYPE_CHECKING:
     import torch
+
+
+def arrow_field(field: pa.Field, dtype: Any) -> pa.Field:
+    """Field as which a column of a dtype goes into a table, from that which cuDF gives it."""
+    # Of lists that are all null or empty, cuDF tells no type.
+    type_ = plain_type(dtype.to_arrow()) if isinstance(dtype, cudf.ListDtype) else field.type
+    if is_ours(field.name, type_):
+        known = COLUMNS[field.name]
+        return pa.field(known.name, known.type, nullable=known.nullable)
+    return pa.field(field.name, type_)
+
+
+def holds_vectors(dtype: Any) -> bool:
+    """Whether a column of a dtype holds lists of numbers."""
+    return isinstance(dtype, cudf.ListDtype) and getattr(dtype.element_type, "kind", None) in ("f", "i", "u")
 
 
 class CudfBackend:
@@ -39,12 +53,7 @@ class CudfBackend:
 
     def to_arrow(self, frame: Any) -> pa.Table:
         table = frame.to_arrow(preserve_index=False).replace_schema_metadata(None)
-        known = [COLUMNS[f.name] if is_ours(f.name, f.type) else None for f in table.schema]
-        fields = [
-            pa.field(c.name, c.type, nullable=c.nullable) if c is not None else f
-            for c, f in zip(known, table.schema, strict=True)
-        ]
-        return table.cast(pa.schema(fields))
+        return table.cast(pa.schema([arrow_field(f, frame.dtypes[f.name]) for f in table.schema]))
 
     def to_host(self, frame: Any, columns: list[str]) -> pa.Table:
         return self.to_arrow(frame[columns])
@@ -69,8 +78,7 @@ class CudfBackend:
             rows = cupy.asnumpy(cupy.flatnonzero(present.values))
         if not len(rows):
             return torch.empty((0, 0), device=self.device), rows
-        leaf = column.dtype.element_type if isinstance(column.dtype, cudf.ListDtype) else None
-        if getattr(leaf, "kind", None) not in ("f", "i", "u"):
+        if not holds_vectors(column.dtype):
             raise TypeError(
                 f"column {column.name!r} holds {column.dtype}, not vectors of numbers: it cannot be an embedding"
             )
@@ -135,7 +143,10 @@ class CudfBackend:
         from dask.system import CPU_COUNT
         from dask_cuda import LocalCUDACluster
 
-        options: dict[str, Any] = {"threads_per_worker": 1, **device.memory_options(kwargs)}
+        options: dict[str, Any] = {"threads_per_worker": 1}
+        if not {"rmm_async", "rmm_pool_size", "rmm_managed_memory"} & kwargs.keys():
+            # The driver's pool, for cuDF and CuPy; torch and DALI have their own. A shard's frame is small.
+            options |= {"rmm_async": True, "rmm_allocator_external_lib_list": ["cupy"]}
         options["dashboard_address"] = "127.0.0.1:0" if importable("bokeh") else None
         workers = n_workers or max(1, torch.cuda.device_count())
         # Dask's own default is one thread, which DALI's pipeline would have too. LocalCUDACluster puts an environment

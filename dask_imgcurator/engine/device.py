@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-from .. import config
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -99,21 +98,6 @@ def graphs_problem(device: str) -> str | None:
     return None
 
 
-def memory_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `LocalCUDACluster`'s memory options from the settings, less what `given` overrides or contradicts."""
-    options: dict[str, Any] = {"enable_cudf_spill": bool(config.get("cudf-spill"))}
-    if not given.get("rmm_async") and not given.get("rmm_managed_memory"):
-        options["rmm_pool_size"] = config.get("rmm-pool") or None
-        if given.get("rmm_pool_size", options["rmm_pool_size"]):
-            options["rmm_maximum_pool_size"] = config.get("rmm-maximum-pool") or None
-    options = {**options, **{name: value for name, value in given.items() if name in options}}
-    pool = options.get("rmm_pool_size") or given.get("rmm_async")
-    if pool and config.get("rmm-share"):
-        # Not without a pool: each tensor would be a cudaMalloc. Not torch with CUDA graphs: see `graphs_problem`.
-        options["rmm_allocator_external_lib_list"] = ["cupy"] if config.get("cuda-graphs") else ["torch", "cupy"]
-    return {name: value for name, value in options.items() if name not in given}
-
-
 class Graphed:
     """A forward pass on a card, recorded for whole batches (the largest shape) and replayed with one launch."""
 
@@ -126,16 +110,24 @@ class Graphed:
     def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._forward = forward
         self._recorded: tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor] | None = None
+        self._plain = False
         self._turn = threading.Lock()
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Run the forward pass."""
         with self._turn:
-            if self._recorded is not None and len(pixels) < len(self._recorded[1]):
-                return self._forward(pixels)  # the rest of a partition, which comes too seldom
+            if self._plain or (self._recorded is not None and len(pixels) < len(self._recorded[1])):
+                return self._forward(pixels)  # the rest of a partition comes too seldom
             if self._recorded is None or pixels.shape != self._recorded[1].shape:
                 self._recorded = None  # its memory first
-                self._recorded = self._record(pixels)
+                try:
+                    self._recorded = self._record(pixels)
+                except RuntimeError as err:
+                    if is_out_of_memory(err):
+                        raise
+                    warnings.warn(f"this model cannot be recorded as a CUDA graph: {err}", stacklevel=2)
+                    self._plain = True
+                    return self._forward(pixels)
             graph, source, result = self._recorded
             source.copy_(pixels)
             graph.replay()

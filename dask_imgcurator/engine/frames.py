@@ -38,6 +38,11 @@ def objects_stay() -> Any:
     return dask.config.set({"dataframe.convert-string": False})
 
 
+def as_made(backend: str) -> Any:
+    """Context for new frames of a backend: of cuDF's whose meta is pandas', Dask would convert the text."""
+    return contextlib.nullcontext() if backend == "pandas" else objects_stay()
+
+
 def apply_step(
     frame: Any,
     function: Callable[[Any, Any], Any],
@@ -194,8 +199,7 @@ class Reader(ABC):
 
     def frame(self, parts: Sequence[Sequence[Any]], label: str) -> dd.DataFrame:
         """Make a lazy frame; each partition is read from some items."""
-        # Of a cuDF frame whose meta is pandas', Dask would convert the text.
-        with objects_stay() if self.backend == "cudf" else contextlib.nullcontext():
+        with as_made(self.backend):
             return from_map(self, parts, label, self.meta)
 
 

@@ -211,8 +211,7 @@ class Encoder:
         if size == 1:
             raise ModelError(
                 f"{self.spec.model!r} in {self.spec.dtype} does not fit into the memory of {self.device!r}, not even "
-                f"with one {self._unit} at a time: end other programs there, start fewer workers, "
-                "set imgcurator.rmm-pool lower, or use a smaller model"
+                f"with one {self._unit} at a time: end other programs, start fewer workers, or use a smaller model"
             )
         self._fits = size // 2
         warnings.warn(f"memory ran out at {size} {self._unit}s a batch: going on with {self._fits}", stacklevel=4)

@@ -17,7 +17,7 @@ from dask.base import tokenize
 from ..clusters.faults import worker_fault
 from ..engine.backend import empty_frame, get_backend
 from ..engine.cluster import backend_for
-from ..engine.frames import from_map, objects_stay
+from ..engine.frames import as_made, from_map
 from ..json_fields import FIELD_TYPES, JsonField, as_type, parse_columns, type_of
 from ..schema import arrow_schema, columns_of
 from ..storage.samples import Sample, ShardIndex, as_utf8
@@ -274,9 +274,8 @@ def read_webdataset(
 
 def read_groups(groups: Sequence[tuple[str, ...]], spec: ReadSpec) -> dd.DataFrame:
     """Make a lazy frame of shards, one partition per group."""
-    meta = empty_frame(spec.backend, spec.schema)
-    with objects_stay() if spec.backend == "cudf" else contextlib.nullcontext():
-        return from_map(index_partition, groups, "read-webdataset", meta, spec=spec)
+    with as_made(spec.backend):
+        return from_map(index_partition, groups, "read-webdataset", empty_frame(spec.backend, spec.schema), spec=spec)
 
 
 def read_spec(

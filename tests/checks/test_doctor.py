@@ -25,8 +25,8 @@ CU13 = {
 WHOLE = GpuFacts("580.95.05", (13, 0), (H100,), "13.0", 1, CU13)
 
 
-def judge(facts: GpuFacts, pool: object = 0.5) -> dict[str, Finding]:
-    findings = list(gpu_findings(facts, pool))
+def judge(facts: GpuFacts) -> dict[str, Finding]:
+    findings = list(gpu_findings(facts))
     assert len({f.topic for f in findings}) == len(findings)
     assert all(f.remedy for f in findings if f.state != "ok"), findings
     return {f.topic: f for f in findings}
@@ -38,11 +38,10 @@ def test_a_machine_that_has_everything() -> None:
     assert found["driver"].value == "580.95.05, runs CUDA up to 13.0"
     assert found["GPU 0"].value == ("NVIDIA H100 80GB HBM3, compute 9.0, 79.0 of 80.0 GiB free, bfloat16, JPEG engine")
     assert found["cudf"].value == "cudf-cu13 26.10.2"
-    assert found["memory pool"].value == "40.0 GiB (0.5 of a card), 79.0 GiB free"
 
 
 def test_no_card() -> None:
-    (found,) = gpu_findings(GpuFacts(torch_cuda="13.0", packages=CU13), 0.5)
+    (found,) = gpu_findings(GpuFacts(torch_cuda="13.0", packages=CU13))
     assert found.state == "ok"
     assert "CPU" in found.value
 
@@ -92,18 +91,6 @@ def test_why_torch_sees_no_card(torch_cuda: str | None, visible: str | None, tex
     assert text in found["torch's CUDA"].value
 
 
-def test_the_pool_must_fit_the_fullest_card() -> None:
-    full = replace(H100, free=30 * GIB)
-    two = replace(WHOLE, cards=(H100, full), torch_sees=2)
-    found = judge(two)
-    assert found["memory pool"].state == "problem"
-    # 30 of 80 GiB are 37 %, less a little for the context.
-    assert "DASK_IMGCURATOR__RMM_POOL=0.32" in found["memory pool"].remedy
-    assert judge(two, 0.3)["memory pool"].state == "ok"
-    assert judge(two, 0)["memory pool"].state == "ok"
-    assert judge(two, "20GB")["memory pool"].value == "20GB"
-
-
 def test_a_library_that_does_not_import() -> None:
     found = judge(replace(WHOLE, broken={"cudf": "AttributeError: module 'numpy' has no attribute 'row_stack'"}))
     assert found["import cudf"].state == "problem"
@@ -132,7 +119,6 @@ def test_without_nvml_the_driver_is_not_judged() -> None:
     found = judge(replace(WHOLE, driver=None, driver_cuda=None, cards=(replace(H100, jpeg_engine=None),)))
     assert found["driver"].state == "note"
     assert "nvidia-ml-py" in found["driver"].remedy
-    assert "memory pool" not in found
 
 
 def test_this_machine() -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dask
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dask_imgcurator.engine.backend import get_backend
-from dask_imgcurator.engine.device import Graphed, graphs_problem, is_out_of_memory, memory_options, release, to_device
+from dask_imgcurator.engine.device import Graphed, graphs_problem, is_out_of_memory, release, to_device
 from dask_imgcurator.images.decoder import Batch, Decoder
 from dask_imgcurator.images.preprocess import Preprocess
 from dask_imgcurator.models import ModelError
@@ -255,52 +254,7 @@ def test_a_partition_goes_on_where_the_decoder_runs_out(
     assert sum(size for size in tried if size <= fits) == 11
 
 
-# --- settings -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def settings() -> Iterator[Callable[..., None]]:
-    with dask.config.set({"imgcurator": dict(dask.config.get("imgcurator"))}):
-
-        def change(**values: Any) -> None:
-            dask.config.set({f"imgcurator.{name.replace('_', '-')}": value for name, value in values.items()})
-
-        yield change
-
-
-def test_memory_of_the_workers(settings: Callable[..., None]) -> None:
-    options = memory_options({})
-    assert options["rmm_pool_size"] == 0.5
-    assert options["rmm_maximum_pool_size"] == 0.8
-    assert options["rmm_allocator_external_lib_list"] == ["torch", "cupy"]
-    assert options["enable_cudf_spill"] is True
-    settings(rmm_pool="20GB", rmm_maximum_pool=0, cudf_spill=False)
-    options = memory_options({})
-    assert options["rmm_pool_size"] == "20GB"
-    assert options["rmm_maximum_pool_size"] is None
-    assert options["enable_cudf_spill"] is False
-    settings(rmm_share=False)
-    assert "rmm_allocator_external_lib_list" not in memory_options({})
-
-
-def test_without_a_pool_nothing_is_shared(settings: Callable[..., None]) -> None:
-    """Each tensor would be a cudaMalloc."""
-    settings(rmm_pool=0)
-    assert memory_options({}) == {"enable_cudf_spill": True, "rmm_pool_size": None}
-
-
-def test_what_the_caller_says_goes_first() -> None:
-    assert "rmm_pool_size" not in memory_options({"rmm_pool_size": "4GB"})
-    assert memory_options({"rmm_pool_size": None}) == {"enable_cudf_spill": True}
-    assert "enable_cudf_spill" not in memory_options({"enable_cudf_spill": False})
-    # dask-cuda refuses a pool beside it.
-    options = memory_options({"rmm_async": True})
-    assert options == {"enable_cudf_spill": True, "rmm_allocator_external_lib_list": ["torch", "cupy"]}
-
-
-def test_torch_keeps_its_own_memory_for_cuda_graphs(settings: Callable[..., None]) -> None:
-    settings(cuda_graphs=True)
-    assert memory_options({})["rmm_allocator_external_lib_list"] == ["cupy"]
+# --- without a card -------------------------------------------------------------------------------
 
 
 def test_a_cpu_has_no_graphs_and_copies_nothing() -> None:

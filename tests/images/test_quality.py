@@ -8,15 +8,9 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import imagehash
 import numpy as np
 import pandas as pd
 import pytest
-import skimage.color
-import skimage.data
-import skimage.exposure
-import skimage.measure
-import skimage.util
 import torch
 from PIL import Image, ImageFilter
 
@@ -30,6 +24,9 @@ from dask_imgcurator.models import starter
 from dask_imgcurator.models.encoders import resolve_encoder
 from dask_imgcurator.schema import columns_of
 from dask_imgcurator.steps.embed import EmbedSpec
+
+imagehash = pytest.importorskip("imagehash")
+skimage = pytest.importorskip("skimage")
 
 PREPROCESS = Preprocess.from_open_clip({"fill_color": 0, **starter.PREPROCESS})
 

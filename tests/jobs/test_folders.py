@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
@@ -24,6 +23,9 @@ from dask_imgcurator.jobs.score import MissingShardsError
 from dask_imgcurator.monitor import Monitor
 from dask_imgcurator.schema import METADATA_KEY
 from dask_imgcurator.storage import files
+
+duckdb = pytest.importorskip("duckdb")
+
 
 CODE = "from dask_imgcurator.cli.main import main; main()"
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import dask
 import dask.dataframe as dd
-import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -272,6 +271,7 @@ def test_quantile_is_numpy_s_inverted_cdf(values: list[float]) -> None:
 @pytest.mark.parametrize("parts", [1, 3, 17])
 @pytest.mark.parametrize("column", ["score", "aesthetic", "width", "big"])
 def test_quantile_of_partitions_is_duckdb_s(parts: int, column: str) -> None:
+    duckdb = pytest.importorskip("duckdb")
     frame = table()
     known = pd.DataFrame({"v": frame[column].dropna().astype("int64" if column in ("width", "big") else "float64")})
     shares = [0.01, 0.1, 0.33, 0.5, 0.9, 1]
