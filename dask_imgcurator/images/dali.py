@@ -72,9 +72,9 @@ class Pipeline:
         between = [g.between(*size) for g, size in zip(geometries, sizes, strict=True)]
         try:
             self._pipe.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in images])
-            self._pipe.feed_input("between", [np.array(size, np.float32) for size in between])
-            self._pipe.feed_input("size", [np.array([g.height, g.width], np.float32) for g in geometries])
-            self._pipe.feed_input("anchor", [np.array([g.top, g.left], np.int32) for g in geometries])
+            self._pipe.feed_input("between", np.array(between, np.float32))  # (n, 2) each
+            self._pipe.feed_input("size", np.array([(g.height, g.width) for g in geometries], np.float32))
+            self._pipe.feed_input("anchor", np.array([(g.top, g.left) for g in geometries], np.int32))
             if self._held is not None:
                 self._held[0].synchronize()
             outputs = self._pipe.run()  # returns when the images are there
