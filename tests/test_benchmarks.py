@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,17 +94,11 @@ def test_no_gpu_test_wants_what_the_machine_does_not_have(gpu: Any) -> None:
     """An import at the top of its file that fails would keep a GPU test from running at all."""
     there = {name.partition(".")[0] for name in gpu.gpu_smoke.needed_modules()}
     there |= set(sys.stdlib_module_names) | {path.stem for path in Path(__file__).parent.rglob("*.py")}
-    brought = {
-        "dask_imgcurator",
-        "numpy",
-        "pandas",
-        "pyarrow",
-        "dask",
-        "click",
-        "PIL",
-        "fsspec",
-        "scipy",
-    }  # dependencies' own
+    project = tomllib.loads((SCRIPT.parents[1] / "pyproject.toml").read_text())["project"]
+    deps = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in project["dependencies"]}
+    modules = importlib.metadata.packages_distributions().items()
+    brought = {name for name, found in modules if {d.lower().replace("_", "-") for d in found} & deps}
+    brought |= {"dask_imgcurator"}
     for path in gpu.gpu_tests.files():
         nodes = ast.parse(path.read_text()).body
         names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
