@@ -66,7 +66,9 @@ def _failure(err: Exception, kept: Callable[[str], str]) -> Failure:
     from ..models.weights import WeightsError
     from ..storage.tar_copy import WriteError
 
-    if isinstance(err, JobError | WeightsError | WriteError):
+    if isinstance(err, WriteError) or isinstance(err.__cause__, WriteError):  # which the same command would meet again
+        return Failure(_text(err), FAILED)
+    if isinstance(err, JobError | WeightsError):
         return Failure(f"{_text(err)}{kept(chr(10))}", FAILED)
     if isinstance(err, OSError):
         wrong_name = isinstance(err, FileNotFoundError | FileExistsError | NotADirectoryError)

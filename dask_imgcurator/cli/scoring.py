@@ -102,6 +102,12 @@ def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> Non
 @click.command()
 @scores_argument
 @click.option("--out", required=True, metavar="DIR", help="Folder for the curated shards.")
+@click.option(
+    "--allow-shards",
+    metavar="PREFIX",
+    multiple=True,
+    help="Copy from shards in this folder too; repeatable. [default: the folders of the shards that the table is of]",
+)
 @where_options
 @pack_options
 @cluster_options

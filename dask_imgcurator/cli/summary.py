@@ -82,8 +82,8 @@ def print_run(result: RunResult) -> None:
     if result.kept == 0 and result.samples:
         console.print("Nothing is kept: the report shows what each condition drops.", style="yellow")
     if result.kept is not None:
-        console.print(written_line(result.written, str(Path(result.out) / "shards")))
-        console.print(f"report: {Path(result.out) / 'report.html'}")
+        console.print(written_line(result.written, f"{result.out.rstrip('/')}/shards"))
+        console.print(f"report: {result.out.rstrip('/')}/report.html")
     else:
         console.print(f"score table: {result.out}")
 

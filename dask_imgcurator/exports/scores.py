@@ -11,6 +11,7 @@ from ..engine.run import Wave, current_client, results, run
 from ..steps.read import URLPath
 from ..steps.score_table import open_scores, write_score_file
 from ..storage import files
+from ..storage.urls import folders_of
 
 
 def to_scores(
@@ -65,4 +66,8 @@ def to_scores(
 
 
 def _write_part(frame: Any, url: str, provenance: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    write_score_file(frame, url, provenance, backend_of(frame).name, options)
+    backend = backend_of(frame)
+    if "shard" in frame.columns:  # what may be copied by this table
+        shards = backend.to_host(frame[["shard"]].drop_duplicates(), ["shard"])["shard"].drop_null().to_pylist()
+        provenance = {**provenance, "sources": folders_of(map(str, shards))}
+    write_score_file(frame, url, provenance, backend.name, options)

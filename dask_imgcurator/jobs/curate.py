@@ -29,7 +29,7 @@ from ..steps.score_table import ScoreFiles, check_makers, open_scores, scores_fr
 from ..steps.write import Group, check_keys, plan_write, run_write, write_spec
 from ..storage import files
 from ..storage.curated import Finished, check_replaced, find_finished, remember_finished
-from ..storage.urls import expand, fingerprint
+from ..storage.urls import expand, fingerprint, folders_of
 from .score import MissingShardsError, Scored, measure_files, score_into
 
 
@@ -75,6 +75,7 @@ def write_selection(
     max_size: int | str = "1GB",
     resume: bool = True,
     overwrite: bool = False,
+    allow_shards: Sequence[str | os.PathLike[str]] = (),
     storage_options: Mapping[str, Any] | None = None,
     source_options: Mapping[str, Any] | None = None,
     backend: str | None = None,
@@ -98,6 +99,9 @@ def write_selection(
     overwrite : bool
         Whether curated shards of other source shards that are in `out` are replaced, whole. Those of the same source
         shards always are: `out` then holds the new selection.
+    allow_shards : sequence of str or path
+        Folders (or shards) from which samples may be copied, besides the folders of the shards that the table's files
+        are of. A row may name any file or address, and whoever made the table wrote it.
     storage_options, source_options : mapping, optional
         For the fsspec file systems of both folders, and of the source shards.
     backend : {"auto", "cudf", "pandas"}, optional
@@ -118,10 +122,16 @@ def write_selection(
         If `out` holds curated shards of other source shards and `overwrite` is False.
     ValueError
         If several models made the scores that are compared.
+    WriteError
+        If rows name shards elsewhere, or a source was changed after it was scored.
     """
     monitor = monitor or Monitor()
-    spec = write_spec(out, max_count, max_size, storage_options, source_options)
     table = open_scores(scores, storage_options)
+    made_of = (file.provenance.get(name) for file in table.files for name in ("shard", "sources"))
+    named = [url for value in made_of if value for url in ([value] if isinstance(value, str) else value)]
+    allowed = [files.absolute(prefix) for prefix in allow_shards]
+    sources = (*folders_of(named), *allowed)
+    spec = write_spec(out, max_count, max_size, storage_options, source_options, sources)
     check_keys(table.schema)
     read = ScoreFiles(backend_for(backend, client, cheap=True), table.schema, table.storage_options)
     parsed = parse_where(where, table.kinds) if where is not None else None
@@ -212,8 +222,8 @@ def curate(
     given = ScoreOptions(**options)
     where = combine(where, min_aesthetic, max_nsfw)
     curated = files.join(folder, "shards")
-    spec = write_spec(curated, max_count, max_size, given.out_options, given.storage_options)
     urls = expand(urlpath, given.storage_options)[:limit]
+    spec = write_spec(curated, max_count, max_size, given.out_options, given.storage_options, folders_of(urls))
     if not overwrite:
         check_replaced(curated, urls, given.out_options)
     plan, parsed = make_plan(urls, given, where, monitor, client)

@@ -62,7 +62,7 @@ class Last:
     @property
     def kind(self) -> str:
         """Tells counts of one kind from those of another."""
-        spec = self.spec and (self.spec.folder, self.spec.max_count, self.spec.max_nbytes)
+        spec = self.spec and (self.spec.folder, self.spec.max_count, self.spec.max_nbytes, self.spec.sources)
         conditions = [condition.text for condition in self.settled.conditions]
         return repr([__version__, conditions, str(self.settled.planned), spec, self.chosen])
 

@@ -234,7 +234,7 @@ def choose_heads(model: str, pretrained: str | None, options: ScoreOptions, moni
         if model != "starter" and pretrained != "openai" and not str(pretrained).startswith("random"):
             monitor.note(
                 f"The head {spec.name} was trained on OpenAI's weights; "
-                f"with {model} ({pretrained}) its scores are on another scale."
+                f"with {model}{f' ({pretrained})' if pretrained else ''} its scores are on another scale."
             )
         uses.append(HeadUse(kind, spec.name, "embedding", weights_dir, spec.round_to))
     return tuple(uses)

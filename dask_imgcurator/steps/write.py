@@ -30,9 +30,11 @@ from ..storage import files
 from ..storage.curated import (
     LOCATORS,
     WriteSpec,
+    check_outside,
     check_sources,
     concat_tables,
     files_there,
+    is_allowed,
     overwrites,
     remove_surplus,
     write_shard,
@@ -48,13 +50,13 @@ def write_spec(
     max_size: int | str,
     storage_options: Mapping[str, Any] | None,
     source_options: Mapping[str, Any] | None,
+    sources: tuple[str, ...] | None = None,
 ) -> WriteSpec:
     """Validate, on the client, how curated shards are written."""
     if max_count < 1:
         raise ValueError(f"max_count={max_count}: it must be at least 1")
-    return WriteSpec(
-        files.absolute(folder), max_count, parse_size(max_size), dict(storage_options or {}), dict(source_options or {})
-    )
+    options = dict(storage_options or {}), dict(source_options or {})
+    return WriteSpec(files.absolute(folder), max_count, parse_size(max_size), *options, sources=sources)
 
 
 def parse_size(text: str | int) -> int:
@@ -79,6 +81,7 @@ class Kept:
     first: str = ""  # in the order of strings
     last: str = ""
     overwritten: str | None = None  # a source that lies where curated shards go
+    outside: str | None = None  # a source that lies elsewhere than sources shall
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def measure_partition(frame: Any, spec: WriteSpec) -> Kept:
     keys = [row["key"] or "" for row in rows]
     sources = {row["shard"] for row in rows}
     clash = next((url for url in sorted(sources) if overwrites(spec.folder, url)), None)
-    return Kept(len(rows), sum(_sizes(rows)), len(_cuts(rows, spec)), min(keys), max(keys), clash)
+    outside = next((url for url in sorted(sources) if not is_allowed(url, spec)), None)
+    return Kept(len(rows), sum(_sizes(rows)), len(_cuts(rows, spec)), min(keys), max(keys), clash, outside)
 
 
 def plan_groups(kept: Sequence[Kept], spec: WriteSpec) -> list[Group]:
@@ -129,7 +133,10 @@ def _rows(frame: Any) -> list[dict[str, Any]]:
     """Locators of the rows that stand for a sample."""
     table = backend_of(frame).to_host(frame, list(LOCATORS))
     check_keys(table.schema)
-    return [row for row in table.to_pylist() if row["sample_nbytes"] > 0]
+    rows = [row for row in table.to_pylist() if (row["sample_nbytes"] or 0) > 0]
+    if nameless := next((row for row in rows if not row["shard"] or row["sample_offset"] is None), None):
+        raise ValueError(f"the row {nameless['key']!r} does not say where its sample lies: no shard, or no offset")
+    return rows
 
 
 def check_keys(schema: pa.Schema) -> None:
@@ -217,6 +224,8 @@ def plan_write(
     """Plan the curated shards of measured partitions; locators are reread where a key may repeat."""
     if clash := next((part.overwritten for part in kept if part.overwritten), None):
         check_sources(spec.folder, [clash])
+    if outside := next((part.outside for part in kept if part.outside), None):
+        check_outside(spec, outside)
     groups = plan_groups(kept, spec)
     unknown = [str(i) for i, group in enumerate(groups) if group.tars is None]
 
@@ -294,6 +303,10 @@ def to_webdataset(
 
     Names are copied as they are, also such as would lead out of a folder (``../x.jpg``): nothing is extracted here, but
     extract tars of unknown origin with care.
+
+    Rows may name shards anywhere, since it is your frame; `write_selection` takes only those that lie where the shards
+    of its table do. Of a sample, the image is compared with what was scored; a caption that was changed since is copied
+    as it is now, unless the sample's length changed.
 
     Hard and symbolic links of a source are no members of its samples, here as in webdataset: they are left out. Sparse
     members (up to 1 GiB) are written expanded.

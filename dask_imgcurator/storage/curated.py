@@ -22,7 +22,7 @@ from ..schema import METADATA_KEY, arrow_schema, columns_of
 from . import files
 from .samples import format_idx
 from .tar_copy import Copied, WriteError, write_tar
-from .urls import fingerprint, marks_changes, versions_in
+from .urls import fingerprint, lies_in, marks_changes, versions_in
 
 #: Columns that the writer needs.
 LOCATORS = ("key", "shard", "sample_offset", "sample_nbytes")
@@ -39,7 +39,7 @@ _NAME = re.compile(r"(\d{5,})(\.tar|\.parquet|\.idx|_stats\.json)")
 class WriteSpec:
     """Where curated shards go, and their maximum size (a larger single sample gets its own shard).
 
-    `made`: provenance of the rows.
+    `made`: provenance of the rows. `sources`: folders in which all source shards lie; None: they may lie anywhere.
     """
 
     folder: str
@@ -48,6 +48,7 @@ class WriteSpec:
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     source_options: Mapping[str, Any] = field(default_factory=dict)
     made: Mapping[str, Any] = field(default_factory=dict)
+    sources: tuple[str, ...] | None = None
 
 
 def write_shard(number: int, tables: Sequence[pa.Table], spec: WriteSpec, resume: bool = True) -> dict[str, Any]:
@@ -194,6 +195,21 @@ def check_sources(folder: str, sources: Iterable[str]) -> None:
     for url in sources:
         if overwrites(folder, url):
             raise WriteError(f"{url} is read, and lies in the folder that is to be written: choose another folder")
+
+
+def is_allowed(source: str, spec: WriteSpec) -> bool:
+    """Whether samples may be copied from a source."""
+    return spec.sources is None or lies_in(source, spec.sources)
+
+
+def check_outside(spec: WriteSpec, source: str) -> None:
+    """Raise `WriteError` for a source that is not allowed: whoever made a table wrote its URLs."""
+    if not is_allowed(source, spec):
+        known = f"lie in {', '.join(spec.sources[:3])}" if spec.sources else "are not known from its files"
+        raise WriteError(
+            f"a row names the shard {source}, but the shards of this table {known}: if it is to be trusted, allow it "
+            "with --allow-shards PREFIX (allow_shards=)"
+        )
 
 
 def overwrites(folder: str, url: str) -> bool:

@@ -8,6 +8,7 @@ import errno
 import glob
 import os
 import random
+import stat
 import tempfile
 import threading
 import time
@@ -188,11 +189,21 @@ def list_files(
     return sorted(fs.unstrip_protocol(p) for p in persist(folder, look))
 
 
+def open_local(url: str) -> IO[bytes]:
+    """Open a local file for reading; OSError for what is no file: a pipe would be waited for, for ever."""
+    path = local_path(url)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
 @contextlib.contextmanager
 def opened(url: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[IO[bytes]]:
     """Open a file for reading; seekable, remote ones by ranges."""
     if is_local(url):
-        with local_path(url).open("rb") as file:
+        with open_local(url) as file:
             yield file
         return
     fs, path = file_system(url, storage_options)
@@ -209,7 +220,8 @@ def read_text(url: str, storage_options: Mapping[str, Any] | None = None) -> str
     """Content of a small text file; None if it does not exist."""
     try:
         if is_local(url):
-            return local_path(url).read_text()
+            with open_local(url) as file:
+                return file.read().decode()
         fs, path = file_system(url, storage_options)
         return str(persist(url, lambda: fs.cat_file(path)).decode())
     except FileNotFoundError:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
-from .files import RemoteError, is_local, local_path
+from .files import RemoteError, is_local, open_local
 from .remote import hold_copy, open_remote
 from .samples import LeftOut, Member, Sample, ShardIndex, as_utf8, split_name
 from .urls import HEAD, what_is
@@ -28,7 +28,7 @@ class ShardError(OSError):
 def open_shard(url: str, storage_options: Mapping[str, Any] | None = None) -> IO[bytes]:
     """Open a shard for reading; seekable."""
     if is_local(url):
-        return local_path(url).open("rb")
+        return open_local(url)
     return open_remote(url, storage_options)
 
 

@@ -8,14 +8,14 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from braceexpand import braceexpand
 
-from .files import at_once, exists, file_system, is_local, list_files, local_path, persist
+from .files import absolute, at_once, exists, file_system, is_local, list_files, local_path, open_local, persist
 from .remote import describe_version, version
 
 
@@ -174,7 +174,7 @@ def first_bytes(url: str, storage_options: Mapping[str, Any] | None = None) -> b
     """Read the first `HEAD` bytes of a file; none where it cannot be read, which is for others to tell."""
     try:
         if is_local(url):
-            with local_path(url).open("rb") as file:
+            with open_local(url) as file:
                 return file.read(HEAD)
         fs, path = file_system(url, storage_options)
         if url.startswith("http"):  # a web server without ranges would send all of it
@@ -261,6 +261,22 @@ def marks_changes(version: str) -> bool:
 def parent(url: str) -> str:
     """The folder of a file."""
     return url.partition("?")[0].rpartition("/")[0] if "://" in url else url.rpartition("/")[0]
+
+
+def folders_of(urls: Iterable[str]) -> tuple[str, ...]:
+    """Folders of files; of very many, folders of these folders."""
+    folders = {parent(url) or "/" for url in urls}
+    while len(folders) > _MANY:
+        folders = {parent(folder) or "/" for folder in folders}
+    return tuple(sorted(folders))
+
+
+def lies_in(url: str, folders: Iterable[str]) -> bool:
+    """Whether a file lies in or below one of some folders, or is one of them."""
+    name = absolute(url)
+    if "/../" in name:  # some web servers follow it
+        return False
+    return any(name == folder or name.startswith(f"{folder.rstrip('/')}/") for folder in folders)
 
 
 def fingerprints(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[str]:
