@@ -51,7 +51,7 @@ def ask(page: str, scores: str, out: str) -> dict[str, Any]:
     """Write one page; in a process of its own."""
     idle, begin = common.peak_mb(), time.perf_counter()
     if page == "report":
-        dic.write_report(scores, out, WHERE, top="30% by clip_score")
+        dic.write_report(scores, out, [WHERE, "top 30% by clip_score"])
     else:
         dic.compare_selections("aesthetic_score >= 5", "clip_score >= 0.3", out, scores)
     seconds = round(time.perf_counter() - begin, 2)

@@ -163,17 +163,105 @@ def where_options(command: Any) -> Any:
 #: The same as separate arguments.
 threshold_options = _where
 
-ranking_options = _group(
-    click.option(
-        "--top",
-        metavar="STEP",
+
+def _step(name: str, metavar: str, text: str, parse: Callable[..., Any], number: bool = False) -> Callable[[Any], Any]:
+    """An option that adds a step to the selection, in the order in which the options are given."""
+
+    def add(context: click.Context, _: click.Parameter, values: tuple[Any, ...]) -> None:
+        context.meta.setdefault("steps", []).extend((parse, value) for value in values)
+
+    return click.option(
+        name,
+        metavar=metavar,
         multiple=True,
-        help="Keep the best: '30% by clip_score', '10000 by aesthetic_score'; repeatable, applied in order.",
+        type=float if number else None,
+        callback=add,
+        expose_value=False,
+        help=text,
+    )
+
+
+def _where_step(text: str) -> Any:
+    from ..select.where import parse_where
+
+    return parse_where(text)
+
+
+def _listed_step(keep: bool) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        from ..select.steps import parse_listed
+
+        return parse_listed(text, keep, click.get_current_context().params.get("storage_options"))
+
+    return parse
+
+
+def _threshold(column: str) -> Callable[[float], Any]:
+    def parse(value: float) -> Any:
+        from ..select.where import combine
+
+        return _where_step(str(combine(None, value) if column == "aesthetic_score" else combine(None, None, value)))
+
+    return parse
+
+
+def _ranked(word: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        from ..select.steps import parse_sample, parse_top
+
+        return parse_top(text) if word == "top" else parse_sample(text)
+
+    return parse
+
+
+_steps = _group(
+    _step(
+        "--where",
+        "EXPR",
+        "Keep rows that match an expression on the columns: 'aesthetic_score >= 5 and width >= 512'; repeatable.",
+        _where_step,
     ),
-    click.option(
-        "--sample", metavar="STEP", help="Keep a random sample of the rest: '10000', '10% seed 1', '20 by cluster'."
+    _step(
+        "--min-aesthetic", "X", "Short for --where 'aesthetic_score >= X'.", _threshold("aesthetic_score"), number=True
+    ),
+    _step("--max-nsfw", "X", "Short for --where 'nsfw_score < X'.", _threshold("nsfw_score"), number=True),
+    _step(
+        "--top",
+        "STEP",
+        "Keep the best of what is left: '30% by clip_score', '10000 by aesthetic_score'; repeatable.",
+        _ranked("top"),
+    ),
+    _step(
+        "--sample",
+        "STEP",
+        "Keep a random sample of what is left: '10000', '10% seed 1', '20 by cluster'; repeatable.",
+        _ranked("sample"),
+    ),
+    _step(
+        "--only",
+        "[COLUMN=]FILE",
+        "Keep only the rows whose key (or COLUMN) FILE lists; repeatable.",
+        _listed_step(True),
+    ),
+    _step(
+        "--exclude",
+        "[COLUMN=]FILE",
+        "Drop the rows whose key (or COLUMN) FILE lists; repeatable.",
+        _listed_step(False),
     ),
 )
+
+
+def steps_options(command: Any) -> Any:
+    """Options for which rows to keep; the command gets them as `steps`, in the order in which they first appear."""
+
+    @functools.wraps(command)
+    def ordered(*args: Any, **rest: Any) -> Any:
+        given = click.get_current_context().meta.get("steps", [])
+        return command(*args, steps=[parse(value) for parse, value in given], **rest)
+
+    return _steps(ordered)
+
 
 pack_options = _group(
     click.option(

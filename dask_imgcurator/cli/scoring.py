@@ -24,6 +24,7 @@ from .options import (
     resume_option,
     scores_argument,
     shards_argument,
+    steps_options,
     where_options,
 )
 
@@ -45,7 +46,7 @@ def _shown_all_the_same(quiet: bool) -> Iterator[None]:
 @click.command()
 @shards_argument
 @click.option("--out", required=True, metavar="DIR", help="Folder for scores/, shards/, report.html and run.json.")
-@where_options
+@steps_options
 @model_options
 @pack_options
 @cluster_options
@@ -55,7 +56,7 @@ def _shown_all_the_same(quiet: bool) -> Iterator[None]:
 @missing_option
 @limit_option
 @quiet_option
-def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
+def curate(shards: tuple[str, ...], out: str, quiet: bool, steps: list[Any], **options: Any) -> None:
     """Score shards, keep the images that match an expression, write them as curated shards.
 
     \b
@@ -65,10 +66,15 @@ def curate(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> No
     Kept samples keep all their members, byte for byte. Completed work is saved; rerun the same command to resume.
     """
     from ..jobs.curate import curate as run
+    from ..select.where import Where
     from . import summary
 
+    # Expressions alone are judged while the shards are scored; what ranks needs them all.
+    if all(isinstance(step, Where) for step in steps):
+        texts = [f"({step.text})" if len(steps) > 1 and " or " in step.text.lower() else step.text for step in steps]
+        options["where"], steps = " and ".join(texts) or None, []
     with _shown_all_the_same(quiet), display(quiet) as monitor:
-        result = run(list(shards), out, monitor=monitor, **given_of(remote(options)))
+        result = run(list(shards), out, steps=steps, monitor=monitor, **given_of(remote(options)))
     if not quiet:
         summary.print_run(result)
 

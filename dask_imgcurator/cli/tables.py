@@ -16,8 +16,8 @@ from .options import (
     light_options,
     overwrite_option,
     quiet_option,
-    ranking_options,
     scores_argument,
+    steps_options,
     storage_option,
     where_options,
 )
@@ -26,31 +26,12 @@ from .options import (
 @click.command()
 @scores_argument
 @click.option("--out", required=True, metavar="DIR", help="Folder for the selected rows, itself a score table.")
-@where_options
-@click.option(
-    "--only",
-    metavar="[COLUMN=]FILE",
-    multiple=True,
-    help="Keep only the rows whose key (or COLUMN) FILE lists; repeatable.",
-)
-@click.option(
-    "--exclude",
-    metavar="[COLUMN=]FILE",
-    multiple=True,
-    help="Drop the rows whose key (or COLUMN) FILE lists; repeatable.",
-)
-@ranking_options
+@steps_options
 @light_options
 @storage_option
 @overwrite_option
 @quiet_option
-def select(
-    scores: tuple[str, ...],
-    out: str,
-    quiet: bool,
-    where: str | None,
-    **options: Any,
-) -> None:
+def select(scores: tuple[str, ...], out: str, quiet: bool, steps: list[Any], **options: Any) -> None:
     """Keep the rows of a score table that match an expression; no image is read.
 
     \b
@@ -59,13 +40,14 @@ def select(
     dask-imgcurator select run/scores --exclude seen.txt --only uid=subset.npy --out run/selected
 
     The expression knows the table's columns, numbers, 'text', + - * / %, comparisons, and, or, not, in (…), is null.
-    A row for which the result is unknown (a missing score) is dropped.
+    A row for which the result is unknown (a missing score) is dropped. Steps are applied in the order given: --top
+    before --where takes the best of all rows, and then those that match.
     """
     from ..jobs.tables import select_rows as run
     from . import summary
 
     with display(quiet) as monitor:
-        selection = run(list(scores), out, where, monitor=monitor, **given_of(options))
+        selection = run(list(scores), out, steps, monitor=monitor, **given_of(options))
     if not quiet:
         summary.print_selection(selection, out)
 
@@ -313,8 +295,7 @@ def _write_rows(found: Any, out: str, storage_options: dict[str, Any] | None) ->
 @click.command("report")
 @click.argument("scores", nargs=-1, metavar="[SCORES...]")
 @click.option("--out", default="report.html", show_default=True, metavar="FILE", help="The page.")
-@where_options
-@ranking_options
+@steps_options
 @click.option("--groups", metavar="FILE", help="Duplicates to show side by side: the file that dedup --groups wrote.")
 @click.option(
     "--compare",
@@ -349,9 +330,8 @@ def report_(
     """
     from ..jobs.pages import compare_selections, write_report
 
-    where = options.pop("where")
-    groups, top, sample = (options.pop(name) for name in ("groups", "top", "sample"))
-    if compare and (where or groups or top or sample):
+    steps, groups = (options.pop(name) for name in ("steps", "groups"))
+    if compare and (steps or groups):
         raise click.UsageError("--compare takes two selections and nothing else: write conditions into A and B")
     if not compare and not scores:
         raise click.UsageError("name a score table, or two selections with --compare A B")
@@ -363,7 +343,7 @@ def report_(
             found = compare_selections(*compare, out, list(scores) or None, **given)
             words = f"{found.both:,} in both, {found.only_a:,} only in A, {found.only_b:,} only in B: {out}"
         else:
-            write_report(list(scores), out, where, top=top, sample=sample, groups=groups, monitor=monitor, **given)
+            write_report(list(scores), out, steps, groups=groups, monitor=monitor, **given)
             words = f"report: {out}"
     if not quiet:
         make_console().print(words)

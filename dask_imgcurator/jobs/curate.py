@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
@@ -22,7 +22,9 @@ from ..results import Counts, RunResult
 from ..runs.measured import Last
 from ..runs.plan import ScoreOptions, make_plan
 from ..runs.records import COMMON, Run, alone, note_unfinished
+from ..select import selection
 from ..select.settle import settled_where
+from ..select.steps import Step, expand_steps
 from ..select.where import combine, parse_where
 from ..steps.read import URLPath
 from ..steps.score_table import ScoreFiles, check_makers, open_scores, scores_from_files
@@ -154,6 +156,7 @@ def curate(
     where: str | None = None,
     min_aesthetic: float | None = None,
     max_nsfw: float | None = None,
+    steps: str | Step | Iterable[str | Step] = (),
     max_count: int = 10_000,
     max_size: int | str = "1GB",
     resume: bool = True,
@@ -179,6 +182,8 @@ def curate(
         is not ``ok`` are never kept.
     min_aesthetic, max_nsfw : float, optional
         Shorthands for ``aesthetic_score >= X`` and ``nsfw_score < X``.
+    steps : str, Step, or iterable of them
+        Further steps on what these leave, as for `apply_steps`: ``"top 30% by clip_score"``, ``"sample 10000"``.
     max_count, max_size : int, str
         Size of the curated shards, see `to_webdataset`.
     resume : bool
@@ -208,8 +213,8 @@ def curate(
 
     Raises
     ------
-    WhereError
-        For a mistake in the expression, before anything is done.
+    WhereError, SelectionError
+        For a mistake in the expression or a step, before anything is done.
     FileExistsError
         If `out` holds something else and `overwrite` is False, or files that this library did not write.
     JobError
@@ -227,11 +232,16 @@ def curate(
     if not overwrite:
         check_replaced(curated, urls, given.out_options)
     plan, parsed = make_plan(urls, given, where, monitor, client)
-    last = Last(settled_where(parsed, planned=plan.planned), spec, plan.chosen)
+    then = list(expand_steps(steps))
+    selection.check_steps(then, plan.kinds)
+    last = Last(settled_where(parsed, planned=plan.planned), None if then else spec, plan.chosen)
     scores, run_of = files.join(folder, "scores"), Run(resume, overwrite, monitor, result)
     with files.no_partial(scores, curated), place(client, plan.read.backend, monitor) as lent:
         assert lent is not None
         scored = score_into(lent, urls, scores, plan, last, run_of)
+        if then:
+            whole = then if parsed is None else [parsed, *then]
+            scored, last = _selected(lent, scored, whole, replace(last, spec=spec))
         counts = scored.counts
         result.samples, result.by_status = counts.rows, counts.by_status
         result.kept, result.funnel = counts.kept, counts.funnel
@@ -244,17 +254,26 @@ def curate(
         finished = write_scored(lent, scored, last, resume, monitor)
     result.written = finished.written
     result.seconds = time.perf_counter() - begin
-    arguments = {"shards": urls, "out": folder, "where": where, **given.record}
+    arguments = {"shards": urls, "out": folder, "where": where, "steps": [step.text for step in then]} | given.record
     _record(folder, arguments, result, plan.storage_options)
     source_options = plan.read.storage_options
     page = files.join(folder, "report.html")
     if not finished.page or finished.page != fingerprint(page, plan.storage_options):
-        report.write_run_report(folder, scored.urls, where, result, plan.storage_options, source_options, plan.planned)
+        report.write_run_report(folder, scored.urls, last.settled, result, plan.storage_options, source_options)
         version = fingerprint(page, plan.storage_options)
         remember_finished(spec, scored.decides(last.kind), result.written, version)
     if result.shards_missing and not allow_missing:
         raise MissingShardsError(result)
     return result
+
+
+def _selected(client: Client, scored: Scored, steps: Sequence[Step], last: Last) -> tuple[Scored, Last]:
+    """Settle steps that rank on what was scored, and count it again by them."""
+    df = scores_from_files(scored.urls, scored.read)
+    settled = selection.settle(df, steps, alone=True, planned=last.settled.planned).settled
+    last = replace(last, settled=settled)
+    found = measure_files(client, scored.urls, last, scored.read)
+    return replace(scored, measured=[found[url] for url in scored.urls]), last
 
 
 def _record(folder: str, arguments: dict[str, Any], result: RunResult, storage_options: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -16,11 +16,12 @@ from ..report.survey import survey
 from ..runs.plan import model_notes
 from ..select import selection
 from ..select.settle import settled_where
+from ..select.steps import Step, expand_steps
 from ..select.where import parse_where
 from ..steps.read import URLPath
 from ..steps.score_table import ScoreTable, check_makers, look_at, open_scores
 from ..storage import files
-from .tables import open_table, steps_of
+from .tables import open_table
 
 _GROUP_COLUMNS = {
     "group",
@@ -38,10 +39,8 @@ _GROUP_COLUMNS = {
 def write_report(
     scores: URLPath,
     out: str | os.PathLike[str],
-    where: str | None = None,
+    steps: str | Step | Iterable[str | Step] = (),
     *,
-    top: str | Sequence[str] = (),
-    sample: str | None = None,
     groups: str | os.PathLike[str] | pd.DataFrame | None = None,
     source_options: Mapping[str, Any] | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -56,7 +55,7 @@ def write_report(
         Score table, as for `read_scores`.
     out : str or path
         The HTML file.
-    where, top, sample
+    steps : str, Step, or iterable of them
         The selection, as for `select_rows`; without any, the page shows the table.
     groups : path, str, or pandas.DataFrame, optional
         Table of duplicates (`drop_duplicates` with ``groups=``, or `Duplicates.groups`), to show side by side.
@@ -85,7 +84,7 @@ def write_report(
     -----
     The table is streamed once, without embeddings; steps that rank read their column before.
     """
-    ranked = steps_of(top, sample)
+    parsed = list(expand_steps(steps))
     target = os.fspath(out)
     _check_target(target)
     options = dict(storage_options or {})
@@ -93,8 +92,7 @@ def write_report(
     # Pages are made of a few rows, in pandas, wherever the selection is computed.
     with open_table(scores, options, "pandas", client, monitor) as table:
         check_makers(table.scores, _shown_of(table.scores.schema))
-        steps = [] if where is None else [parse_where(where, table.scores.kinds)]
-        settled = selection.settle(table.df, [*steps, *ranked], alone=True).settled
+        settled = selection.settle(table.df, parsed, alone=True).settled
         found = survey(table.scores, settled)
         provenance, notes = _provenance(table.scores)
         counts = found.counts

@@ -27,7 +27,7 @@ from ..results import Counts
 from ..runs.records import made_of, note_unfinished, replacing
 from ..select import selection
 from ..select.settle import Settled, counts_of
-from ..select.steps import Listed, Step, Top, parse_listed, parse_sample, parse_top
+from ..select.steps import Listed, Step, Top, expand_steps
 from ..select.where import Where, filter_frame, parse_where
 from ..steps.read import URLPath
 from ..steps.score_table import (
@@ -150,12 +150,8 @@ class _Counting:
 def select_rows(
     scores: URLPath,
     out: str | os.PathLike[str],
-    where: str | None = None,
+    steps: str | Step | Iterable[str | Step] = (),
     *,
-    top: str | Sequence[str] = (),
-    sample: str | None = None,
-    only: str | Sequence[str] = (),
-    exclude: str | Sequence[str] = (),
     overwrite: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     backend: str | None = None,
@@ -170,16 +166,9 @@ def select_rows(
         Score table, as for `read_scores`.
     out : str or path
         Folder for the selected rows; files have the names of their sources (where several have one, with a hash added).
-    where : str, optional
-        Expression on the columns; rows whose ``status`` is not ``ok`` are never kept.
-    top : str or sequence of str
-        Of the rows that `where` leaves, the best: ``"30% by clip_score"``, ``"10000 by aesthetic_score"``; one after
-        another.
-    sample : str, optional
-        Of what is left then, a random part: ``"10000"``, ``"10% seed 1"``, ``"20 by cluster"``.
-    only, exclude : str or sequence of str
-        Files that name the rows to keep, or to drop, before anything is ranked: ``"keys.txt"``, ``"uid=bad.npy"``; see
-        `dask_imgcurator.only`.
+    steps : str, Step, or iterable of them
+        As for `apply_steps`, one after another: ``"width >= 512"``, ``"top 30% by clip_score"``, ``"sample 20 by
+        cluster"``, ``exclude("seen.txt")``. Rows whose ``status`` is not ``ok`` are never kept.
     overwrite : bool
         Whether another result in `out` is replaced, whole; the same selection always may be.
     storage_options : mapping, optional
@@ -208,39 +197,26 @@ def select_rows(
     ValueError
         If `out` is the score table itself, or several models made the scores that are compared.
     """
-    ranked = steps_of(top, sample)
+    parsed = list(expand_steps(steps))  # a mistake is told before anything is opened
     with open_table(scores, storage_options, backend, client, monitor) as table:
-        steps = ranked if where is None else [parse_where(where, table.scores.kinds), *ranked]
-        for names, keep in ((exclude, False), (only, True)):
-            steps = [parse_listed(name, keep, storage_options) for name in _several(names)] + steps
-        table.made(*used_columns(steps))
+        table.made(*used_columns(parsed))
         targets = targets_of(table, out)
-        settled = selection.settle(table.df, steps, alone=True).settled
-        note = {"steps": [step.text for step in steps]}
+        settled = selection.settle(table.df, parsed, alone=True).settled
+        note = {"steps": [step.text for step in parsed]}
         made = made_of("select", scores, note, ", ".join(note["steps"]) or "all")
         with replacing(os.fspath(out), made, targets, overwrite, table.scores.storage_options):
             return Counts.sum(write_table(table, targets, {"selected": note}, settled))
 
 
-def _several(items: str | Sequence[str]) -> Sequence[str]:
-    return [items] if isinstance(items, str) else items
-
-
 def used_columns(steps: Iterable[Step]) -> list[str]:
     """Columns that decide a selection."""
-    found: list[str | None] = []
+    found: list[str] = []
     for step in steps:
         if isinstance(step, Where | Listed):
             found.extend(step.columns)
         elif isinstance(step, Top):
-            found.extend([step.column, *(step.among.columns if isinstance(step.among, Where) else ())])
-    return [name for name in dict.fromkeys(found) if name is not None]
-
-
-def steps_of(top: str | Sequence[str], sample: str | None) -> list[Step]:
-    """Parse a selection's steps that rank or draw, reporting mistakes before anything starts."""
-    steps: list[Step] = [parse_top(text) for text in _several(top)]
-    return steps if sample is None else [*steps, parse_sample(sample)]
+            found.append(step.column)
+    return list(dict.fromkeys(found))
 
 
 # --- other layouts --------------------------------------------------------------------------------

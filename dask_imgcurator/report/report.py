@@ -13,8 +13,7 @@ import pyarrow.compute as pc
 from ..images.thumbnails import make_thumbnails
 from ..results import ConditionCount, RunResult
 from ..schema import STATUSES
-from ..select.settle import settled_where
-from ..select.where import parse_where
+from ..select.settle import Settled
 from ..steps.score_table import ScoreTable, look_at_all
 from ..storage import files
 from .histograms import KEPT, OTHER, OWN, Figure, Kind
@@ -156,15 +155,14 @@ def render_report(
 def write_run_report(
     folder: str,
     tables: Sequence[str],
-    where: str | None,
+    settled: Settled,
     result: RunResult,
     storage_options: Mapping[str, Any],
     source_options: Mapping[str, Any] | None = None,
-    planned: pa.Schema | None = None,
 ) -> str:
-    """Write a run's ``report.html`` from its score files; returns its URL; `where` is what selected the rows."""
+    """Write a run's ``report.html`` from its score files; returns its URL; `settled` is what selected the rows."""
     table = ScoreTable(look_at_all(tables, storage_options), storage_options)
-    found = survey(table, settled_where(parse_where(where) if where else None, planned=planned))
+    found = survey(table, settled)
     title = folder.rstrip("/").rpartition("/")[2] or folder
     numbers = (result.samples, result.by_status, result.kept, result.funnel)
     subject = Subject(title, *numbers, result, result.provenance, list(result.notes))

@@ -185,16 +185,16 @@ class Settling:
         )
 
 
-def begin(df: Any, steps: Sequence[Step], ok_only: bool) -> Settling:
+def begin(df: Any, steps: Sequence[Step], ok_only: bool, planned: pa.Schema | None = None) -> Settling:
     """Prepare a selection on a frame; mistakes are reported now."""
     backend_of(df)  # raises for anything that is no frame
     conditions = []
     for step in steps:
         if isinstance(step, Where | Listed):
-            if isinstance(step, Where):
-                step.mask(meta_of(df))
-            else:
+            if isinstance(step, Listed):
                 step.check(df.columns)
+            elif planned is None:
+                step.mask(meta_of(df))
             conditions.append(Condition(step))
         elif isinstance(step, Top):
             conditions.append(Condition(step, value_order(df, step.column, step.largest)))
@@ -205,7 +205,7 @@ def begin(df: Any, steps: Sequence[Step], ok_only: bool) -> Settling:
                     raise no_column(step.by, df.columns)
                 check_groups(step.by, arrow_type(df, step.by))
             conditions.append(Condition(step, order))
-    return Settling(df, Settled(tuple(conditions), ok_only and "status" in df.columns))
+    return Settling(df, Settled(tuple(conditions), ok_only and "status" in df.columns, planned=planned))
 
 
 # --- on partitions --------------------------------------------------------------------------------

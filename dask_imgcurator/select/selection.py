@@ -29,7 +29,7 @@ rows left are joined) or ``df.persist()``, not a lazy `embed` that would decode 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -38,8 +38,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from ..engine.pandas import from_arrow
 from ..steps.embed import warn_of_decoding
 from .bounds import Settling, begin, keys_of
+from .evaluate import KINDS
 from .ranks import arrow_type, find_ranks, value_order
 from .settle import Condition, Settled
 from .steps import RandomSample, Step, Ties, Top, expand_steps, share
@@ -48,9 +50,18 @@ from .where import Where, parse_where
 Steps = str | Step | Iterable[str | Step]
 
 
-def settle(df: Any, steps: Steps, *, ok_only: bool = True, alone: bool = False) -> Settling:
+def check_steps(steps: Iterable[Step], kinds: Mapping[str, str]) -> None:
+    """Raise an error for a step that does not fit columns of such kinds."""
+    empty = pa.schema({name: KINDS[kind][1] for name, kind in kinds.items()}).empty_table()
+    begin(from_arrow(empty), list(steps), True)
+
+
+def settle(
+    df: Any, steps: Steps, *, ok_only: bool = True, alone: bool = False, planned: pa.Schema | None = None
+) -> Settling:
     """Find the bounds of a selection on a frame, splitting expressions at ``and``; `alone`: also per step."""
-    settling = begin(df, _conditions(steps), ok_only)
+    # With `planned`, types by which JSON fields are judged, expressions were checked by those.
+    settling = begin(df, _conditions(steps), ok_only, planned)
     if any(condition.order is not None for condition in settling.settled.conditions):
         warn_of_decoding(df, settling.settled.columns, "This selection")
     return settling.run(alone)

@@ -330,3 +330,45 @@ def test_arrow_text_is_one_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["select", str(tmp_path), "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_steps_are_applied_in_the_order_given(scores: Path, tmp_path: Path) -> None:
+    frame = pd.concat(pd.read_parquet(path) for path in sorted(scores.glob("*.parquet")))
+    ok = frame[frame["status"] == "ok"]
+    best, wide = ["--top", "50% by aesthetic_score"], ["--where", "contains(kind, 'crop')"]
+    crops = ok["kind"].str.contains("crop")
+    first = ok.nlargest(len(ok) // 2, "aesthetic_score")
+    expected = {
+        "top, where": (best + wide, first[first["kind"].str.contains("crop")]),
+        "where, top": (wide + best, ok[crops].nlargest(crops.sum() // 2, "aesthetic_score")),
+    }
+    assert {*expected["top, where"][1]["key"]} != {*expected["where, top"][1]["key"]}
+    for name, (options, kept) in expected.items():
+        out = tmp_path / name
+        done = CliRunner().invoke(cli, ["select", str(scores), *options, "--out", str(out)])
+        assert done.exit_code == 0, done.output
+        found = pd.concat(pd.read_parquet(path) for path in out.glob("*.parquet"))
+        assert {*found["key"]} == {*kept["key"]}, name
+
+
+def test_curate_with_steps_that_rank(samples: Path, tmp_path: Path) -> None:
+    """As score, select and write one after another."""
+    steps = ["--top", "60% by aesthetic_score", "--where", "width >= 100", "--sample", "9 seed 2"]
+    common = ["--model", "starter", "--column", "kind", "--n-workers", "1"]
+    done = run("curate", str(samples), "--out", str(tmp_path / "run"), *steps, *common)
+    assert done.returncode == 0, done.stderr
+    assert "dropped by top 60% by aesthetic_score" in done.stdout
+    selected = CliRunner().invoke(
+        cli, ["select", str(tmp_path / "run/scores"), *steps, "--out", str(tmp_path / "selected")]
+    )
+    assert selected.exit_code == 0, selected.output
+    written = CliRunner().invoke(cli, ["write", str(tmp_path / "selected"), "--out", str(tmp_path / "shards")])
+    assert written.exit_code == 0, written.output
+    assert (tmp_path / "shards/00000.tar").read_bytes() == (tmp_path / "run/shards/00000.tar").read_bytes()
+    assert "top 60% by aesthetic_score" in (tmp_path / "run/report.html").read_text()
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["kept"] == 9
+    assert record["arguments"]["steps"] == ["top 60% by aesthetic_score", "width >= 100", "sample 9 seed 2"]
+    wrong = run("curate", str(samples), "--out", str(tmp_path / "no"), "--top", "3 by beauty", *common)
+    assert (wrong.returncode, "there is no column 'beauty'" in wrong.stderr) == (2, True)
+    assert not (tmp_path / "no").exists()

@@ -162,7 +162,7 @@ def test_records_are_no_files_of_the_table(scored: Path) -> None:
 
 def test_files_of_one_name_from_several_folders_are_told_apart(scored: Path, tmp_path: Path) -> None:
     both = [scored / "a", scored / "b"]
-    counts = dic.select_rows(both, tmp_path / "top", top="5 by aesthetic_score")
+    counts = dic.select_rows(both, tmp_path / "top", "top 5 by aesthetic_score")
     query = f"select key from read_parquet(['{scored}/a/*.parquet', '{scored}/b/*.parquet']) where status = 'ok' "
     query += "order by aesthetic_score desc limit 5"
     best = [row[0] for row in duckdb.connect().execute(query).fetchall()]
@@ -205,7 +205,7 @@ def test_values_of_several_models_are_not_compared(scored: Path, tmp_path: Path)
     out = tmp_path / "out"
     jobs: dict[str, Any] = {
         "where": lambda: dic.select_rows(mixed, out, "aesthetic_score > 4"),
-        "top": lambda: dic.select_rows(mixed, out, top="50% by nsfw_score"),
+        "top": lambda: dic.select_rows(mixed, out, "top 50% by nsfw_score"),
         "dedup": lambda: dic.drop_duplicates(mixed, out),
         "best": lambda: dic.drop_duplicates(mixed, out, tiers=["exact"], keep="aesthetic_score"),
         "vectors": lambda: dic.export_scores(mixed, out, "clip-retrieval"),

@@ -70,8 +70,8 @@ def test_every_command_takes_it(change: Change, tmp_path: Path) -> None:
         pq.write_table(change(table(number), number), scores / f"{number}.parquet")
     assert dic.select_rows(scores, tmp_path / "cc0", "license == 'cc0'").kept == 4
     assert dic.select_rows(scores, tmp_path / "best", "rating > 1").kept == 6
-    assert dic.select_rows(scores, tmp_path / "top", top="25% by rating").kept == 3
-    assert dic.select_rows(scores, tmp_path / "drawn", sample="1 by license").kept == 2
+    assert dic.select_rows(scores, tmp_path / "top", "top 25% by rating").kept == 3
+    assert dic.select_rows(scores, tmp_path / "drawn", "sample 1 by license").kept == 2
     assert dic.drop_duplicates(scores, tmp_path / "unique", tiers=["semantic"]).kept == 12
     assert Path(dic.write_report(scores, tmp_path / "look.html", "rating > 1")).exists()
     assert dic.export_scores(scores, tmp_path / "keys.txt", "list").rows == 12
@@ -86,7 +86,7 @@ def test_no_column_of_any_file_is_lost(tmp_path: Path) -> None:
         (tmp_path / "scores").mkdir(exist_ok=True)
         of = table(number).append_column(f"extra{number}", pa.array([number + 0.5] * 6))
         pq.write_table(of, tmp_path / "scores" / f"{number}.parquet")
-    dic.select_rows(tmp_path / "scores", tmp_path / "out", "extra1 > 1 or extra0 > 0", top="8 by rating")
+    dic.select_rows(tmp_path / "scores", tmp_path / "out", ["extra1 > 1 or extra0 > 0", "top 8 by rating"])
     left = dic.read_scores(tmp_path / "out", backend="pandas").compute()
     assert len(left) == 8
     for number in range(2):

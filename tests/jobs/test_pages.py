@@ -49,7 +49,7 @@ def keys(nodes: list[Node]) -> list[str]:
 def test_report_of_a_selection(run: Run) -> None:
     """Counts, funnel and the cut of a rank, by sorting in plain Python."""
     out = run.folder / "look.html"
-    assert dic.write_report(run.folder / "scores", out, "width >= 100", top="50% by aesthetic_score") == str(out)
+    assert dic.write_report(run.folder / "scores", out, ["width >= 100", "top 50% by aesthetic_score"]) == str(out)
     page = read(str(out))
     ok = [r for r in run.rows if r["status"] == "ok"]
     wide = [r for r in ok if r["width"] >= 100]

@@ -46,7 +46,7 @@ def read(folder: Path) -> pd.DataFrame:
 
 def test_the_best_and_a_sample_of_them(table: Path, client: Client, tmp_path: Path) -> None:
     counts = dic.select_rows(
-        table, tmp_path / "out", "width >= 160", top=["50% by aesthetic_score"], sample="10 seed 3", client=client
+        table, tmp_path / "out", ["width >= 160", "top 50% by aesthetic_score", "sample 10 seed 3"], client=client
     )
     everything = read(table)
     ok = everything[everything["status"] == "ok"]
@@ -75,9 +75,9 @@ def test_mistakes_are_told_before_anything_is_written(table: Path, client: Clien
     with pytest.raises(WhereError, match="aesthetic_scor"):
         dic.select_rows(table, out, "aesthetic_scor > 5", client=client)
     with pytest.raises((WhereError, SelectionError)):
-        dic.select_rows(table, out, top="140% by aesthetic_score", client=client)
+        dic.select_rows(table, out, "top 140% by aesthetic_score", client=client)
     with pytest.raises((WhereError, SelectionError), match="beauty"):
-        dic.select_rows(table, out, top="10% by beauty", client=client)
+        dic.select_rows(table, out, "top 10% by beauty", client=client)
     with pytest.raises(ValueError, match="is the score table itself"):
         dic.select_rows(table, table, "width > 1", client=client)
     with pytest.raises(ValueError, match="name one"):
@@ -188,9 +188,10 @@ def test_a_selection_of_many_steps_reads_each_column_at_most_twice(
     counts = dic.select_rows(
         table,
         tmp_path / "out",
-        f"aesthetic_score >= 3 and shard == '{shard}'",
-        top=["80% by aesthetic_score", "50% by width"],
-        sample="3",
+        [
+            f"aesthetic_score >= 3 and shard == '{shard}'",
+            *("top 80% by aesthetic_score", "top 50% by width", "sample 3"),
+        ],
     )
     assert counts.kept == 3
     times = Counter(reads)

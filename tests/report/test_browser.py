@@ -53,7 +53,7 @@ def report(run: Run) -> Path:
         scores.append(url.replace(".parquet", "-offsets.parquet"))
         pq.write_table(table.append_column("sample_offset", pa.array([0] * len(table), pa.int64())), scores[-1])
     out = run.folder / "all.html"
-    dic.write_report(scores, out, "width >= 100", top="60% by aesthetic_score", groups=groups)
+    dic.write_report(scores, out, ["width >= 100", "top 60% by aesthetic_score"], groups=groups)
     dic.compare_selections("width >= 100", "aesthetic_score >= 5", run.folder / "compared.html", scores)
     dic.search(scores, embedding=[1.0, 0.0], k=12, html=run.folder / "found.html")
     return out

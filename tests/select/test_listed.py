@@ -76,7 +76,7 @@ def test_rows_are_kept_and_dropped_by_what_a_file_names(tmp_path: Path) -> None:
 def test_before_anything_is_ranked(tmp_path: Path) -> None:
     frame = write(tmp_path, [50])
     (tmp_path / "seen.txt").write_text("\n".join(frame["key"][:25]))
-    counts = dic.select_rows(tmp_path, tmp_path / "out", exclude=str(tmp_path / "seen.txt"), top="50% by clip_score")
+    counts = dic.select_rows(tmp_path, tmp_path / "out", [dic.exclude(tmp_path / "seen.txt"), "top 50% by clip_score"])
     rest = frame[25:].query("status == 'ok'").dropna(subset="clip_score")
     assert counts.kept == len(rest) // 2
     assert counts.funnel[0].condition.startswith("key not in (25 values of seen.txt, ")
