@@ -11,6 +11,21 @@ class JobError(RuntimeError):
     """The run could not finish; what is finished is kept."""
 
 
+class WorkersDied(JobError):
+    """Workers that were doing something died more often than is tolerated; `why` is what is known of it."""
+
+    def __init__(self, doing: str, why: str) -> None:
+        super().__init__(doing, why)
+        self.why = why
+
+    def __str__(self) -> str:
+        doing, why = self.args
+        return (
+            f"the workers that were {doing} died again and again ({why}); all others are finished. A smaller "
+            "--batch-size or fewer --n-workers may help."
+        )
+
+
 class WorkerFault(JobError):
     """What a worker could not read or write, though others perhaps can; `worker` is its address."""
 

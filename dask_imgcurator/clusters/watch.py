@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from threading import Thread
 from typing import Any, TypeVar
 
-from dask.utils import parse_timedelta
+from dask.utils import format_bytes, parse_timedelta
 from distributed import Client
 
 from .. import config
@@ -92,6 +92,17 @@ def ask(question: Callable[[], T]) -> T | None:
         return answer.result(_PATIENCE)
     except (OSError, RuntimeError):  # no answer in time, or a connection that is closed
         return None
+
+
+def why_they_died(client: Client, since: float, limits: Collection[int]) -> str:
+    """Say what is known of why workers with these limits of memory died since a time (`time.time`)."""
+    events = [event for at, event in ask(lambda: client.get_events("worker-restart-memory")) or () if at >= since]
+    if not events:
+        return "out of memory, or a crash in a native library"
+    peak = max(event["rss"] for event in events)
+    limit = f" of {format_bytes(max(limits))}" if any(limits) else ""
+    last = events[-1]["worker"]
+    return f"ended by Dask at their memory limit{limit}, with up to {format_bytes(peak)}; the last was {last}"
 
 
 def require_workers(client: Client, what: str) -> None:

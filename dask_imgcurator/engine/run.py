@@ -8,6 +8,7 @@ all partitions' results on the workers; `stream` brings larger ones here one by 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +23,8 @@ from distributed import Client, Future, futures_of, get_client
 from distributed.scheduler import KilledWorker
 
 from ..clusters.connect import lacking, require_package
-from ..clusters.faults import JobError, WorkerFault
-from ..clusters.watch import Watch
+from ..clusters.faults import JobError, WorkerFault, WorkersDied
+from ..clusters.watch import Watch, why_they_died
 from ..monitor import Monitor
 from ..storage import files
 from .backend import is_dask
@@ -151,6 +152,7 @@ class _Aside:
 
     pulse: Callable[[], float]  # when a partition last did something
     lost: list[str] = field(default_factory=list)
+    limits: set[int] = field(default_factory=set)  # of memory, of the workers that died
     faults: dict[str, WorkerFault] = field(default_factory=dict)
 
     def hosts(self) -> set[str]:
@@ -179,7 +181,7 @@ def run(
     if client is None:
         yield from _run_in_threads(waves, what)
         return
-    aside = _Aside(pulse)
+    aside, since = _Aside(pulse), time.time()
     yield from _run_on(client, waves, what, label, aside)
     if aside.lost and again is not None:
         retried = list(aside.lost)
@@ -191,11 +193,8 @@ def run(
         name, fault = next(iter(aside.faults.items()))
         raise JobError(f"{what} {label(name)}{_more(aside.faults)} failed: {fault}; all others are finished") from fault
     if aside.lost:
-        raise JobError(
-            f"the workers that were {what} {label(aside.lost[0])}{_more(aside.lost)} died again and again (out of "
-            "memory, or a crash in a native library); all others are finished. A smaller --batch-size or fewer "
-            "--n-workers may help."
-        )
+        doing = f"{what} {label(aside.lost[0])}{_more(aside.lost)}"
+        raise WorkersDied(doing, why_they_died(client, since, aside.limits))
 
 
 def _more(names: Collection[str]) -> str:
@@ -259,6 +258,7 @@ def _run_on(
                     raise JobError(f"lost the cluster while {what} {label(name)}")
                 if isinstance(error, KilledWorker):
                     aside.lost.append(name)
+                    aside.limits.add(error.last_worker.memory_limit)
                 elif isinstance(error, WorkerFault):
                     aside.faults[name] = error
                     if len(aside.faults) >= _MOST_FAULTS and len(aside.faults) > 9 * finished:

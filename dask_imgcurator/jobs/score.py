@@ -15,7 +15,7 @@ import dask.dataframe as dd
 import pyarrow as pa
 from distributed import Client
 
-from ..clusters.faults import JobError, worker_fault
+from ..clusters.faults import JobError, WorkersDied, worker_fault
 from ..clusters.watch import require_workers
 from ..engine.cache import cache
 from ..engine.run import Place, Wave, place, results, run, tasks, waves
@@ -237,15 +237,14 @@ def _load(client: Client, plan: ScorePlan) -> dict[str, Any]:
     try:
         for _, answer in run(client, [graph], "loading"):
             answers.append(answer)
+    except WorkersDied as err:
+        if not answers:  # others may go on without those that died
+            why = f"the worker died while it loaded the model ({err.why}): fewer --n-workers may help"
+            raise JobError(why) from None
     except JobError as err:
         if isinstance(err.__cause__, ModelError | WeightsError):
             raise JobError(str(err.__cause__)) from err.__cause__
-        if err.__cause__ is not None:
-            raise
-        if not answers:  # others may go on without those that died
-            raise JobError(
-                "the worker died while it loaded the model: it probably needs more memory (fewer --n-workers)"
-            ) from None
+        raise
     (first, provenance), *others = answers
     for where, other in others:
         if differs := difference(_fixed(other), _fixed(provenance)):

@@ -48,6 +48,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SampleShards:
     return make_sample_shards(tmp_path_factory.mktemp("samples"), count=8, per_shard=4)
 
 
+def test_a_worker_that_is_ended_at_its_memory_limit_says_so() -> None:
+    eats = "[b'x' * 2 * 10**9, __import__('time').sleep(60)]"
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        LocalCluster(n_workers=1, threads_per_worker=1, memory_limit="900 MiB", dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        graph = Wave(["00007.tar"], tasks([eats], eval, label="eat"))
+        words = r"scoring 00007.tar died .* at their memory limit of 900.00 MiB, with up to \d+[.]\d\d [MG]iB"
+        with pytest.raises(JobError, match=words):
+            list(run(client, [graph], "scoring"))
+
+
 class Run:
     """A run of the command line, in a session of its own."""
 
