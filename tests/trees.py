@@ -14,10 +14,11 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Every file, and of Parquet files what they hold wherever the folder lies: curated rows say where their tar is."""
+    """Every file that is a result, and of Parquet files what they hold wherever the folder lies: rows name their tar."""
 
     def table(path: Path) -> str:
         found = pq.read_table(path)
         return f"{found.schema.metadata} {found.schema.remove_metadata()} {found.to_pylist()}".replace(str(folder), "")
 
-    return tree(folder) | {str(path.relative_to(folder)): table(path) for path in folder.rglob("*.parquet")}
+    found = tree(folder) | {str(path.relative_to(folder)): table(path) for path in folder.rglob("*.parquet")}
+    return {name: held for name, held in found.items() if not Path(name).name.startswith(".")}
