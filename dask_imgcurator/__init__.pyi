@@ -6,6 +6,7 @@ from .exports.scores import to_scores
 from .jobs.columns import add_columns
 from .jobs.curate import curate, write_selection
 from .jobs.dedup import drop_duplicates
+from .jobs.pack import pack
 from .jobs.pages import compare_selections, write_report
 from .jobs.score import score_shards
 from .jobs.search import search
@@ -46,6 +47,7 @@ __all__ = [
     "find_duplicates",
     "funnel",
     "only",
+    "pack",
     "quantile",
     "read_scores",
     "read_webdataset",

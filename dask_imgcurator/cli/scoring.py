@@ -13,6 +13,7 @@ from .live import display, make_console
 from .options import (
     cluster_options,
     given_of,
+    light_options,
     limit_option,
     missing_option,
     model_options,
@@ -103,6 +104,35 @@ def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> Non
         result = run(list(shards), out, monitor=monitor, **given_of(remote(options)))
     if not quiet:
         summary.print_run(result)
+
+
+@click.command()
+@click.argument("source")
+@click.option("--out", required=True, metavar="DIR", help="Folder for the shards.")
+@click.option("--image", metavar="COLUMN", help="Column of the images, for tables with several columns of binary data.")
+@pack_options
+@light_options
+@remote_options
+@overwrite_option
+@quiet_option
+def pack(source: str, out: str, quiet: bool, **options: Any) -> None:
+    """Pack pictures into webdataset shards: a folder of files, or Parquet with the bytes of images.
+
+    \b
+    dask-imgcurator pack photos --out shards            photos/cat.jpg, photos/cat.txt, photos/2020/dog.png …
+    dask-imgcurator pack train.parquet --out shards     an image dataset of Hugging Face
+
+    What lies beside a picture under the same name goes with it. All bytes stay as they are.
+    """
+    from ..jobs.pack import pack as run
+    from ..results import count
+
+    with display(quiet) as monitor:
+        given = given_of(remote(options))
+        given.pop("backend", None)
+        written = run(source, out, monitor=monitor, **given)
+    if not quiet:
+        make_console().print(f"{count(len(written), 'shard')} in {out}")
 
 
 @click.command()

@@ -32,6 +32,7 @@ from ..steps.write import Group, check_keys, plan_write, run_write, write_spec
 from ..storage import files
 from ..storage.curated import Finished, check_replaced, find_finished, remember_finished
 from ..storage.urls import expand, fingerprint, folders_of
+from .pack import pack, pictures_of
 from .score import MissingShardsError, Scored, measure_files, score_into
 
 
@@ -174,7 +175,7 @@ def curate(
     Parameters
     ----------
     urlpath : str, path, or sequence of them
-        Shards, as for `read_webdataset`.
+        Shards, as for `read_webdataset`; or a folder of pictures, which are packed into ``packed/`` first (`pack`).
     out : str or path
         Folder for ``scores/``, ``shards/``, ``report.html`` and ``run.json``.
     where : str, optional
@@ -227,6 +228,18 @@ def curate(
     given = ScoreOptions(**options)
     where = combine(where, min_aesthetic, max_nsfw)
     curated = files.join(folder, "shards")
+    if (pictures := pictures_of(urlpath)) is not None:
+        packed = files.join(folder, "packed")
+        monitor.note(f"{pictures} holds no tars: its pictures are packed into {packed}.")
+        urlpath = pack(
+            pictures,
+            packed,
+            storage_options=given.storage_options,
+            out_options=given.out_options,
+            client=client,
+            monitor=monitor,
+            overwrite=overwrite,
+        )
     urls = expand(urlpath, given.storage_options)[:limit]
     spec = write_spec(curated, max_count, max_size, given.out_options, given.storage_options, folders_of(urls))
     if not overwrite:

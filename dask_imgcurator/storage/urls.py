@@ -17,6 +17,7 @@ from braceexpand import braceexpand
 
 from .files import absolute, at_once, exists, file_system, is_local, list_files, local_path, open_local, persist
 from .remote import describe_version, version
+from .samples import IMAGE_EXTENSIONS
 
 
 def expand(
@@ -117,6 +118,8 @@ def _expand_folder(folder: str, storage_options: Mapping[str, Any] | None = None
     if not tars:
         packed = [f for f in files if _PACKED.search(f)]
         hint = f", only compressed ones: unpack {packed[0]} and its like first" if packed else ""
+        if any(f.rpartition(".")[2].lower() in {*IMAGE_EXTENSIONS, "parquet"} for f in files):
+            hint = f": dask-imgcurator pack {folder} --out SHARDS makes shards of pictures, and of Parquet with images"
         raise FileNotFoundError(f"no *.tar in the folder {folder}{hint}")
     return tars
 

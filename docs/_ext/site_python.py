@@ -30,6 +30,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "score_shards",
         "select_rows",
         "drop_duplicates",
+        "pack",
         "add_columns",
         "write_selection",
         "export_scores",

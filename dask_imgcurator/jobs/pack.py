@@ -1,0 +1,323 @@
+"""Pictures that are not in tars yet: folders of files, and Parquet with the bytes of images, as webdataset shards."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..engine.run import Place, place, run, tasks, waves
+from ..monitor import Monitor
+from ..results import count
+from ..steps.read import URLPath
+from ..steps.write import parse_size
+from ..storage import files
+from ..storage.samples import IMAGE_EXTENSIONS
+from ..storage.urls import fingerprint
+
+#: What a folder of shards that were packed says of its sources.
+_RECORD = ".packed.json"
+
+#: Names that a column of keys, and the members of a Hugging Face image, have.
+_KEYS = ("__key__", "key", "uid", "id")
+_BYTES, _PATH = "bytes", "path"
+
+#: Extension of what begins so, where a row does not tell.
+_MAGIC = {
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG": "png",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"RIFF": "webp",
+    b"II": "tif",
+    b"MM": "tif",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one shard is packed from: samples of a folder, or rows of a Parquet file."""
+
+    url: str  # of the shard
+    samples: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()  # a key, its extensions and their files
+    table: str = ""
+    start: int = 0
+    rows: int = 0
+
+
+def pack(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    image: str | None = None,
+    max_count: int = 10_000,
+    max_size: int | str = "1GB",
+    overwrite: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    out_options: Mapping[str, Any] | None = None,
+    client: Place = None,
+    monitor: Monitor | None = None,
+) -> list[str]:
+    """Pack pictures into webdataset shards, byte for byte.
+
+    Parameters
+    ----------
+    source : str or path
+        A folder of pictures, with what lies beside them under the same name (``cat.jpg``, ``cat.txt``, ``cat.json``),
+        its subfolders too; or a Parquet file, or a folder of such files, with a column of encoded images, as Hugging
+        Face's image datasets have.
+    out : str or path
+        Folder for the shards, ``00000.tar`` and so on.
+    image : str, optional
+        Name of the column of images, of a table that has several.
+    max_count, max_size : int, str
+        Samples and bytes of a shard; tables are cut by samples alone.
+    overwrite : bool
+        Whether shards in `out` that were packed from something else are replaced.
+    storage_options, out_options : mapping, optional
+        For the fsspec file systems of the source and of `out`.
+    client : distributed.Client, str, or int, optional
+        Where to run, as for `select_rows`.
+    monitor : Monitor, optional
+        Is told how the run goes on.
+
+    Returns
+    -------
+    list of str
+        The shards. A sample's key is its path in the folder without extension, dots made underscores; of a row its
+        ``key``, ``uid`` or ``id``, or the file's name and the row's number. Further columns of plain values make the
+        sample's ``.json``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no picture.
+    FileExistsError
+        If `out` holds shards of something else and `overwrite` is False.
+    ValueError
+        If two samples would have one key, or it is not clear which column holds the images.
+    """
+    monitor = monitor or Monitor()
+    folder, reading, writing = files.absolute(out), dict(storage_options or {}), dict(out_options or {})
+    root = files.absolute(source)
+    found = _listed(root, reading)
+    if tables := [url for url in found if url.endswith(".parquet")]:
+        parts = _parts_of_tables(tables, folder, image, max_count, reading)
+    else:
+        samples, ignored = _samples(root, found)
+        if ignored:
+            monitor.note(f"{count(len(ignored), 'file')} beside the pictures belong to none, such as {ignored[0]}.")
+        parts = _parts_of_samples(samples, found, folder, max_count, parse_size(max_size))
+    if not parts:
+        raise FileNotFoundError(
+            f"no pictures in {root}: expected {', '.join(sorted(IMAGE_EXTENSIONS)[:8])} … or Parquet"
+        )
+    record = _record(root, found, image, [part.url for part in parts])
+    if files.read_text(files.join(folder, _RECORD), writing) == record:
+        return [part.url for part in parts]
+    there = files.list_files(folder, ".tar", writing)
+    if there and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds shards of something else ({there[0]}): choose another folder, or --overwrite"
+        )
+    files.make_folder(folder)
+    for url in {*there} - {part.url for part in parts}:
+        files.remove(url, writing)
+    monitor.writing(len(parts))
+    by_url = {part.url: part for part in parts}
+
+    def build(names: Sequence[str]) -> Any:
+        return tasks([by_url[name] for name in names], _pack, image, reading, writing, label="pack")
+
+    with files.no_partial(folder), place(client, "pandas", monitor, light=True) as lent:
+        for url, samples_written in run(lent, waves(list(by_url), build), "packing"):
+            monitor.wrote({"shard": url.rpartition("/")[2], "count": samples_written})
+    with files.write_whole(files.join(folder, _RECORD), writing) as file:
+        file.write(record.encode())
+    return list(by_url)
+
+
+def pictures_of(source: URLPath) -> str | None:
+    """The folder, where it is one of pictures or tables without shards; None for anything else."""
+    items = [source] if isinstance(source, str | os.PathLike) else list(source)
+    if len(items) != 1 or not files.is_local(folder := os.fspath(items[0])) or not files.local_path(folder).is_dir():
+        return None
+    endings = {url.rpartition(".")[2].lower() for url in _listed(files.absolute(folder), {})}
+    return folder if "tar" not in endings and endings & {*IMAGE_EXTENSIONS, "parquet"} else None
+
+
+def _listed(root: str, options: Mapping[str, Any]) -> dict[str, int]:
+    """Files below a folder, or the file itself, sorted, and their sizes; hidden ones are left out."""
+    if files.is_local(root):
+        path = files.local_path(root)
+        if path.is_file():
+            return {str(path): path.stat().st_size}
+        found = {str(p): p.stat().st_size for p in path.rglob("*") if p.is_file()}
+    else:
+        fs, inside = files.file_system(root, options)
+        infos = files.persist(root, lambda: fs.find(inside, detail=True))
+        found = {fs.unstrip_protocol(name): int(info["size"]) for name, info in infos.items()}
+    below = len(root.rstrip("/")) + 1
+    return {url: found[url] for url in sorted(found) if not any(p.startswith(".") for p in url[below:].split("/"))}
+
+
+def _record(root: str, found: Mapping[str, int], image: str | None, targets: Sequence[str]) -> str:
+    """What decides the shards: the files and their versions."""
+    digest = hashlib.sha256()
+    for url, size in found.items():
+        digest.update(f"{url}\0{size}\0{fingerprint(url) if files.is_local(url) else ''}\n".encode())
+    return json.dumps({"source": root, "files": digest.hexdigest(), "image": image, "shards": len(targets)}, indent=1)
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def _samples(root: str, found: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Pictures and what lies beside them, by key and extension; and files that belong to no picture."""
+    below = len(root.rstrip("/")) + 1
+    pictures: dict[str, str] = {}  # by path without extension, and with it
+    samples: dict[str, dict[str, str]] = {}
+    others = []
+    for url in found:
+        path = PurePosixPath(url[below:] or url.rpartition("/")[2])
+        extension = path.suffix.lower().removeprefix(".")
+        if extension not in IMAGE_EXTENSIONS:
+            others.append((url, path))
+            continue
+        stem = str(path.with_suffix(""))
+        key = str(path.with_name(path.stem.replace(".", "_")))
+        if key in samples and extension in samples[key]:
+            raise ValueError(f"{url} and {samples[key][extension]} would have one key, {key!r}: rename one of them")
+        samples.setdefault(key, {})[extension] = url
+        pictures[stem] = pictures[str(path)] = key
+    ignored = []
+    for url, path in others:
+        owner = pictures.get(str(path.with_suffix("")))
+        if owner is None or not path.suffix:
+            ignored.append(url)
+        else:
+            samples[owner].setdefault(path.suffix.lower().removeprefix("."), url)
+    return samples, ignored
+
+
+def _parts_of_samples(
+    samples: Mapping[str, Mapping[str, str]], sizes: Mapping[str, int], folder: str, max_count: int, max_size: int
+) -> list[Part]:
+    parts: list[list[tuple[str, tuple[tuple[str, str], ...]]]] = []
+    room = 0
+    for key, members in samples.items():
+        size = sum(sizes[url] + 1024 for url in members.values())
+        if not parts or size > room or len(parts[-1]) == max_count:
+            parts.append([])
+            room = max_size
+        parts[-1].append((key, tuple(members.items())))
+        room -= size
+    return [Part(files.join(folder, f"{i:05d}.tar"), tuple(part)) for i, part in enumerate(parts)]
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _parts_of_tables(
+    tables: Sequence[str], folder: str, image: str | None, max_count: int, options: Mapping[str, Any]
+) -> list[Part]:
+    parts: list[Part] = []
+    for url in tables:
+        with files.opened(url, options) as file:
+            parquet = pq.ParquetFile(file)
+            _image_column(parquet.schema_arrow, image, url)  # raises
+            rows = parquet.metadata.num_rows
+        for start in range(0, rows, max_count):
+            target = files.join(folder, f"{len(parts):05d}.tar")
+            parts.append(Part(target, table=url, start=start, rows=min(max_count, rows - start)))
+    return parts
+
+
+def _rows(part: Part, image: str | None, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Samples of the rows of a table: a key, and what its members hold."""
+    with files.opened(part.table, options) as file:
+        parquet = pq.ParquetFile(file)
+        column = _image_column(parquet.schema_arrow, image, part.table)
+        key = next((name for name in _KEYS if name in parquet.schema_arrow.names), None)
+        stem, at = PurePosixPath(part.table).stem.replace(".", "_"), 0
+        for batch in parquet.iter_batches(256):
+            if at + len(batch) > part.start and at < part.start + part.rows:
+                for number, row in enumerate(batch.to_pylist(), at):
+                    if part.start <= number < part.start + part.rows:
+                        own = str(row.pop(key)) if key is not None else f"{stem}/{number:09d}"
+                        yield own.replace(".", "_"), _members(row, column)
+            at += len(batch)
+
+
+def _members(row: dict[str, Any], column: str) -> dict[str, bytes]:
+    value = row.pop(column)
+    data, path = (value.get(_BYTES), value.get(_PATH)) if isinstance(value, dict) else (value, None)
+    members: dict[str, bytes] = {}
+    if data is not None:
+        named = PurePosixPath(path or "").suffix.lower().removeprefix(".")
+        known = next((name for magic, name in _MAGIC.items() if data.startswith(magic)), "jpg")
+        members[named if named in IMAGE_EXTENSIONS else known] = data
+    for name in ("caption", "text"):
+        if isinstance(row.get(name), str):
+            members["txt"] = row[name].encode()
+            break
+    rest = {name: value for name, value in row.items() if not isinstance(value, bytes) and not _has_bytes(value)}
+    if rest:
+        members["json"] = json.dumps(rest, ensure_ascii=False, default=str).encode()
+    return members
+
+
+def _has_bytes(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(item, bytes) for item in value.values())
+
+
+def _image_column(schema: pa.Schema, image: str | None, url: str) -> str:
+    """The column that holds encoded images: binary, or Hugging Face's pair of bytes and path."""
+
+    def holds(type_: pa.DataType) -> bool:
+        if pa.types.is_struct(type_):
+            return type_.get_field_index(_BYTES) >= 0 and holds(type_.field(_BYTES).type)
+        return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
+
+    found = [field.name for field in schema if holds(field.type)]
+    if image is not None and image not in found:
+        raise ValueError(f"{url} has no column {image!r} of images (there are: {', '.join(found) or 'none'})")
+    if image is None and len(found) != 1:
+        these = f"there are {', '.join(found)}: name one by --image" if found else "there is none of binary data"
+        raise ValueError(f"{url}: it is not clear which column holds the images; {these}")
+    return image or found[0]
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def _pack(part: Part, image: str | None, reading: Mapping[str, Any], writing: Mapping[str, Any]) -> int:
+    """Write one shard; returns its samples."""
+    with files.write_whole(part.url, writing) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        if part.table:
+            for key, members in _rows(part, image, reading):
+                for extension, data in members.items():
+                    _add(tar, f"{key}.{extension}", io.BytesIO(data), len(data))
+            return part.rows
+        for key, sources in part.samples:
+            for extension, url in sources:
+                with files.opened(url, reading) as source:
+                    size = source.seek(0, os.SEEK_END)
+                    source.seek(0)
+                    _add(tar, f"{key}.{extension}", source, size)
+    return len(part.samples)
+
+
+def _add(tar: tarfile.TarFile, name: str, source: Any, size: int) -> None:
+    info = tarfile.TarInfo(name)  # owned by nobody, of no time: the same files make the same shards
+    info.size = size
+    tar.addfile(info, source)
