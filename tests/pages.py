@@ -104,7 +104,7 @@ def picture(image: Node) -> Image.Image:
     assert kind == "data:image/webp"
     with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as out:
         out.load()
-    assert out.format == "WEBP" and max(out.size) <= 160
+    assert out.format == "WEBP" and max(out.size) <= 320
     return out
 
 

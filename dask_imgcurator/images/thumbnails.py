@@ -13,8 +13,8 @@ from .pillow import inspect, open_image
 #: Where an image lies: URL of its shard, and offset.
 Place = tuple[str, int]
 
-#: Pixels of the longer side. In a page, a thumbnail of a photograph takes about 5 kB, of pure noise about 20.
-SIDE = 160
+#: Pixels of the longer side, in a notebook, and in a page, where pictures can be enlarged: 5 and 12 kB of a photograph.
+SIDE, PAGE_SIDE = 160, 320
 
 _MAX_NBYTES, _MAX_PIXELS = 64_000_000, 50_000_000  # larger images are not worth decoding for a thumbnail
 

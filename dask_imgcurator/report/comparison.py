@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..duplicates.rows import is_in, row_ids
-from ..images.thumbnails import make_thumbnails
+from ..images.thumbnails import PAGE_SIDE, make_thumbnails
 from ..select.settle import Settled
 from ..steps.score_table import ScoreTable
 from .histograms import KEPT, OTHER, OWN, Figure, Histogram, Kind
@@ -130,5 +130,5 @@ def render_comparison(
         found=found,
         figures=[Figure(name, h, kinds=_KINDS, cuts=False) for name, h in found.histograms.items()],
         walls=walls,
-        images=make_thumbnails((row for w in walls for row in w.shown), storage_options=source_options),
+        images=make_thumbnails((row for w in walls for row in w.shown), side=PAGE_SIDE, storage_options=source_options),
     )

@@ -15,7 +15,7 @@ from .render import number, share
 OTHER, OWN, KEPT = range(3)
 
 _SHOWN = 40  # bars, at most
-_TRIED = 120  # cuts that the slider offers, at most
+_TRIED = 120  # cuts that the slider offers
 
 
 # --- axes -----------------------------------------------------------------------------------------
@@ -262,22 +262,30 @@ class Figure:
             yield Bar(f"{shown[i]} to {shown[i + 1]}", x, width, [int(column[i]) for column in columns])
 
     def tries(self) -> tuple[list[tuple[str, str, str, str]], int]:
-        """What the slider says at each position, and its initial position."""
-        positions, counts = self.histogram.bars([m.number for m in self.marks], _TRIED)
-        sums = np.stack([counts.sum(0), counts[OWN] + counts[KEPT]])  # alone, and with the other conditions
-        kept = np.hstack([np.zeros((2, 1), np.int64), np.cumsum(sums, 1)])
-        if not self.below:
-            kept = kept[:, -1:] - kept
-        keep = [True, *(np.diff(kept[0]) != 0)]  # cuts between which no image lies say the same
+        """What the slider says at each position, evenly along the axis, and where it stands: at the first condition."""
         scale, axis, total = self.histogram.scale, self.axis, self.histogram.total
+        positions = np.linspace(axis.low, axis.high, _TRIED)
+        start, words = 0 if not self.below else _TRIED - 1, {}
+        if self.marks:
+            cut = scale.position(self.marks[0].number)
+            start = int(np.abs(positions - cut).argmin())
+            positions[start], words[start] = cut, number(self.marks[0].number, 6)
         tries = [
             (
-                self.show(scale.inverse(float(x)), 1),
+                words.get(i) or self.show(scale.inverse(float(x)), 1),
                 f"{axis.x(x):.1f}",
                 f"{alone:,} of {total:,} ({share(alone, total)})",
                 f"with the other conditions {both:,}" if self.kinds else "",
             )
-            for x, alone, both in zip(positions[keep], *kept[:, keep].tolist(), strict=True)
+            for i, (x, (alone, both)) in enumerate(zip(positions, self._kept_by(positions), strict=True))
         ]
-        start = np.abs(positions[keep] - scale.position(self.marks[0].number)).argmin() if self.marks else 0
-        return tries, int(start)
+        return tries, start
+
+    def _kept_by(self, positions: np.ndarray) -> list[list[int]]:
+        """Images that a cut at each position keeps alone, and with the other conditions; to the width of a fine bin."""
+        counted = self.histogram
+        sums = np.stack([counted.counts.sum(0), counted.counts[OWN] + counted.counts[KEPT]])
+        kept = np.hstack([np.zeros((2, 1), np.int64), np.cumsum(sums, 1)])
+        places = np.floor((positions - counted.low) / counted.step).astype(np.int64)
+        out = kept[:, np.clip(places, 0, counted.counts.shape[1])]
+        return (out if self.below else kept[:, -1:] - out).T.tolist()

@@ -127,12 +127,12 @@ def render(template: str, **context: Any) -> str:
     return _environment().get_template(template).render(context)
 
 
-def page(template: str, kind: str, title: str, notes: Sequence[str], script: str = "", **context: Any) -> str:
-    """Make a self-contained page: kind, title, notes, and the one script that may run."""
-    code = render(script) if script else ""
-    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() if code else ""
-    now = datetime.now(UTC)
-    return render(template, kind=kind, title=title, notes=notes, script=code, digest=digest, now=now, **context)
+def page(template: str, kind: str, title: str, notes: Sequence[str], *scripts: str, **context: Any) -> str:
+    """Make a self-contained page: kind, title, notes, and scripts besides the one that enlarges pictures."""
+    code = "\n".join(render(script) for script in ("enlarge.js", *scripts))
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    context |= {"kind": kind, "title": title, "notes": notes, "script": code, "digest": digest}
+    return render(template, now=datetime.now(UTC), contents=[], **context)
 
 
 def frame(content: str) -> str:

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..images.thumbnails import make_thumbnails
+from ..images.thumbnails import PAGE_SIDE, make_thumbnails
 from ..results import ConditionCount, RunResult
 from ..schema import STATUSES
 from ..select.settle import Settled
@@ -97,7 +97,7 @@ def _groups(
         return Groups(0, 0, 0, [], {})
     chosen = _chosen_groups(groups)
     rows = _members(chosen, table, found)
-    images = make_thumbnails(rows.values(), upright=upright, storage_options=source_options)
+    images = make_thumbnails(rows.values(), side=PAGE_SIDE, upright=upright, storage_options=source_options)
     sizes = groups.groupby("group").size()
     shown, lost = [], 0
     for name, members in chosen.groupby("group", sort=False):
@@ -145,7 +145,10 @@ def render_report(
         figures=[Figure(n, h, marks[n], _KINDS if selected else ()) for n, h in found.histograms.items()],
         walls=walls,
         images=make_thumbnails(
-            (row for w in walls.values() for row in w.shown), upright=upright, storage_options=source_options
+            (row for w in walls.values() for row in w.shown),
+            side=PAGE_SIDE,
+            upright=upright,
+            storage_options=source_options,
         ),
         groups=None if groups is None else _groups(groups, table, found, upright, source_options),
         STATUSES=STATUSES,

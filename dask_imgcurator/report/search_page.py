@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..engine.backend import get_backend
-from ..images.thumbnails import make_thumbnails, thumbnail
+from ..images.thumbnails import PAGE_SIDE, make_thumbnails, thumbnail
 from ..storage import files
 from .render import page
 
@@ -57,7 +57,7 @@ def write_search_page(
         label, uri = query.label, None
         if query.kind == "image":
             with files.opened(label, storage_options) as file:
-                uri = thumbnail(file.read(_MAX_NBYTES), upright=answers.upright)
+                uri = thumbnail(file.read(_MAX_NBYTES), side=PAGE_SIDE, upright=answers.upright)
             # Of a file its name alone: a page is passed on, and a path may tell who made it.
             label = label.partition("?")[0].rpartition("/")[2]
         best = [row for row in rows if row["query_number"] == number]
@@ -71,7 +71,7 @@ def write_search_page(
         answers=shown,
         scores=["similarity", *(str(name) for name in answers.found.columns if str(name).endswith("_score"))],
         scored="nsfw_score" in answers.found.columns,
-        images=make_thumbnails(pictured, upright=answers.upright, storage_options=source_options),
+        images=make_thumbnails(pictured, side=PAGE_SIDE, upright=answers.upright, storage_options=source_options),
     )
     with files.write_whole(os.fspath(path), storage_options) as out:
         out.write(content.encode())

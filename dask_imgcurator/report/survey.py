@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..results import Counts
 from ..schema import MEASURES, kind_of
@@ -28,6 +29,7 @@ _WALL = 12  # pictures of a wall
 _EDGE = 6  # of a wall beside a cut
 _EDGES = 6  # cuts with such walls
 _EXAMPLES = 5  # rows shown of each kind of error
+_TEXTS = 30  # different texts of a column whose texts are counted
 _SEED = 0
 
 #: Scores that come before others; by the first there is, images are ranked.
@@ -115,14 +117,39 @@ def numbers_of(schema: pa.Schema) -> list[str]:
     return [f.name for f in schema if kind_of(f.type) == "number"]
 
 
+# --- texts that repeat ----------------------------------------------------------------------------
+
+# Texts that name or describe a single image.
+_UNIQUE = {"key", "shard", "source_shard", "caption", "status", "error_message", "note", "sha256", "phash"}
+
+
+def texts_of(table: ScoreTable) -> list[str]:
+    """Text columns that may have few different values: those that have few in the first rows."""
+    names = {f.name for f in table.schema if kind_of(f.type) == "string"} - _UNIQUE
+    first = next(iter(table.batches(names)), None) if names else None
+    if first is None:
+        return []
+    return [name for name in first.column_names if pc.count_distinct(first[name]).as_py() <= _TEXTS]
+
+
+def _add_texts(counts: Counter[tuple[str | None, bool]], texts: pa.ChunkedArray, kept: np.ndarray) -> None:
+    """Count texts by whether their rows are kept."""
+    coded = texts.cast(pa.string()).combine_chunks().dictionary_encode(null_encoding="encode")
+    values, codes = coded.dictionary.to_pylist(), coded.indices.to_numpy(zero_copy_only=False)
+    for is_kept in (False, True):
+        found = np.bincount(codes[kept == is_kept], minlength=len(values)).tolist()
+        counts.update({(value, is_kept): n for value, n in zip(values, found, strict=True) if n})
+
+
 # --- the pass -------------------------------------------------------------------------------------
 
 
 class Survey:
     """Everything that a page takes from a score table, except pictures."""
 
-    def __init__(self, schema: pa.Schema, settled: Settled) -> None:
+    def __init__(self, schema: pa.Schema, settled: Settled, texts: Sequence[str] = ()) -> None:
         self.settled = settled
+        self._texts: dict[str, Counter[tuple[str | None, bool]]] = {name: Counter() for name in texts}
         numbers = numbers_of(schema)
         marks = [_mark(condition, i) for i, condition in enumerate(settled.conditions)]
         self.marks = [m for m in marks if m is not None and m.column in numbers]
@@ -131,7 +158,7 @@ class Survey:
         self.histograms = histograms_of([*scores, *MEASURES, *SIZES, *bounded], numbers)
         self.scores = [n for n in self.histograms if n in {*scores, *bounded} - set(SIZES)]  # shown with a picture
         self.rank = Rank(self.scores[0]) if self.scores else None
-        self.wanted = {PLACE, *self.histograms, "status", *settled.columns}
+        self.wanted = {PLACE, *self.histograms, "status", *settled.columns, *texts}
         self.counts = Counts()
         self.failed: Counter[int] = Counter()  # readable rows by what they fail: bit i for condition i
         self.examples: dict[str, list[dict[str, Any]]] = {}  # the first failed rows of each status
@@ -180,6 +207,10 @@ class Survey:
             away = np.abs(values[mark.column] - mark.number)
             self.walls[f"inside {mark.part}"].offer(away, kept, row)
             self.walls[f"outside {mark.part}"].offer(away, others([mark.part]) & ~kept, row)
+        for name, texts in list(self._texts.items()):
+            _add_texts(texts, table[name].filter(pa.array(ok)), kept[ok])
+            if len({text for text, _ in texts}) > _TEXTS:
+                del self._texts[name]
         chance = self._random.random(table.num_rows)
         self.walls["kept"].offer(chance, kept, row)
         self.walls["dropped"].offer(chance, ok & ~kept, row)
@@ -195,6 +226,17 @@ class Survey:
             bits |= (~mask).astype(np.int64) << min(i, 62)  # those beyond the 63rd are told as one
         found, counts = np.unique(bits[ok], return_counts=True)
         self.failed.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+
+    def texts(self) -> dict[str, dict[str | None, tuple[int, int]]]:
+        """Return readable rows by the texts of each column that has few, and how many of them are kept."""
+        out = {}
+        for name, counts in self._texts.items():
+            total = Counter[str | None]()
+            for (text, _), n in counts.items():
+                total[text] += n
+            if len(total) > 1:
+                out[name] = {text: (n, counts[text, True]) for text, n in total.most_common()}
+        return out
 
     def failures(self) -> dict[tuple[str, ...], int]:
         """Return how many of the dropped rows fail which conditions, the most frequent first."""
@@ -220,7 +262,7 @@ def floats(table: pa.Table, name: str) -> np.ndarray:
 
 def survey(table: ScoreTable, settled: Settled) -> Survey:
     """Stream once through a score table, and read what is shown of the few rows that are."""
-    found = Survey(table.schema, settled)
+    found = Survey(table.schema, settled, texts_of(table))
     for batch in table.batches(found.wanted):
         found.add(batch)
     shown = [*chain.from_iterable(wall.shown for wall in found.walls.values()), *chain(*found.examples.values())]
