@@ -14,6 +14,7 @@ import pytest
 
 import dask_imgcurator as dic
 from dask_imgcurator.cli.main import cli
+from dask_imgcurator.schema import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -137,6 +138,26 @@ def test_every_command_and_option_has_help(path: str, command: click.Command) ->
     assert command.get_short_help_str(200).endswith("."), f"{path}: the first line of its help is a sentence"
     silent = [p.name for p in command.params if isinstance(p, click.Option) and not (p.help or "").strip()]
     assert not silent, f"{path}: options without help"
+
+
+# --- generated tables -----------------------------------------------------------------------------
+
+
+def test_generated_tables_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "_ext"))
+    import imgcurator_site as site
+
+    pages = [path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in pages}
+    outdated = [name for name, text in texts.items() if site.current(text) != text]
+    assert not outdated, "run: python docs/_ext/imgcurator_site.py"
+    # As GitHub shows it: a row for every column, and nothing that only Sphinx understands.
+    for name in COLUMNS:
+        assert f"\n| `{name}` | " in texts["columns.md"]
+    assert [name for name, text in texts.items() if re.search(r"^\|.*(\{#|\]\(#dask)", text, re.MULTILINE)] == []
+    assert site.current("<!-- generated: statuses -->\n\nold\n\n<!-- end -->\nrest") in (
+        site.current("<!-- generated: statuses -->\nrest")
+    )
 
 
 # --- the repository -------------------------------------------------------------------------------

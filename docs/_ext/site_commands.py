@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 from site_markdown import table
+
+from dask_imgcurator.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,6 +27,15 @@ def plain_help(app: Any, ctx: Any, lines: list[str]) -> None:
         else:
             out += ["", ".. code-block:: text", "", f"   {line[2:]}"]
     lines[:] = out
+
+
+def commands() -> str:
+    """Every command with its first line."""
+    context = click.Context(cli)
+    return table(
+        ["command", "what it does"],
+        [(f"`{name}`", cli.commands[name].get_short_help_str(200)) for name in cli.list_commands(context)],
+    )
 
 
 # --- benchmarks -----------------------------------------------------------------------------------
@@ -211,6 +223,7 @@ def benchmark_dedup() -> str:
 
 
 MARKS = {
+    "commands": commands,
     "benchmark-files": benchmark_files,
     "benchmark-score": benchmark_score,
     "benchmark-parity": benchmark_parity,
