@@ -81,6 +81,7 @@ class ShardProgress:
         self.state, self.last = Progress(total_shards=total), time.monotonic()
         self._monitor = monitor
         self._seen: dict[str, Mapping[str, Any]] = {}
+        self._running: dict[str, None] = {}
         self._totals: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -91,6 +92,10 @@ class ShardProgress:
             if before.get("finished"):
                 return
             self._seen[counts["shard"]], self.last = counts, time.monotonic()
+            if counts.get("finished"):
+                self._running.pop(counts["shard"], None)
+            else:
+                self._running[counts["shard"]] = None
             for name in ("rows", "done", "errors"):
                 self._totals[name] += counts[name] - before.get(name, 0)
             self.state.images, self.state.errors = self._totals["done"], self._totals["errors"]
@@ -105,3 +110,11 @@ class ShardProgress:
         errors = counts.rows - counts.readable
         done = {"shard": shard, "rows": counts.rows, "done": counts.rows, "errors": errors, "finished": True}
         self.update(done)
+
+    def told(self) -> dict[str, Any]:
+        """How far the run is, in plain values."""
+        with self._lock:
+            running = [url.rpartition("/")[2].partition("?")[0] for url in list(self._running)[:8]]
+        state = self.state
+        told = {"shards": state.total_shards, "finished": state.shards, "images": state.images, "errors": state.errors}
+        return {**told, "running": running}

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..results import count
 from .errors import FAILED, Failure
 from .live import display, make_console
 from .options import (
@@ -19,6 +20,7 @@ from .options import (
     quiet_option,
     remote_options,
     shards_argument,
+    storage_option,
     threshold_options,
 )
 
@@ -85,6 +87,27 @@ def verify(folder: str, storage_options: dict[str, Any] | None, out_options: dic
         click.echo(f"{what}: {problem or 'ok'}")
     if wrong:
         raise Failure(f"{wrong} of what was looked at differ{'s' * (wrong == 1)} from the inputs", FAILED)
+
+
+@click.command()
+@click.argument("out", metavar="OUT")
+@storage_option
+def status(out: str, storage_options: dict[str, Any] | None) -> None:
+    """Tell how far a run is, wherever it goes on: from the files of its output folder alone.
+
+    \b
+    dask-imgcurator status run/scores
+
+    For each folder of results: its files, and for each run that is at work there, or was stopped, how far it is, how
+    fast, and whether it is still heard of.
+    """
+    from ..runs.marks import find_status
+
+    console = make_console()
+    for found in find_status(out, storage_options):
+        console.print(f"{found.folder}: {count(found.files, 'file')} of `{found.command}`")
+        for job in found.jobs or ("finished, or not begun: no run is at work there",):
+            console.print(f"  {job}")
 
 
 @click.command()

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
+import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-from .. import monitor
+from .. import __version__, monitor
 from ..results import count
 
 if TYPE_CHECKING:
     from distributed import Client
+
+#: Seconds from one line of progress in a log to the next.
+_EVERY = 10.0
 
 
 def make_console(stderr: bool = False, quiet: bool = False) -> Console:
@@ -161,8 +171,74 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+class _Logged(monitor.Monitor):
+    """Hands everything on to a display, and writes it to a file, an object of JSON a line."""
+
+    def __init__(self, shown: monitor.Monitor, file: IO[str]) -> None:
+        self.notes, self._shown, self._file, self._told = shown.notes, shown, file, 0.0
+        self._lock = threading.Lock()
+
+    def event(self, event: str, **about: Any) -> None:
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **about}
+        with self._lock:
+            self._file.write(json.dumps(line, default=str) + "\n")
+            self._file.flush()
+
+    def note(self, text: str) -> None:
+        self._shown.note(text)
+        self.event("note", text=text)
+
+    def started(self, client: Client) -> None:
+        self._shown.started(client)
+        self.event("started", scheduler=client.scheduler.address, workers=len(client.nthreads()))
+
+    def scoring(self, total: int, taken_over: int) -> None:
+        self._shown.scoring(total, taken_over)
+        self.event("scoring", shards=total, taken_over=taken_over)
+
+    def progress(self, state: monitor.Progress) -> None:
+        self._shown.progress(state)
+        if time.monotonic() - self._told >= _EVERY or state.shards == state.total_shards:
+            self._told = time.monotonic()
+            self.event("progress", **asdict(state))
+
+    def writing(self, total: int) -> None:
+        self._shown.writing(total)
+        self.event("writing", shards=total)
+
+    def wrote(self, shard: Mapping[str, Any]) -> None:
+        self._shown.wrote(shard)
+        self.event("wrote", shard=shard["shard"], samples=shard["count"], nbytes=shard["nbytes"])
+
+
+class _Notes(logging.Handler):
+    """Makes notes of what this library warns of while a run goes on."""
+
+    def __init__(self, to: monitor.Monitor) -> None:
+        super().__init__(logging.WARNING)
+        self._to = to
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._to.note(record.getMessage())
+
+
 @contextlib.contextmanager
-def display(quiet: bool) -> Iterator[monitor.Monitor]:
-    """Show a run on stderr: a live line on a terminal, plain lines elsewhere, nothing with --quiet."""
-    with make_monitor(make_console(stderr=True, quiet=quiet)) as shown:
-        yield shown
+def display(quiet: bool, log: str | None = None) -> Iterator[monitor.Monitor]:
+    """Show a run on stderr: a live line on a terminal, plain lines elsewhere, nothing with --quiet; `log`: a file."""
+    with make_monitor(make_console(stderr=True, quiet=quiet)) as shown, contextlib.ExitStack() as stack:
+        if log is None:
+            yield shown
+            return
+        logged = _Logged(shown, stack.enter_context(Path(log).open("a", encoding="utf-8")))
+        logged.event("begin", version=__version__, command=sys.argv[1:2])
+        handler = _Notes(logged)
+        logging.getLogger("dask_imgcurator").addHandler(handler)
+        try:
+            yield logged
+        except BaseException as err:
+            logged.event("failed", error=type(err).__name__, text=str(err))
+            raise
+        else:
+            logged.event("end")
+        finally:
+            logging.getLogger("dask_imgcurator").removeHandler(handler)

@@ -333,6 +333,12 @@ overwrite_option = click.option(
 missing_option = click.option(
     "--allow-missing", is_flag=True, help="Exit with 0 even if shards cannot be read. [default: exit with 1 in the end]"
 )
+log_option = click.option(
+    "--log",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Add what happens to a file, an object of JSON a line.",
+)
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
 limit_option = click.option(
     "--limit",

@@ -15,6 +15,7 @@ from .options import (
     given_of,
     light_options,
     limit_option,
+    log_option,
     missing_option,
     model_options,
     overwrite_option,
@@ -56,8 +57,9 @@ def _shown_all_the_same(quiet: bool) -> Iterator[None]:
 @overwrite_option
 @missing_option
 @limit_option
+@log_option
 @quiet_option
-def curate(shards: tuple[str, ...], out: str, quiet: bool, steps: list[Any], **options: Any) -> None:
+def curate(shards: tuple[str, ...], out: str, log: str | None, quiet: bool, steps: list[Any], **options: Any) -> None:
     """Score shards, keep the images that match an expression, write them as curated shards.
 
     \b
@@ -74,7 +76,7 @@ def curate(shards: tuple[str, ...], out: str, quiet: bool, steps: list[Any], **o
     if all(isinstance(step, Where) for step in steps):
         texts = [f"({step.text})" if len(steps) > 1 and " or " in step.text.lower() else step.text for step in steps]
         options["where"], steps = " and ".join(texts) or None, []
-    with _shown_all_the_same(quiet), display(quiet) as monitor:
+    with _shown_all_the_same(quiet), display(quiet, log) as monitor:
         result = run(list(shards), out, steps=steps, monitor=monitor, **given_of(remote(options)))
     if not quiet:
         summary.print_run(result)
@@ -90,8 +92,9 @@ def curate(shards: tuple[str, ...], out: str, quiet: bool, steps: list[Any], **o
 @overwrite_option
 @missing_option
 @limit_option
+@log_option
 @quiet_option
-def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> None:
+def score(shards: tuple[str, ...], out: str, log: str | None, quiet: bool, **options: Any) -> None:
     """Score shards into a table: the expensive part, done once.
 
     \b
@@ -100,7 +103,7 @@ def score(shards: tuple[str, ...], out: str, quiet: bool, **options: Any) -> Non
     from ..jobs.score import score_shards as run
     from . import summary
 
-    with _shown_all_the_same(quiet), display(quiet) as monitor:
+    with _shown_all_the_same(quiet), display(quiet, log) as monitor:
         result = run(list(shards), out, monitor=monitor, **given_of(remote(options)))
     if not quiet:
         summary.print_run(result)
@@ -150,10 +153,12 @@ def pack(source: str, out: str, quiet: bool, **options: Any) -> None:
 @remote_options
 @resume_option
 @overwrite_option
+@log_option
 @quiet_option
 def write(
     scores: tuple[str, ...],
     out: str,
+    log: str | None,
     quiet: bool,
     where: str | None,
     **options: Any,
@@ -167,7 +172,7 @@ def write(
     from ..jobs.curate import write_selection as run
     from . import summary
 
-    with display(quiet) as monitor:
+    with display(quiet, log) as monitor:
         given = given_of(options)
         given["source_options"] = options["storage_options"]
         given["storage_options"] = given.pop("out_options", options["storage_options"])

@@ -19,9 +19,10 @@ from ..engine.run import Place, place
 from ..monitor import Monitor
 from ..report import report
 from ..results import Counts, RunResult
+from ..runs.marks import alone
 from ..runs.measured import Last
 from ..runs.plan import ScoreOptions, make_plan
-from ..runs.records import COMMON, Run, alone, note_unfinished
+from ..runs.records import COMMON, Run, note_unfinished
 from ..select import selection
 from ..select.settle import settled_where
 from ..select.steps import Step, expand_steps

@@ -24,6 +24,7 @@ from ..models.weights import WeightsError
 from ..monitor import Monitor, ShardProgress
 from ..results import Counts, RunResult, count
 from ..runs.manifest import write_manifest
+from ..runs.marks import Mark
 from ..runs.measured import Last, Measured, tell
 from ..runs.plan import ScoreOptions, ScorePlan, Target, describe, make_plan
 from ..runs.records import Found, Run, Work, as_read, check_dataset, difference, filling, look, settle_work
@@ -145,8 +146,9 @@ def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan
     done: dict[str, Written] = {}
     found: dict[str, Measured] = {}
     with _remembering(there, last.kind, plan, work, done, found):
-        with filling(there, urls, provenance, run_of.overwrite, bool(work.todo)):
-            _score(client, work.todo, plan, last, run_of, done)
+        with filling(there, urls, provenance, run_of.overwrite, bool(work.todo)) as mark:
+            if mark is not None:
+                _score(client, work.todo, plan, last, run_of, done, mark)
         rest = [table for table in tables if table not in done]
         read = ScoreFiles(plan.read.backend, _whole(plan, done, there, rest), plan.storage_options)
         known = {table: there.counted(last.kind, table) for table in rest}
@@ -196,7 +198,13 @@ def _topic() -> str:
 
 
 def _score(
-    client: Client, todo: Mapping[str, Target], plan: ScorePlan, last: Last, run_of: Run, done: dict[str, Written]
+    client: Client,
+    todo: Mapping[str, Target],
+    plan: ScorePlan,
+    last: Last,
+    run_of: Run,
+    done: dict[str, Written],
+    mark: Mark,
 ) -> None:
     """Score shards into files, and add these to those that are `done`."""
     result, monitor = run_of.result, run_of.monitor
@@ -211,13 +219,16 @@ def _score(
             monitor.note(f"A worker died while it scored {name}: doing it again with its images decoded apart.")
         return Wave(names, score_graph([todo[name] for name in names], plan.isolated, last))
 
+    mark.tell(now=True, **progress.told())
     client.subscribe_topic(plan.embed.topic, lambda event: progress.update(event[1]))
     try:
         graphs, pulse = waves(list(todo), build), lambda: progress.last
         for url, written in run(client, graphs, "scoring", again, build=build, pulse=pulse):
             done[todo[url].url] = written
             progress.finish(url, written.measured.counts)
+            mark.tell(**progress.told())
     except JobError as err:
+        mark.tell(now=True, stopped=str(err))
         if type(err.__cause__) is JobError:  # of a worker, which says all
             raise JobError(str(err.__cause__)) from None
         raise

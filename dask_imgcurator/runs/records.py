@@ -8,10 +8,8 @@ Parquet files skips names that begin with a dot.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,11 +24,10 @@ from ..steps.score_table import ScoreFile, look_at, model_name
 from ..storage import files
 from ..storage.urls import find_versions, parent, versions_in
 from .manifest import Manifest, read_manifest
+from .marks import Mark, alone, encode, marks, read_json, working, write_json
 from .plan import ScorePlan, Target, score_files
 
 RECORD = ".table.json"
-_UNFINISHED = ".unfinished-"
-
 #: What the provenance of all files of one score table has in common.
 COMMON = ("encoder", "heads", "decode", "read", "versions")
 
@@ -98,7 +95,7 @@ class Found:
 def look(folder: str, storage_options: Mapping[str, Any] | None = None) -> Found:
     """Look what a folder of results holds; FileExistsError for Parquet files that this library did not write."""
     options = dict(storage_options or {})
-    record = _read(files.join(folder, RECORD), options)
+    record = read_json(files.join(folder, RECORD), options)
     versions, manifest = versions_in(folder, ".parquet", options), read_manifest(folder, options)
     looks = {url: manifest.footer(url, version) for url, version in versions.items()}
     unknown = [url for url, file in looks.items() if file is None]
@@ -126,42 +123,11 @@ def _look(url: str, known: bool, options: Mapping[str, Any]) -> ScoreFile | None
 def note_unfinished(scores: URLPath, storage_options: Mapping[str, Any] | None, monitor: Monitor) -> None:
     """Tell that a table which is read may lack rows."""
     for name in (name for name in _names(scores) if not name.endswith(".parquet")):
-        for mark in _marks(name, storage_options):
+        for mark in marks(name, storage_options):
             monitor.note(
                 f"{name} is not finished: `{mark['command']}` began there at {mark['since']} on {mark['host']} "
                 f"(process {mark['pid']}), and has not come to its end"
             )
-
-
-def _marks(folder: str, storage_options: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """What is known of jobs that are at work in a folder, or were stopped."""
-    marks = files.list_files(folder, ".json", storage_options, prefix=_UNFINISHED)
-    return [mark for mark in (_read(url, storage_options) for url in marks) if mark]
-
-
-@contextmanager
-def _working(folder: str, command: str, job: str, options: Mapping[str, Any], anything: bool = True) -> Iterator[None]:
-    """Mark a folder until its work is done, if there is `anything`; `job` tells marks from one another."""
-    mark = files.join(folder, f"{_UNFINISHED}{hashlib.sha256(job.encode()).hexdigest()[:12]}.json")
-    about = {"command": command, "host": os.uname().nodename, "pid": os.getpid()}
-    if anything:
-        _write(mark, {**about, "since": time.strftime("%Y-%m-%d %H:%M:%S")}, options)
-    yield
-    files.remove(mark, options)
-
-
-@contextmanager
-def alone(folder: str, command: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Work in a folder in which no other process of this machine is at work."""
-    for mark in _marks(folder, options):
-        if mark["host"] == os.uname().nodename and mark["pid"] != os.getpid() and files.is_alive(mark["pid"]):
-            raise FileExistsError(
-                f"{folder} is being written by process {mark['pid']} (`{mark['command']}`, since {mark['since']}): "
-                "wait for its end, or choose another folder"
-            )
-    files.make_folder(folder)
-    with _working(folder, command, command, options):
-        yield
 
 
 # --- tables that one job writes whole -------------------------------------------------------------
@@ -188,7 +154,7 @@ def replacing(
     if (found.record or found.tables) and not (same or overwrite):
         raise FileExistsError(found.refusal)
     with alone(folder, made.command, storage_options):
-        _write(files.join(folder, RECORD), made.record, storage_options)
+        write_json(files.join(folder, RECORD), made.record, storage_options)
         _remove([url for url in found.tables if not (same and url in targets)], storage_options)
         yield
 
@@ -245,22 +211,22 @@ def admitted(
 @contextmanager
 def filling(
     found: Found, urls: Sequence[str], provenance: Mapping[str, Any], overwrite: bool, anything: bool
-) -> Iterator[None]:
+) -> Iterator[Mark | None]:
     """Claim a folder for the score files of some shards, if there is `anything` to write."""
     kept = admitted(found, urls, provenance, overwrite)
     made = Made("score", tuple(sorted(set(map(parent, urls)))), common(provenance), f"by {model_name(provenance)}")
     record = files.join(found.folder, RECORD)
     files.make_folder(found.folder)
-    if overwrite or not files.write_new(record, _encoded(made.record), found.options):
-        there = _read(record, found.options)  # perhaps of a run that began at the same time
+    if overwrite or not files.write_new(record, encode(made.record), found.options):
+        there = read_json(record, found.options)  # perhaps of a run that began at the same time
         if not overwrite:
             _refuse(found.folder, there["settings"], provenance)
             made = replace(made, inputs=tuple(sorted({*there["inputs"], *made.inputs})))
         if there != made.record:
-            _write(record, made.record, found.options)
-    with _working(found.folder, made.command, "\n".join(urls), found.options, anything):
+            write_json(record, made.record, found.options)
+    with working(found.folder, made.command, "\n".join(urls), found.options, anything) as mark:
         _remove(found.tables.keys() - kept.keys(), found.options)
-        yield
+        yield mark
 
 
 def _refuse(where: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -356,19 +322,6 @@ def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, run_of: Run)
 def as_read(value: Any) -> dict[str, Any]:
     """A value as its JSON gives it back."""
     return dict(json.loads(json.dumps(value, default=str)))
-
-
-def _encoded(about: Mapping[str, Any]) -> bytes:
-    return json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n"
-
-
-def _read(url: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    return dict(json.loads(files.read_text(url, options) or "{}"))
-
-
-def _write(url: str, about: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    with files.write_whole(url, options) as file:
-        file.write(_encoded(about))
 
 
 def _remove(urls: Collection[str], options: Mapping[str, Any]) -> None:
