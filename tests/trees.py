@@ -14,7 +14,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Every file that is a result, and of Parquet files what they hold wherever the folder lies: rows name their tar."""
+    """Every file that is a result, and of Parquet files what they hold wherever their folder lies: rows name it."""
 
     def table(path: Path) -> str:
         found = pq.read_table(path)
