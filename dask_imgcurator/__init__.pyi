@@ -17,6 +17,7 @@ from .report.gallery import show
 from .select.selection import apply_steps, funnel, quantile, sample, top_count, top_fraction
 from .select.steps import exclude, only
 from .select.where import filter_frame
+from .similarity.clusters import assign_clusters
 from .similarity.index import build_search_index
 from .steps.captions import caption_stats, embed_text, score_clip
 from .steps.embed import embed
@@ -29,6 +30,7 @@ from .steps.write import to_webdataset
 __all__ = [
     "add_columns",
     "apply_steps",
+    "assign_clusters",
     "build_index",
     "build_search_index",
     "caption_stats",

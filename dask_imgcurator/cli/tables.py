@@ -91,6 +91,13 @@ def select(scores: tuple[str, ...], out: str, quiet: bool, steps: list[Any], **o
     help="How the semantic tier decides what to drop.",
 )
 @click.option(
+    "--n-cells",
+    metavar="N",
+    type=click.IntRange(1),
+    help="k-means cells of the semantic tier. [default: 2 √rows; 1 up to 20,000 rows]",
+)
+@click.option("--seed", metavar="N", type=int, help="Of the cells. [default: 0]")
+@click.option(
     "--against",
     metavar="INDEX",
     help="Also drop duplicates of what an index holds: an existing dataset, or a benchmark.",
@@ -139,6 +146,13 @@ def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[floa
 @click.option("--language", is_flag=True, help="Language of the caption (needs the extra 'text').")
 @click.option("--aesthetic-head", metavar="NAME", help="Published head, if there is no aesthetic_score yet.")
 @click.option("--nsfw-head", metavar="NAME", help="Published head, if there is no nsfw_score yet.")
+@click.option(
+    "--clusters", metavar="K", type=click.IntRange(1), help="Find K clusters of the embeddings (needs FAISS)."
+)
+@click.option(
+    "--reference", metavar="SCORES", help="With --clusters: count the rows of another score table in each cluster."
+)
+@click.option("--seed", metavar="N", type=int, help="Of --clusters. [default: 0]")
 @click.option("--weights-dir", metavar="DIR", help="Folder with the published heads.")
 @cluster_options_with("none: threads of this process; for texts as in score")
 @storage_option
@@ -149,10 +163,13 @@ def add(scores: tuple[str, ...], out: str, quiet: bool, prompts: tuple[str, ...]
 
     \b
     dask-imgcurator add run/scores --clip-score --out run/more
+    dask-imgcurator add run/scores --clusters 1000 --reference imagenet/scores --out run/more
     dask-imgcurator add run/scores --prompt 'watermark=a photo with a watermark' --head my.safetensors --out run/more
     """
     from ..jobs.columns import add_columns as run
 
+    if options["clusters"] is None and (options["reference"] or options["seed"] is not None):
+        raise click.UsageError("--reference and --seed are for --clusters K")
     asked: dict[str, list[str]] = {}
     for prompt in prompts:
         name, equals, text = prompt.partition("=")

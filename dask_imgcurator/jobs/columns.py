@@ -11,10 +11,12 @@ from ..engine.run import Place
 from ..models import head_files
 from ..monitor import Monitor
 from ..runs.records import made_of, replacing
+from ..similarity.clusters import assign_clusters
 from ..steps import captions
 from ..steps import heads as steps_heads
 from ..steps.prompts import score_prompts
 from ..steps.read import URLPath
+from ..steps.score_table import check_makers, model_name, open_scores
 from .tables import open_table, targets_of, write_table
 
 
@@ -29,6 +31,9 @@ def add_columns(
     language: bool = False,
     aesthetic_head: str | None = None,
     nsfw_head: str | None = None,
+    clusters: int | None = None,
+    reference: URLPath | None = None,
+    seed: int = 0,
     weights_dir: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     storage_options: Mapping[str, Any] | None = None,
@@ -54,6 +59,12 @@ def add_columns(
         Length of captions; and their language.
     aesthetic_head, nsfw_head : str, optional
         A published head, see `score_aesthetic`.
+    clusters : int, optional
+        How many clusters of the embeddings are found, see `assign_clusters`.
+    reference : str, path, or sequence of them, optional
+        Score table of another dataset, by the same model, whose rows are counted in each cluster.
+    seed : int
+        Of the clusters.
     weights_dir : path, optional
         Folder with the published heads.
     overwrite : bool
@@ -77,7 +88,7 @@ def add_columns(
     light = not (clip_score or prompts)
     with open_table(scores, storage_options, backend, client, monitor, light=light) as table:
         df, there, added = table.df, set(table.df.columns), {}
-        vectors = heads or clip_score or prompts or aesthetic_head or nsfw_head
+        vectors = heads or clip_score or prompts or aesthetic_head or nsfw_head or clusters
         encoder = table.made(*(["embedding"] if vectors else [])).get("encoder", {})
         for head in map(steps_heads.resolve_head, heads):
             if head.column in added:
@@ -100,6 +111,11 @@ def add_columns(
         if (caption_stats or language) and "caption_words" not in there:
             df = captions.caption_stats(df, language=language)
             added |= {name: {} for name in df.columns if str(name).startswith("caption_") and name not in there}
+        if clusters is not None and "cluster" not in there:
+            other = None if reference is None else _same_model(reference, encoder, storage_options)
+            df = assign_clusters(df, clusters, reference=other, seed=seed)
+            made_by = {"clusters": clusters, "seed": seed, "reference": reference, "encoder": encoder}
+            added |= {name: made_by for name in df.columns if str(name).startswith("cluster") and name not in there}
         new = [name for name in df.columns if name not in there]
         if not new:
             raise ValueError(f"nothing to add: the table has what was asked for ({', '.join(sorted(there))})")
@@ -109,6 +125,18 @@ def add_columns(
         with replacing(os.fspath(out), made, targets, overwrite, table.scores.storage_options):
             write_table(table, targets, {"added": note}, df)
     return new
+
+
+def _same_model(reference: URLPath, encoder: Mapping[str, Any], storage_options: Mapping[str, Any] | None) -> Any:
+    """Open another score table; ValueError if another model made its embeddings."""
+    table = open_scores(reference, storage_options)
+    other = check_makers(table, ["embedding"]).get("encoder", {})
+    if other != encoder:
+        raise ValueError(
+            f"the reference's embeddings are of {model_name({'encoder': other})}, the table's of "
+            f"{model_name({'encoder': encoder})}: they cannot be compared"
+        )
+    return table.frame("pandas")
 
 
 def _text_model(encoder: Mapping[str, Any]) -> tuple[str, str | None]:

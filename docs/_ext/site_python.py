@@ -49,6 +49,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Duplicates": ("dedup", "duplicate_groups", "find_duplicates", "build_index"),
     "Captions, prompts and heads of your own": (
         "caption_stats",
+        "assign_clusters",
         "embed_text",
         "score_clip",
         "score_prompts",
