@@ -141,6 +141,16 @@ def test_failing_tests_are_printed_at_once_and_recorded(tmp_path: Path) -> None:
     assert "they differ" in done.stderr
 
 
+def test_the_host_s_cost_is_measured_by_stage() -> None:
+    command = [sys.executable, str(SCRIPT.with_name("host_cost.py")), "--images", "96", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    found = json.loads(done.stdout)["us_per_image"]
+    stages = list(found)[: list(found).index("held, in all")]
+    assert found["held, in all"] == pytest.approx(sum(found[name] for name in stages), abs=0.1)
+    assert {"index the tar", "inspect", "columns"} <= set(stages)
+    assert 1 < found["inspect"] < 10_000
+
+
 def test_the_pictures_are_of_the_sizes_that_they_say(gpu: Any, tmp_path: Path) -> None:
     import common
     import made_shards

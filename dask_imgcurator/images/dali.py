@@ -35,6 +35,16 @@ def dali_problem() -> str | None:
     return None
 
 
+def geometry(preprocess: Preprocess, sizes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+    """What images of these sizes (width, height) are resized to and cut at, by input of the pipeline: (n, 2) each."""
+    shapes = [preprocess.geometry(*size) for size in sizes]
+    return {
+        "between": np.array([g.between(*size) for g, size in zip(shapes, sizes, strict=True)], np.float32),
+        "size": np.array([(g.height, g.width) for g in shapes], np.float32),
+        "anchor": np.array([(g.top, g.left) for g in shapes], np.int32),
+    }
+
+
 class Refused(Exception):
     """DALI did not decode a batch: because of the image at `place`, for lack of memory, or for an unknown reason."""
 
@@ -68,13 +78,10 @@ class Pipeline:
 
         if self._pipe is None:
             self._pipe = self._build()
-        geometries = [self.preprocess.geometry(*size) for size in sizes]
-        between = [g.between(*size) for g, size in zip(geometries, sizes, strict=True)]
         try:
             self._pipe.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in images])
-            self._pipe.feed_input("between", np.array(between, np.float32))  # (n, 2) each
-            self._pipe.feed_input("size", np.array([(g.height, g.width) for g in geometries], np.float32))
-            self._pipe.feed_input("anchor", np.array([(g.top, g.left) for g in geometries], np.int32))
+            for name, values in geometry(self.preprocess, sizes).items():
+                self._pipe.feed_input(name, values)
             if self._held is not None:
                 self._held[0].synchronize()
             outputs = self._pipe.run()  # returns when the images are there

@@ -82,7 +82,9 @@ class Decoder:
         def zeros(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
             return torch.zeros((len(blobs), *shape), dtype=dtype, device=self.device)
 
-        batch = Batch(zeros(3, *self.preprocess.size, dtype=torch.float32), [self._inspect(blob) for blob in blobs])
+        with pillow.quiet:  # once, not for each image
+            infos = [self._inspect(blob) for blob in blobs]
+        batch = Batch(zeros(3, *self.preprocess.size, dtype=torch.float32), infos)
         if self.views:
             batch.small, batch.gray = zeros(3, SIDE, SIDE), zeros(HASH_SIDE, HASH_SIDE)
         rows: dict[str, list[int]] = {"dali": [], "pillow": []}

@@ -49,7 +49,8 @@ class _Quiet:
                 self._before.__exit__(None, None, None)
 
 
-_quiet = _Quiet()
+#: Context in which Pillow's warnings are silent.
+quiet = _Quiet()
 _limit_lock = threading.Lock()
 
 
@@ -59,7 +60,7 @@ def open_image(data: bytes) -> Iterator[Image]:
     from PIL import Image as pillow
 
     name = recognise(data)
-    with _quiet:
+    with quiet:
         with _limit_lock:
             limit, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None
             try:
