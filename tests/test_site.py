@@ -222,7 +222,7 @@ def test_the_check_of_command_lines_sees_what_is_wrong() -> None:
 @pytest.mark.parametrize("path", [*PAGES, ROOT / "README.md"], ids=name_of)
 def test_command_lines_are_those_of_the_commands(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("in.json", "out.json"):  # which an option reads when it is parsed
+    for name in ("in.json", "out.json", "ca.pem", "client.pem", "client.key"):  # which options read when parsed
         Path(name).write_text("{}")
     wrong = []
     for number, text in blocks(path, *_SHELLS):
