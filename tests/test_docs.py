@@ -147,7 +147,7 @@ def test_generated_tables_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "_ext"))
     import imgcurator_site as site
 
-    pages = [path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts]
+    pages = [ROOT / "README.md", *(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
     texts = {path.name: path.read_text(encoding="utf-8") for path in pages}
     outdated = [name for name, text in texts.items() if site.current(text) != text]
     assert not outdated, "run: python docs/_ext/imgcurator_site.py"

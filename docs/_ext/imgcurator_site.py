@@ -48,6 +48,6 @@ def setup(app: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    for path in sorted(DOCS.rglob("*.md")):
+    for path in [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]:
         if "_build" not in path.parts:
             path.write_text(current(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -91,6 +91,17 @@ def benchmark_score() -> str:
     return table([*header, "share of one after the other", "memory of a worker"], rows)
 
 
+def speed() -> str:
+    """The README's few numbers."""
+    rows = []
+    for _, record in _records():
+        if record.get("benchmark") == "score":
+            machine = _machine(record)
+            where = f"{machine['cores']} cores of an {machine['processor'].replace('(R)', '')} ({machine['date'][:10]})"
+            rows.append((_given(record).replace("random:0", "random weights"), where, f"{record['images_per_s']:.0f}"))
+    return table(["model", "hardware", "images/s"], [*rows, ("any", "any GPU", "not measured")])
+
+
 def benchmark_parity() -> str:
     """How far pixels and embeddings were from open_clip's."""
     rows = []
@@ -226,6 +237,7 @@ MARKS = {
     "commands": commands,
     "benchmark-files": benchmark_files,
     "benchmark-score": benchmark_score,
+    "speed": speed,
     "benchmark-parity": benchmark_parity,
     "benchmark-large-shard": benchmark_large_shard,
     "benchmark-selection": benchmark_selection,
