@@ -7,6 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+#: Characters that move a terminal's cursor, or turn the direction of what follows.
+_ACTIVE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
+    code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
+del _ACTIVE[10], _ACTIVE[9]
+
+
+def visible(text: str) -> str:
+    """Text in which nothing acts on a terminal: keys, captions and file names are anyone's."""
+    return text.translate(_ACTIVE)
+
 
 def count(n: int, noun: str) -> str:
     """Write a number of things: ``1 shard``, ``1,200 shards``."""

@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from .. import __version__
+from ..results import visible
 
 USAGE, FAILED = 2, 1
 
@@ -35,7 +36,7 @@ class Failure(click.ClickException):
         self.exit_code = exit_code  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"dask-imgcurator: {self.format_message()}", file=file or sys.stderr, err=file is None)
+        click.echo(f"dask-imgcurator: {visible(self.format_message())}", file=file or sys.stderr, err=file is None)
 
 
 @contextlib.contextmanager

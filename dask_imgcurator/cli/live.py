@@ -18,9 +18,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.text import Text
 
 from .. import __version__, monitor
-from ..results import count
+from ..results import count, visible
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -29,9 +30,16 @@ if TYPE_CHECKING:
 _EVERY = 10.0
 
 
+class _Console(Console):
+    """A console on which nothing but Rich's own styles acts."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
 def make_console(stderr: bool = False, quiet: bool = False) -> Console:
     """Make a console that prints text as it is: file names, keys and expressions may look like Rich's markup."""
-    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    return _Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from ..duplicates.index import Index
 from ..engine.backend import get_backend
 from ..jobs.dedup import Deduplicated
 from ..report.render import plain
-from ..results import Counts, RunResult, count
+from ..results import Counts, RunResult, count, visible
 from ..schema import STATUSES
 from ..select.where import parse_where
 from ..steps.score_table import read_scores
@@ -43,7 +43,7 @@ def _numbers(*columns: str) -> Table:
 
 def _inside(text: str) -> Padding:
     """A cell that belongs to the row above, also where it takes several lines."""
-    return Padding(Text(text), (0, 0, 0, 2))
+    return Padding(Text(visible(text)), (0, 0, 0, 2))
 
 
 def _share(part: int, whole: int) -> str:

@@ -18,6 +18,7 @@ from ..engine.cluster import backend_for
 from ..engine.run import Place, place
 from ..monitor import Monitor
 from ..report import report
+from ..report.render import without_secrets
 from ..results import Counts, RunResult
 from ..runs.marks import alone
 from ..runs.measured import Last
@@ -268,7 +269,12 @@ def curate(
         finished = write_scored(lent, scored, last, resume, monitor)
     result.written = finished.written
     result.seconds = time.perf_counter() - begin
-    arguments = {"shards": urls, "out": folder, "where": where, "steps": [step.text for step in then]} | given.record
+    arguments = {
+        "shards": [without_secrets(url) for url in urls],
+        "out": folder,
+        "where": where,
+        "steps": [step.text for step in then],
+    } | given.record
     _record(folder, arguments, result, plan.storage_options)
     source_options = plan.read.storage_options
     page = files.join(folder, "report.html")

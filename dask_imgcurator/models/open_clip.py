@@ -123,10 +123,10 @@ def load(spec: EncoderSpec, device: str) -> Loaded:
             if spec.weights_sha256
             else "Without network, give a checkpoint's path, or use the model 'starter'."
         )
-        raise ModelError(
-            f"cannot load {spec.model!r} with pretrained={spec.pretrained!r}: "
-            f"{type(err).__name__}: {textwrap.shorten(str(err), 300)}. {remedy}"
-        ) from err
+        why = f"{type(err).__name__}: {textwrap.shorten(str(err), 300)}"
+        if "weights_only" in str(err):  # torch advises to set it to False, which runs whatever a file holds
+            why = "it holds more than tensors, and nothing in a checkpoint is run"
+        raise ModelError(f"cannot load {spec.model!r} with pretrained={spec.pretrained!r}: {why}. {remedy}") from err
     model.eval()
     preprocess = Preprocess.from_open_clip(open_clip.get_model_preprocess_cfg(model))
     with torch.inference_mode():

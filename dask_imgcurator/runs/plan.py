@@ -253,7 +253,8 @@ def score_files(urls: Sequence[str], folder: str, there: Mapping[str, str]) -> d
     for url in urls:
         name = by_shard.get(url)
         if name is None:
-            base = url.rstrip("/").rpartition("/")[2]
+            path = url.partition("?")[0] if "://" in url else url  # the query of an address may be a signature
+            base = path.rstrip("/").rpartition("/")[2]
             stem = base[: -len(".tar")] if base.endswith(".tar") else base
             if stem.startswith("."):
                 stem = f"_{stem}"  # a hidden file is no part of a score table

@@ -182,7 +182,7 @@ def _operand(text: str, match: re.Match[str]) -> ast.Name | ast.Constant | None:
     """Parse a column or constant; None for what stands between them, an error for neither."""
     raw, (start, end) = match[0], match.span()
     hint = _HINTS.get(raw, "")
-    shown = f"`{clip(raw)}`" if raw.isprintable() else f"the character U+{ord(raw):04X}"
+    shown = f"`{clip(raw)}`" if len(raw) > 1 or raw.isprintable() else f"the character U+{ord(raw):04X}"
     message = _NOT_ALLOWED.get(raw, f"{shown} is not allowed in an expression{hint}")
     match match.lastgroup:
         case None | "word" | "sign":

@@ -8,7 +8,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from .files import RemoteError, is_local, open_local
 from .remote import hold_copy, open_remote
@@ -19,6 +19,10 @@ BLOCK = 512
 
 #: A sparse member that would be larger than this when expanded (bytes) is left out: a tar of 1 KB can claim exabytes.
 SPARSE_LIMIT = 1 << 30
+
+
+#: No name or attribute has more bytes than this; extension headers can claim gigabytes, and tarfile would read them.
+HEADER_LIMIT = 1 << 20
 
 
 class ShardError(OSError):
@@ -35,6 +39,19 @@ def open_shard(url: str, storage_options: Mapping[str, Any] | None = None) -> IO
 def hold_shard(url: str, storage_options: Mapping[str, Any] | None = None) -> contextlib.AbstractContextManager[None]:
     """Within this context, a remote shard is on this machine and read from there."""
     return contextlib.nullcontext() if is_local(url) else hold_copy(url, storage_options)
+
+
+class _Headers:
+    """A tar as tarfile may read it: its headers. A header may say that the next one has gigabytes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, nbytes: int) -> bytes:
+        if nbytes > HEADER_LIMIT:
+            raise tarfile.ReadError(f"an extension header of {nbytes:,} bytes")
+        return self._file.read(nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +133,7 @@ def entries(file: IO[bytes], extent: bool = False) -> Iterator[_Entry]:
     # On damaged headers tarfile raises not only its own errors, but ValueError, OverflowError, MemoryError and
     # RecursionError too.
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")
+        tar = tarfile.open(fileobj=cast(IO[bytes], _Headers(file)), mode="r:")
     except Exception as err:
         file.seek(0)
         raise ShardError(f"not a tar that can be read: {what_is(file.read(HEAD)) or err}") from err
