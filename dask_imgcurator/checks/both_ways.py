@@ -129,7 +129,8 @@ class BothWays:
         self.open_clip = OpenClip.load(embed.encoder, device)
         self.std = torch.tensor(self.encoder.preprocess.std).reshape(3, 1, 1)
         self.batch_size = batch_size_of(embed, self.backend)
-        self.decoder_kind = _decoder_to_compare(embed.decoder, self.backend.decoder_device)
+        self.run_decoder = settle_decoder(embed.decoder, self.backend.decoder_device)
+        self.decoder_kind = _decoder_to_compare(embed.decoder, self.run_decoder)
         self.decoder = Decoder(
             self.encoder.preprocess,
             self.batch_size,
@@ -146,7 +147,13 @@ class BothWays:
         """Return an empty result."""
         ours, device = self.encoder.spec, self.backend.device
         settings = ParitySettings(
-            ours.model, ours.pretrained or None, ours.dtype, self.decoder_kind, device, self.batch_size
+            ours.model,
+            ours.pretrained or None,
+            ours.dtype,
+            self.decoder_kind,
+            self.run_decoder,
+            device,
+            self.batch_size,
         )
         return Parity(settings, decisions=[Decision(name) for name in self.decisions.names])
 
@@ -242,8 +249,6 @@ def _decodable(names: Sequence[str], ours: Batch, theirs: Sequence[torch.Tensor 
     return both
 
 
-def _decoder_to_compare(name: str, device: str) -> str:
-    """DALI if installed: on a CPU a run defaults to Pillow, and nothing would differ."""
-    if name == "auto" and dali_problem() is None:
-        return "dali"
-    return settle_decoder(name, device)
+def _decoder_to_compare(name: str, run: str) -> str:
+    """Return DALI if it is installed: on a CPU a run defaults to Pillow, and nothing would differ."""
+    return "dali" if name == "auto" and dali_problem() is None else run

@@ -125,6 +125,7 @@ class ParitySettings:
     pretrained: str | None
     dtype: str
     decoder: str
+    run_decoder: str  # of a run with the same settings on this machine
     device: str
     batch_size: int
 

@@ -156,6 +156,13 @@ def print_parity(result: Parity, console: Console | None = None) -> None:
     settings = result.settings
     model = " ".join(filter(None, (settings.model, settings.pretrained)))
     say(f"{model}: {settings.dtype} with {settings.decoder} on {settings.device}; open_clip: float32, Pillow")
+    if settings.run_decoder == settings.decoder:
+        say(f"Your own run on this machine would decode with {settings.run_decoder} too.")
+    else:
+        say(
+            f"Your own run on this machine would decode with {settings.run_decoder}, not with {settings.decoder}: "
+            f"for its figures, set DASK_IMGCURATOR__DECODER={settings.run_decoder}."
+        )
     read = "" if result.shards_read == result.shards else f"{result.shards_read:,} of "
     say(f"{result.images:,} of {result.images_there:,} images, in {read}{result.shards:,} shards")
     say("can be decoded by: " + ", ".join(f"{who} {n:,}" for who, n in result.decodable.items()))

@@ -34,6 +34,8 @@ from dask_imgcurator.images.preprocess import Preprocess
 from dask_imgcurator.models import ModelError, starter
 from dask_imgcurator.models.encoders import load_encoder, resolve_encoder
 from dask_imgcurator.monitor import Monitor
+from dask_imgcurator.runs.plan import ScoreOptions, describe, make_plan
+from dask_imgcurator.storage.urls import expand
 
 needs_dali = pytest.mark.skipif(dali_problem() is not None, reason=str(dali_problem()))
 
@@ -517,6 +519,23 @@ def test_the_command_prints_what_compare_finds(made: Shards, tmp_path: Path) -> 
     assert expected.worst[0].image in done.stdout
     assert f"{expected.groups['all'].pixel_mean.mean:.3f}" in done.stdout
     assert "random weights" in done.stderr
+
+
+@pytest.mark.parametrize("setting", ["auto", "pillow", "dali"])
+def test_it_says_which_decoder_a_run_would_use(tmp_path: Path, setting: str) -> None:
+    if setting == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed (the extra cpu)")
+    folder = small(tmp_path, [1])
+    with dask.config.set({"imgcurator.decoder": setting}):
+        done = invoke(str(folder), *MODEL, "--json", str(tmp_path / "out.json"))
+        options = ScoreOptions(model=TINY, pretrained="random:3", aesthetic_head="aesthetic-starter", backend="pandas")
+        plan, _ = make_plan(expand(str(folder)), options, None, Monitor())
+        written = describe(plan)["decode"]["decoder"]  # into the score files of a run
+    assert done.exit_code == 0, done.output
+    compared_with = json.loads((tmp_path / "out.json").read_text())["settings"]["decoder"]
+    same = f"would decode with {written} too." in done.stdout
+    other = f"would decode with {written}, not with {compared_with}" in done.stdout
+    assert (same, other) == (written == compared_with, written != compared_with)
 
 
 def test_flips_are_printed_with_both_scores(made: Shards) -> None:
