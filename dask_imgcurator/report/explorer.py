@@ -329,7 +329,9 @@ class Explorer:
         self._walls.value = frame(walls)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        return {**(self.widget._repr_mimebundle_(**kwargs) or {}), "text/plain": repr(self)}
+        # The HTML is for what shows no widgets, as pages of repositories do.
+        still = {"text/html": self._words.value + self._walls.value, "text/plain": repr(self)}
+        return {**(self.widget._repr_mimebundle_(**kwargs) or {}), **still}
 
     def __repr__(self) -> str:
         about = "" if self.spread.exact else "about "
