@@ -32,7 +32,7 @@ from ..steps.read import URLPath
 from ..steps.score_table import ScoreFiles, check_makers, open_scores, scores_from_files
 from ..steps.write import Group, check_keys, plan_write, run_write, write_spec
 from ..storage import files
-from ..storage.curated import Finished, check_replaced, find_finished, remember_finished
+from ..storage.curated import Finished, check_replaced, find_finished, remember_finished, write_sizes
 from ..storage.urls import expand, fingerprint, folders_of
 from .pack import pack, pictures_of
 from .score import MissingShardsError, Scored, measure_files, score_into
@@ -67,6 +67,7 @@ def write_scored(client: Client | None, scored: Scored, last: Last, resume: bool
             for stats in written:
                 monitor.wrote(stats)
     written = [stats for number in sorted(done) for stats in done[number]]
+    write_sizes(last.spec, written)
     remember_finished(last.spec, scored.decides(last.kind), written)
     return Finished(written, "")
 

@@ -38,6 +38,7 @@ from ..storage.curated import (
     overwrites,
     remove_surplus,
     write_shard,
+    write_sizes,
 )
 from ..storage.tar_copy import WriteError, sample_sizes
 
@@ -350,7 +351,7 @@ def _write_dask(df: dd.DataFrame, spec: WriteSpec, resume: bool, compute: bool) 
     if not compute:
         frame = plan.frame(range(len(plan.groups)))
         return dask.delayed(_finish_rows)(frame.to_delayed(), spec)
-    return [stats for _, written in sorted(run_write(client, plan), key=lambda done: done[0]) for stats in written]
+    return _finish([written for _, written in sorted(run_write(client, plan), key=lambda done: done[0])], spec)
 
 
 def _finish_rows(rows: Sequence[Any], spec: WriteSpec) -> list[dict[str, Any]]:
@@ -360,6 +361,7 @@ def _finish_rows(rows: Sequence[Any], spec: WriteSpec) -> list[dict[str, Any]]:
 def _finish(groups: Sequence[list[dict[str, Any]]], spec: WriteSpec) -> list[dict[str, Any]]:
     written = [stats for group in groups for stats in group]
     remove_surplus(spec.folder, len(written), spec.storage_options)
+    write_sizes(spec, written)
     return written
 
 

@@ -147,6 +147,17 @@ def _content(table: pa.Table, sources: Iterable[str], spec: WriteSpec) -> str:
     return digest.hexdigest()
 
 
+def write_sizes(spec: WriteSpec, written: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``sizes.json``, by which open_clip's training counts the samples of a folder's shards."""
+    url = files.join(spec.folder, "sizes.json")
+    if not written:
+        files.remove(url, spec.storage_options)
+        return
+    text = json.dumps({stats["shard"]: stats["count"] for stats in written}, indent=1)
+    if files.read_text(url, spec.storage_options) != text:
+        _write(url, text.encode(), spec)
+
+
 # --- what is remembered of a finished folder ------------------------------------------------------
 
 _MEMORY = ".written.json"

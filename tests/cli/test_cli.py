@@ -372,3 +372,19 @@ def test_curate_with_steps_that_rank(samples: Path, tmp_path: Path) -> None:
     wrong = run("curate", str(samples), "--out", str(tmp_path / "no"), "--top", "3 by beauty", *common)
     assert (wrong.returncode, "there is no column 'beauty'" in wrong.stderr) == (2, True)
     assert not (tmp_path / "no").exists()
+
+
+def test_cheap_commands_import_no_torch(scores: Path, tmp_path: Path) -> None:
+    for command in (
+        ["select", str(scores), "--min-aesthetic", "5", "--out", str(tmp_path / "selected")],
+        ["report", str(scores), "--out", str(tmp_path / "look.html")],
+        ["export", str(scores), "--format", "list", "--out", str(tmp_path / "keys.txt")],
+    ):
+        code = (
+            "import sys; from dask_imgcurator.cli.main import cli\n"
+            f"cli({command}, standalone_mode=False)\n"
+            "print(sorted({'torch', 'open_clip', 'transformers', 'faiss'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("[]\n"), command

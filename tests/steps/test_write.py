@@ -344,7 +344,7 @@ def test_index_is_left_out_where_a_name_has_spaces(sources: list[Path], tmp_path
     assert (out / "00000.idx").exists()
     spaced = make_tar(tmp_path / "in" / "spaced.tar", triple("a b", 1))
     dic.to_webdataset(read(spaced), out, overwrite=True)
-    assert sorted(tree(out)) == ["00000.parquet", "00000.tar", "00000_stats.json"]
+    assert sorted(tree(out)) == ["00000.parquet", "00000.tar", "00000_stats.json", "sizes.json"]
     assert members_of(out / "00000.tar") == triple("a b", 1)
 
 
@@ -713,7 +713,7 @@ def test_names_that_lead_out_of_the_folder(tmp_path: Path) -> None:
     after = {name: data for name, data in tree(tmp_path).items() if not (tmp_path / name).is_relative_to(out)}
     assert after == before
     assert not Path("/etc/dask_imgcurator_test.jpg").exists()
-    assert sorted(tree(out)) == ["00000.idx", "00000.parquet", "00000.tar", "00000_stats.json"]
+    assert sorted(tree(out)) == ["00000.idx", "00000.parquet", "00000.tar", "00000_stats.json", "sizes.json"]
     assert members_of(out / "00000.tar") == [(name, name.encode()) for name in names]
 
 
@@ -919,7 +919,7 @@ def test_existing_folder(sources: list[Path], tmp_path: Path) -> None:
         (out / name).write_bytes(data)
     dic.to_webdataset(read(sources[0]), out, max_count=4, overwrite=True)
     ours = [f"0000{i}{suffix}" for i in range(2) for suffix in (".idx", ".parquet", ".tar", "_stats.json")]
-    assert sorted(tree(out)) == sorted([*ours, *strangers])
+    assert sorted(tree(out)) == sorted([*ours, *strangers, "sizes.json"])
     assert {name: (out / name).read_bytes() for name in strangers} == strangers
     assert members_of(out / "00000.tar", out / "00001.tar") == [m for sample in PLAIN for m in sample]
 
@@ -930,7 +930,13 @@ def test_surplus_of_a_run_that_was_killed(frame: pd.DataFrame, spec: WriteSpec) 
     (Path(spec.folder) / "00002.tar").unlink()  # statistics come before the tar
     assert written_shards(spec.folder) == ["00000", "00001", "00002"]
     assert remove_surplus(spec.folder, 1) == ["00001", "00002"]
-    assert sorted(tree(Path(spec.folder))) == ["00000.idx", "00000.parquet", "00000.tar", "00000_stats.json"]
+    assert sorted(tree(Path(spec.folder))) == [
+        "00000.idx",
+        "00000.parquet",
+        "00000.tar",
+        "00000_stats.json",
+        "sizes.json",
+    ]
 
 
 @pytest.mark.parametrize("name", ["00000.tar", "00000.parquet", "00000.idx", "00000_stats.json"])
@@ -992,9 +998,8 @@ def test_object_store(sources: list[Path], tmp_path: Path, memory: Any) -> None:
     with pytest.raises(WriteError, match="is read, and lies in the folder"):
         dic.to_webdataset(dic.read_webdataset("memory://out/*.tar", backend="pandas"), "memory://out/", overwrite=True)
     dic.to_webdataset(df.partitions[:1], "memory://out", overwrite=True)
-    assert sorted(memory.ls("/out", detail=False)) == [
-        f"/out/00000{suffix}" for suffix in (".idx", ".parquet", ".tar", "_stats.json")
-    ]
+    names = [f"00000{suffix}" for suffix in (".idx", ".parquet", ".tar", "_stats.json")]
+    assert sorted(memory.ls("/out", detail=False)) == [f"/out/{name}" for name in (*names, "sizes.json")]
 
 
 @pytest.mark.parametrize("store", ["memory", "local"])
@@ -1247,3 +1252,17 @@ def test_no_name_leads_out_of_the_folder_of_a_run(tmp_path: Path) -> None:
     assert len(found) == len(samples)
     assert dict(found) == samples
     assert [problem for _, problem in verify(str(out))] == [None] * (len(curated) + 1)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # open_clip's
+def test_open_clip_counts_the_samples_of_a_folder(sources: list[Path], tmp_path: Path) -> None:
+    """By ``sizes.json``, and ``--train-num-samples`` need not be given."""
+    data = pytest.importorskip("open_clip_train.data")
+    df = dic.read_webdataset([str(p) for p in sources])
+    written = dic.to_webdataset(df, tmp_path, max_count=7)
+    assert len(written) > 2
+    last = len(written) - 1
+    total, shards = data.get_dataset_size(f"{tmp_path}/{{00000..{last:05d}}}.tar")
+    assert (total, shards) == (sum(stats["count"] for stats in written), len(written))
+    dic.to_webdataset(df.partitions[:1], tmp_path, overwrite=True)  # fewer now
+    assert set(json.loads((tmp_path / "sizes.json").read_text())) == {p.name for p in tmp_path.glob("*.tar")}
