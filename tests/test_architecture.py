@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,14 @@ def test_folders_and_modules_are_small() -> None:
 def test_only_the_seam_imports_rapids() -> None:
     assert {module for module, names in IMPORTS.items() if names & RAPIDS} == {"engine.cudf"}
     assert {module for module, names in IMPORTS.items() if ".engine.cudf" in names} == {"engine.backend"}
+
+
+def test_only_the_seam_asks_for_a_card() -> None:
+    """Others get a device, or a frame, and act on that."""
+    asking = {name for name, path in MODULES.items() if "cuda.is_available" in path.read_text()}
+    assert asking == {"engine.backend", "checks.gpu"}  # the latter is there to tell
+    by_name = {name for name, path in MODULES.items() if re.search(r"""[!=]= ["']cudf""", path.read_text())}
+    assert {floor_of(name) for name in by_name} <= {"engine"}
 
 
 def test_importing_the_package_is_light() -> None:

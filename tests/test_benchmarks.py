@@ -151,6 +151,18 @@ def test_the_host_s_cost_is_measured_by_stage() -> None:
     assert 1 < found["inspect"] < 10_000
 
 
+@pytest.mark.slow
+def test_a_peer_on_the_same_shards(gpu: Any, tmp_path: Path) -> None:
+    import made_shards
+
+    shards = made_shards.make_shards(tmp_path, shards=2, per_shard=3, distinct=2)["500x400"]
+    command = [sys.executable, str(SCRIPT.parent / "peers" / "compare.py"), *shards]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    found = json.loads(done.stdout)
+    assert [(one["of"], one["images"]) for one in found["runs"]] == [("ours", 6), ("plain_loop", 6)] * 2
+    assert 0.1 < found["ratios"]["cpu_s"] < 10
+
+
 def test_the_pictures_are_of_the_sizes_that_they_say(gpu: Any, tmp_path: Path) -> None:
     import common
     import made_shards

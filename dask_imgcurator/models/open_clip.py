@@ -128,6 +128,9 @@ def load(spec: EncoderSpec, device: str) -> Loaded:
             why = "it holds more than tensors, and nothing in a checkpoint is run"
         raise ModelError(f"cannot load {spec.model!r} with pretrained={spec.pretrained!r}: {why}. {remedy}") from err
     model.eval()
+    for module in model.modules():
+        if isinstance(module, open_clip.transformer.QuickGELU):
+            module.forward = _quick_gelu
     preprocess = Preprocess.from_open_clip(open_clip.get_model_preprocess_cfg(model))
     with torch.inference_mode():
         probe = torch.zeros((1, 3, *preprocess.size), dtype=getattr(torch, spec.dtype), device=device)
@@ -141,6 +144,12 @@ def load(spec: EncoderSpec, device: str) -> Loaded:
     elif not spec.weights_sha256:
         provenance["weights_sha256"] = _state_sha256(model)
     return Loaded(model, preprocess, width, provenance)
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """QuickGELU in one new tensor instead of three, of which open_clip's spends half its time on the memory."""
+    out = 1.702 * x
+    return out.sigmoid_().mul_(x)
 
 
 def _state_sha256(model: torch.nn.Module) -> str:

@@ -364,6 +364,17 @@ def test_published_weights_get_the_activation_that_they_were_trained_with(
     torch.testing.assert_close(encoder(pixels), expected, atol=1e-5, rtol=0)
 
 
+def test_quick_gelu_is_open_clip_s_to_the_last_bit() -> None:
+    encoder = load_encoder(resolve_encoder("ViT-B-32-quickgelu", "random:0", "float32"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None).eval()
+    pixels = torch.randn((2, 3, 224, 224), generator=torch.manual_seed(1))
+    with torch.inference_mode():
+        expected = torch.nn.functional.normalize(theirs.encode_image(pixels), dim=-1)
+    assert torch.equal(encoder(pixels), expected)
+
+
 @pytest.mark.parametrize(("tag", "expected"), [("openai", True), ("laion2b_s34b_b79k", False), ("random:0", False)])
 def test_quick_gelu_goes_by_the_weights(tag: str, expected: bool) -> None:
     assert needs_quick_gelu("ViT-B-32", tag) is expected
