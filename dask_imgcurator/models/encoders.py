@@ -48,7 +48,7 @@ class EncoderSpec:
     pretrained: str = ""
     weights_sha256: str = ""
     dtype: str = "auto"
-    graphs: bool = False
+    graphs: bool = True
 
     @property
     def is_starter(self) -> bool:
