@@ -74,7 +74,7 @@ def load(group: str, name: str) -> Any:
         close = difflib.get_close_matches(name, known, 3)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise PluginError(
-            f"nothing is registered as {name!r} for {group}{hint} (there are: {', '.join(known) or 'none'})"
+            f"nothing is registered as {name!r} for {group}{hint} (available: {', '.join(known) or 'none'})"
         )
     point = known[name]
     try:

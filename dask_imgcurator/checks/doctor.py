@@ -111,7 +111,7 @@ def _model() -> Iterator[Finding]:
         yield Finding("default model", f"{name} ({tag})")
     else:
         remedy = "bring them (docs/howto/air_gapped.md), or name a checkpoint: --model ViT-L-14 --pretrained FILE"
-        yield Finding("default model", f"starter: the weights of {name} ({tag}) cannot be had here", "note", remedy)
+        yield Finding("default model", f"starter: the weights of {name} ({tag}) are not available here", "note", remedy)
 
 
 def _extras() -> Iterator[Finding]:
@@ -193,7 +193,7 @@ def _card(number: int, card: Card) -> Finding:
         f"{'bfloat16' if major >= 8 else 'float16'}, {decoder[card.jpeg_engine]}"
     )
     if major < 7:
-        return Finding(f"GPU {number}", value, "note", "RAPIDS wants compute capability 7.0: this card is left unused")
+        return Finding(f"GPU {number}", value, "note", "RAPIDS needs compute capability 7.0: this GPU is not used")
     return Finding(f"GPU {number}", value)
 
 

@@ -58,7 +58,7 @@ def parity(shards: tuple[str, ...], record: str | None, quiet: bool, **options: 
     from . import summary
 
     if record is not None and not Path(record).parent.is_dir():
-        raise click.BadParameter(f"there is no folder {Path(record).parent}", param_hint="--json")
+        raise click.BadParameter(f"no such folder: {Path(record).parent}", param_hint="--json")
     with display(quiet) as monitor:
         result = compare(list(shards), ParityOptions(**given_of(options)), monitor=monitor)
     if record is not None:

@@ -76,7 +76,7 @@ def print_run(result: RunResult) -> None:
             f"after {result.loading_seconds:.1f} s of loading the model",
         )
     if result.shards_taken_over:
-        console.print(f"taken over from an earlier run: {count(result.shards_taken_over, 'shard')}")
+        console.print(f"reused from an earlier run: {count(result.shards_taken_over, 'shard')}")
     if result.shards_missing:
         console.print(f"missing: {count(len(result.shards_missing), 'shard')}")
     if result.kept == 0 and result.samples:
@@ -269,7 +269,7 @@ def print_search(found: pd.DataFrame, page: str | None, out: str | None) -> None
             table.add_row(str(row["rank"]), f"{row['similarity']:.4f}", *map(Text, (*cells, caption)))
         console.print(table)
     if not rows:
-        console.print("nothing was found: no row that may be compared is left")
+        console.print("nothing found: no comparable rows are left")
     for path in filter(None, (page, out)):
         console.print(f"written: {path}")
 

@@ -277,7 +277,7 @@ def search(
 
     asked = any(options[name] for name in ("text", "image", "like"))
     if not asked and build_index is None:
-        raise click.UsageError("there is nothing to search for: give --text, --image or --like")
+        raise click.UsageError("nothing to search for: give --text, --image or --like")
     if out is not None and Path(out).suffix not in (".parquet", ".csv", ".json"):
         raise click.BadParameter(f"{out!r} must end in .parquet, .csv or .json", param_hint="--out")
     if build_index is not None:

@@ -21,7 +21,7 @@ class WorkersDied(JobError):
     def __str__(self) -> str:
         doing, why = self.args
         return (
-            f"the workers that were {doing} died again and again ({why}); all others are finished. A smaller "
+            f"the workers that were {doing} died repeatedly ({why}); all others are complete. A smaller "
             "--batch-size or fewer --n-workers may help."
         )
 

@@ -102,7 +102,7 @@ def find_duplicates(
     max_distance : int
         Perceptual duplicates' hashes differ in at most so many of 64 bits.
     keep : str, optional
-        A column of numbers, truth values or times: of a group, the row with the highest value stays, missing ones last.
+        A column of numbers, booleans or times: of a group, the row with the highest value stays, missing ones last.
         ``"first"``: by shard, key and offset, the default of the rule ``components``. ``"hard"``, the default of the
         other two, or ``"easy"``: the row least, or most, similar to the centroid of its cell (in the semantic tier; in
         the others, the first).
@@ -199,10 +199,10 @@ def _settle(df: Any, asked: Options) -> Options:
     if not central and keep != "first":
         if keep not in df.columns:
             there = ", ".join(map(str, df.columns))
-            raise ValueError(f"keep={keep!r}: there is no such column (there are: {there}, or 'first')")
+            raise ValueError(f"keep={keep!r}: no such column (available: {there}, or 'first')")
         kind = backend_of(df).to_host(meta_of(df), [keep]).schema.field(keep).type
         if kind_of(kind) in ("string", "list"):
-            raise TypeError(f"keep={keep!r} is a column of {kind}: name one of numbers, truth values or times")
+            raise TypeError(f"keep={keep!r} is a column of {kind}: name one of numbers, booleans or times")
     column = None if central or keep == "first" else keep
     return replace(asked, tiers=tiers, eps=tuple(sorted({float(e) for e in values})), keep=column, central=central)
 
@@ -223,7 +223,7 @@ def _tiers(
         if names[column] not in columns:
             raise ValueError(
                 f"the tier {tier} needs the column {names[column]}{where}: {step} adds it (on the command line: "
-                f"score), or name yours with {column}=, or leave the tier out (there are: {there})"
+                f"score), or name yours with {column}=, or leave the tier out (available: {there})"
             )
     return tuple(tier for tier in TIERS if tier in asked)
 

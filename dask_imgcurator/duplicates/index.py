@@ -83,7 +83,7 @@ class Index:
         if width and self.about["width"] and width != self.about["width"]:
             raise DedupError(
                 f"the index {self.path} holds embeddings of {self.about['width']} numbers, the rows have {width}: "
-                "embed them with the same model, or build the index anew"
+                "embed them with the same model, or rebuild the index"
             )
         known = self.about["provenance"]
         for name, ours in (provenance or {}).items():
@@ -105,7 +105,7 @@ def open_index(path: str | os.PathLike[str], storage_options: Mapping[str, Any] 
     about = json.loads(text)
     if about.get("format") != FORMAT:
         raise DedupError(
-            f"the index {folder} has format {about.get('format')}; this version reads {FORMAT}: build it anew"
+            f"the index {folder} has format {about.get('format')}; this version reads {FORMAT}: rebuild it"
         )
     local = files.local_path(folder)
     if not files.is_local(folder):
@@ -183,7 +183,7 @@ def build_index(
     folder, options = os.fspath(path), dict(storage_options or {})
     before = open_index(folder, options) if append else None
     if before is None and files.exists(files.join(folder, "index.json"), options):
-        raise FileExistsError(f"{folder} holds an index already: choose another folder, or pass append=True")
+        raise FileExistsError(f"{folder} already holds an index: choose another folder, or pass append=True")
     columns = {"sha256": sha256, "phash": phash, "embedding": embedding}
     columns = {name: column for name, column in columns.items() if column in df.columns}
     rows, backend = gather([Source(df, columns)]), backend_of(df)

@@ -139,7 +139,7 @@ class Duplicates:
         identity = tuple(n for n in IDENTITY if n in df.columns)
         if identity != self._identity:
             raise ValueError(
-                f"the rows were told apart by {', '.join(self._identity)}, but this frame has "
+                f"the rows were identified by {', '.join(self._identity)}, but this frame has "
                 f"{', '.join(identity) or 'none of them'}: give the frame that was searched"
             )
         return apply_step(df, function, dask.delayed(names) if is_dask(df) else names, added)

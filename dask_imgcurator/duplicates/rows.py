@@ -65,7 +65,7 @@ class Source:
         if not self.columns:
             raise ValueError(
                 "there is no column to find duplicates by: embed adds sha256 and embedding "
-                f"(there are: {', '.join(map(str, self.frame.columns))})"
+                f"(available: {', '.join(map(str, self.frame.columns))})"
             )
 
     @property
@@ -124,7 +124,7 @@ def text(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _rank(values: pa.ChunkedArray, name: str, lowest: bool) -> np.ndarray:
     if kind_of(values.type) not in ("number", "boolean") and not pa.types.is_temporal(values.type):
-        raise TypeError(f"keep={name!r} is a column of {values.type}: name one of numbers, truth values or times")
+        raise TypeError(f"keep={name!r} is a column of {values.type}: name one of numbers, booleans or times")
     if pa.types.is_temporal(values.type):
         values = values.cast(pa.int64())
     found = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
@@ -298,5 +298,5 @@ def _check_unique(rows: Rows) -> None:
         if one == other:  # of billions of rows, two may share a hash
             raise DedupError(
                 f"two rows have shard {one['shard']!r}, key {one['key']!r} and sample_offset {one['sample_offset']}: "
-                "a row is known by these. Drop rows that are there twice, or keep the columns shard and sample_offset"
+                "these must identify a row. Drop rows that are there twice, or keep the columns shard and sample_offset"
             )

@@ -76,7 +76,7 @@ def require_columns(frame: Any, needed: Sequence[str], step: str, remedy: str) -
     if missing:
         raise ValueError(
             f"{step} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}: {remedy} "
-            f"(there are: {', '.join(map(str, frame.columns))})"
+            f"(available: {', '.join(map(str, frame.columns))})"
         )
 
 

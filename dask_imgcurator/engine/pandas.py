@@ -27,7 +27,7 @@ class _ListDtype(pd.api.extensions.ExtensionDtype):
     def construct_from_string(cls, string: str) -> Any:
         match = re.fullmatch(r"((?:list<\w+: )+)(\w+)(>+)\[pyarrow\]", string)
         if match is None:
-            raise TypeError(f"{string!r} is no list of Arrow")
+            raise TypeError(f"{string!r} is not an Arrow list")
         type_ = pa.type_for_alias(match[2])
         for _ in match[3]:
             type_ = pa.list_(type_)

@@ -191,7 +191,7 @@ def run(
         yield from _run_elsewhere(client, build, what, label, aside)
     if aside.faults:
         name, fault = next(iter(aside.faults.items()))
-        raise JobError(f"{what} {label(name)}{_more(aside.faults)} failed: {fault}; all others are finished") from fault
+        raise JobError(f"{what} {label(name)}{_more(aside.faults)} failed: {fault}; all others are complete") from fault
     if aside.lost:
         doing = f"{what} {label(aside.lost[0])}{_more(aside.lost)}"
         raise WorkersDied(doing, why_they_died(client, since, aside.limits))

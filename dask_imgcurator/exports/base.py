@@ -132,7 +132,7 @@ def export(
     if chosen.folder:
         return _write_folder(df, target, chosen.function(df, **options), storage, overwrite)
     if not overwrite and files.exists(target, storage):
-        raise FileExistsError(f"{target} is there already: choose another name, or overwrite")
+        raise FileExistsError(f"{target} already exists: choose another name, or overwrite")
     files.make_folder(target.rpartition("/")[0] or ".")
     with files.write_whole(target, storage) as file:
         return Exported([target], chosen.function(df, file, **options))
@@ -189,7 +189,7 @@ def require(df: Any, column: str, format_: str, vector: bool = False) -> None:
         command, remedy = "score", "embed or embed_text adds it, under the name that they are given"
     raise ExportError(
         f"{format_} needs the column {column!r}: {remedy}; on the command line: {command} "
-        f"(there are: {', '.join(map(str, df.columns))})"
+        f"(available: {', '.join(map(str, df.columns))})"
     )
 
 
@@ -320,7 +320,7 @@ def _write_folder(df: Any, folder: str, layout: Layout, storage: Mapping[str, An
     there = layout.present(folder, storage)
     if there and not overwrite:
         raise FileExistsError(
-            f"{folder} holds such files already ({there[0]}{f' and {len(there) - 1} more' if there[1:] else ''}): "
+            f"{folder} already holds such files ({there[0]}{f' and {len(there) - 1} more' if there[1:] else ''}): "
             "choose another folder, or overwrite"
         )
     files.make_folder(folder)
@@ -351,7 +351,7 @@ def _checked(found: Sequence[_Part | Exception], layout: Layout, folder: str) ->
             raise part
         parts.append(part)
     if not parts:
-        raise ExportError(f"there is nothing to write to {folder}: no row is left, or none is ok")
+        raise ExportError(f"nothing to write to {folder}: no row is left, or none is ok")
     for name, column in layout.vectors.items():
         narrow, *wider = sorted({part.widths[name] for part in parts})
         if wider:

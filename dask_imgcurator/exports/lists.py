@@ -34,7 +34,7 @@ def list_(df: Any, file: IO[bytes], column: str = "key") -> int:
     require(df, column, "list")
     type_ = arrow_type(df, column)
     if not (kind_of(type_) == "string" or pa.types.is_integer(type_) or pa.types.is_null(type_)):
-        raise ExportError(f"column {column!r} holds {type_}: a list is of text or integers")
+        raise ExportError(f"column {column!r} holds {type_}: a list must hold text or integers")
     rows = 0
     for values in values_of(df, column):
         for value in map(str, values.to_pylist()):

@@ -51,7 +51,7 @@ def to_scores(
     """
     folder, options = files.absolute(urlpath), dict(storage_options or {})
     if there := files.list_files(folder, ".parquet", options):
-        raise FileExistsError(f"{folder} holds Parquet files already ({there[0]}): choose a new folder")
+        raise FileExistsError(f"{folder} already holds Parquet files ({there[0]}): choose a new folder")
     files.make_folder(folder)
     first = open_scores(like, options).files[0].provenance if like is not None else {}
     provenance = {"command": "to_scores", **{name: first[name] for name in ("encoder", "heads") if name in first}}

@@ -264,7 +264,7 @@ def curate(
         new = set(result.shards_missing) <= set(urls) and not scored.lost
         if not (new or allow_missing):  # their kept samples would vanish from the curated shards
             result.kept = None
-            raise MissingShardsError(result, "; the curated shards are left as they are")
+            raise MissingShardsError(result, "; the curated shards are left unchanged")
         scored = scored.readable
         last = replace(last, spec=replace(spec, made=_made(result.provenance)))
         finished = write_scored(lent, scored, last, resume, monitor)

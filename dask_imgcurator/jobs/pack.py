@@ -290,7 +290,7 @@ def _image_column(schema: pa.Schema, image: str | None, url: str) -> str:
 
     found = [field.name for field in schema if holds(field.type)]
     if image is not None and image not in found:
-        raise ValueError(f"{url} has no column {image!r} of images (there are: {', '.join(found) or 'none'})")
+        raise ValueError(f"{url} has no column {image!r} of images (available: {', '.join(found) or 'none'})")
     if image is None and len(found) != 1:
         these = f"there are {', '.join(found)}: name one by --image" if found else "there is none of binary data"
         raise ValueError(f"{url}: it is not clear which column holds the images; {these}")

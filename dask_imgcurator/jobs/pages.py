@@ -166,10 +166,10 @@ def _shown_of(schema: pa.Schema) -> list[str]:
 
 def _check_target(target: str) -> None:
     if not target.lower().endswith((".html", ".htm")):
-        raise ValueError(f"{target!r} is no HTML file: name one, such as 'report.html'")
+        raise ValueError(f"{target!r} is not an HTML file: use a name, such as 'report.html'")
     folder = files.local_path(target).parent if files.is_local(target) else None
     if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}: make it, or name another file than {target}")
+        raise FileNotFoundError(f"no such folder: {folder}: make it, or name another file than {target}")
 
 
 def _or(given: Mapping[str, Any] | None, otherwise: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -235,6 +235,6 @@ def _read_groups(
         frame, name = groups, "groups"
     if missing := _GROUP_COLUMNS - set(frame.columns):
         raise ValueError(
-            f"{name} is no table of duplicates: it lacks {', '.join(sorted(missing))} (dedup --groups FILE writes one)"
+            f"{name} is not a table of duplicates: it lacks {', '.join(sorted(missing))} (dedup --groups writes one)"
         )
     return frame

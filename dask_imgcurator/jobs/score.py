@@ -65,7 +65,7 @@ class Written:
 
 def _write(frame: Any, target: Target, plan: ScorePlan, last: Last) -> Written:
     if differs := cache.get("differs", plan.embed.topic, lambda: _differs(plan)):
-        raise JobError(f"the worker on {_process()} would score otherwise than the others: {differs}")
+        raise JobError(f"the worker on {_process()} would score differently from the others: {differs}")
     there = file_provenance(target.url, plan.storage_options) or {}
     if there.get("shard", target.shard) != target.shard:
         raise JobError(f"another run, at the same time, wrote the scores of {there['shard']} to {target.url}")
@@ -216,7 +216,7 @@ def _score(
 
     def again(names: Sequence[str]) -> Wave:
         for name in names:
-            monitor.note(f"A worker died while it scored {name}: doing it again with its images decoded apart.")
+            monitor.note(f"A worker died while scoring {name}: retrying with its images decoded in a separate process.")
         return Wave(names, score_graph([todo[name] for name in names], plan.isolated, last))
 
     mark.tell(now=True, **progress.told())

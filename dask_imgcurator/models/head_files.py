@@ -203,7 +203,7 @@ def _spec(about: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise HeadError(f"{where}: {key}={about[key]!r}, there are {', '.join(known)}")
     column = about["column"]
     if not column or (column in COLUMNS and column not in _SCORES):
-        raise HeadError(f"{where}: column={column!r} is no name for a score, choose another, such as 'my_score'")
+        raise HeadError(f"{where}: column={column!r} is not a name for a score: choose another, such as 'my_score'")
     return {key: about[key] for key in kinds}
 
 
@@ -237,7 +237,7 @@ def read_bytes(url: str) -> bytes:
     except (FileNotFoundError, IsADirectoryError) as err:
         known = ", ".join(plugins.registered(plugins.HEADS)) or "none"
         raise HeadError(
-            f"there is no head's file {url} on {os.uname().nodename}: put it where every worker can read it "
+            f"no head file {url} on {os.uname().nodename}: put it where every worker can read it "
             f"(registered heads: {known})"
         ) from err
 

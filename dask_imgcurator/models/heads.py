@@ -331,12 +331,12 @@ def linear_layers(state: Mapping[str, NDArray[np.float64]], where: str) -> Layer
     strange = [key for key, part in parts.items() if not part or state[key].ndim != {"weight": 2, "bias": 1}[part[2]]]
     if strange or not state:
         found = f"{strange[0]} of shape {state[strange[0]].shape}" if strange else "nothing"
-        raise HeadError(f"{where} holds {found}: a head has linear layers alone (2-D weight, 1-D bias)")
+        raise HeadError(f"{where} holds {found}: a head consists of linear layers only (2-D weight, 1-D bias)")
     layers: Layers = []
     for name in sorted({part[1] or "" for part in parts.values() if part}, key=_natural):
         prefix = f"{name}." if name else ""
         if f"{prefix}weight" not in state:
-            raise HeadError(f"{where} holds {prefix}bias without {prefix}weight: a head has linear layers alone")
+            raise HeadError(f"{where} holds {prefix}bias without {prefix}weight: a head consists of linear layers only")
         weight = state[f"{prefix}weight"]
         layers.append((weight, state.get(f"{prefix}bias", np.zeros(len(weight)))))
     return layers

@@ -251,7 +251,7 @@ class Gallery:
         self.total = self._source.total
         if self.number and not self.rows:
             last = "they begin at 0" if self.total is None else f"the last one is {max(0, self.total - 1) // self._n}"
-            raise ValueError(f"page={self.number}: there is no such page, {last}")
+            raise ValueError(f"page={self.number}: no such page, {last}")
 
     def _take(self, number: int) -> list[dict[str, Any]]:
         return self._source.take(self._n * number, self._n * (number + 1))

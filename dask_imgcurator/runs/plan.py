@@ -116,7 +116,7 @@ def make_plan(
     check_shards(urls, options.storage_options)
     if packed := packed_beside(urls):
         monitor.note(
-            f"Compressed tars are left out ({len(packed):,} in all); unpack them first: {', '.join(packed[:3])}"
+            f"Compressed tars are skipped ({len(packed):,} in all); unpack them first: {', '.join(packed[:3])}"
         )
     model, pretrained = choose_model(options.model, options.pretrained, monitor)
     backend = backend_for(options.backend, client)
@@ -228,7 +228,7 @@ def choose_heads(model: str, pretrained: str | None, options: ScoreOptions, moni
         spec = heads.for_model(kind, model) if asked == "auto" else heads.named(kind, asked)
         if spec is None:
             monitor.note(
-                f"No {kind} head was trained on {model}: no {kind}_score (--{kind}-head NAME takes one all the same)."
+                f"No {kind} head was trained on {model}: no {kind}_score (--{kind}-head NAME uses one anyway)."
             )
             continue
         if model != "starter" and pretrained != "openai" and not str(pretrained).startswith("random"):

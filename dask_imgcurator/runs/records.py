@@ -126,7 +126,7 @@ def note_unfinished(scores: URLPath, storage_options: Mapping[str, Any] | None, 
         for mark in marks(name, storage_options):
             monitor.note(
                 f"{name} is not finished: `{mark['command']}` began there at {mark['since']} on {mark['host']} "
-                f"(process {mark['pid']}), and has not come to its end"
+                f"(process {mark['pid']}), and has not completed"
             )
 
 

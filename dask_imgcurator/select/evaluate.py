@@ -159,13 +159,13 @@ class Evaluator:
                 value, kind = self.wanted(column, "string", f"`{name}(…)` wants text, but {{}} is {{}}")
             case _:
                 example = f"{name}(caption, '{'cat' if name == 'contains' else r'cats?'}')"
-                raise self.fail(f"`{name}` wants a column and text in quotes, as in `{example}`", node)
+                raise self.fail(f"`{name}` needs a column and text in quotes, as in `{example}`", node)
         if _is_constant(value):
             raise self.fail(f"`{name}(…)` looks into a column, not into a constant", column)
         try:
             _TEXT_TESTS[name](pa.array([""]), pattern)  # tells mistakes also where there is no row
         except pa.ArrowInvalid as err:
-            raise self.fail(f"this is no regular expression of RE2: {err}", node.args[1]) from None
+            raise self.fail(f"this is not a valid RE2 regular expression: {err}", node.args[1]) from None
         return value.cast(pa.bool_()) if kind == "unknown" else _TEXT_TESTS[name](value, pattern)
 
     def unknown(self, node: ast.Name) -> WhereError:
@@ -232,7 +232,7 @@ class Evaluator:
             return (left if kind == "unknown" else right).cast(pa.bool_())
         if kind != other:
             described = f"{self.described(sides[0], kind)} and {self.described(sides[1], other)}"
-            raise self.fail(f"`{sign}` wants the same kind on both sides, but {described}", node)
+            raise self.fail(f"`{sign}` needs the same type on both sides, but {described}", node)
         if kind == "boolean" and sign not in ("==", "!="):
             raise self.fail(f"true and false have no order; use `==` or `!=`, not `{sign}`", node)
         if kind == "number":
@@ -249,7 +249,7 @@ class Evaluator:
             raise self.refused(listed)
         # `in ('a')` is no tuple to Python; here the brackets make the list.
         if elements[0] is listed and not self.text[span(node)[1] : span(listed)[0]].endswith(("(", "( ")):
-            raise self.fail("`in` wants a list of values in brackets, as in `in ('a', 'b')`", listed)
+            raise self.fail("`in` needs a list of values in brackets, as in `in ('a', 'b')`", listed)
         value, kind = self.comparable(node, "`in`")
         if kind == "boolean":
             raise self.fail("`in` takes numbers and text; compare true/false by `==`", node)
@@ -258,7 +258,7 @@ class Evaluator:
         items: list[Any] = []
         for element in elements:
             if isinstance(element, ast.Constant) and element.value is None:
-                raise self.fail("null is in no list; add `or … is null`", element)
+                raise self.fail("`in` never matches null; add `or … is null`", element)
             items.append(self.value(element))
             found = kind_of_value(items[-1])
             if not _is_constant(items[-1]) or found == "boolean":

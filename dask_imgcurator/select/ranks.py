@@ -21,7 +21,7 @@ from ..engine.frames import meta_of
 from ..engine.run import reduce
 from ..schema import kind_of, suggest
 
-#: Columns by which a row is known, whatever partition it is in: the key too, where one of the other two is missing.
+#: Columns that identify a row, whatever partition it is in: the key too, where one of the other two is missing.
 IDENTITY = ("shard", "key", "sample_offset")
 _PLACE = ("shard", "sample_offset")
 
@@ -118,7 +118,7 @@ def no_column(column: str, there: Iterable[Any], what: str = "") -> SelectionErr
     """Make an error of a column that is not there."""
     names = [str(name) for name in there]
     hint = suggest(column, names)
-    return SelectionError(f"{what}there is no column {column!r}{hint} (there are: {', '.join(names)})")
+    return SelectionError(f"{what}no column {column!r}{hint} (available: {', '.join(names)})")
 
 
 def arrow_type(df: Any, column: str) -> pa.DataType:
@@ -143,8 +143,8 @@ def random_order(df: Any, seed: int, why: str) -> RandomOrder:
     identity = tuple(name for name in IDENTITY if name in df.columns)
     if not identity:
         raise SelectionError(
-            f"{why} needs the columns by which a row is known ({', '.join(IDENTITY)}, or one of them): keep them "
-            f"(there are: {', '.join(map(str, df.columns))})"
+            f"{why} needs the columns that identify a row ({', '.join(IDENTITY)}, or one of them): keep them "
+            f"(available: {', '.join(map(str, df.columns))})"
         )
     return RandomOrder(_PLACE if set(_PLACE) <= set(identity) else identity, int(seed))
 

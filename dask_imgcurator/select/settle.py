@@ -228,7 +228,7 @@ def _groups(groups: pa.ChunkedArray, by: str) -> tuple[pd.Series, np.ndarray]:
 def check_groups(by: str, type_: pa.DataType) -> None:
     """Raise `SelectionError` for a column that makes no groups."""
     if kind_of(type_) not in ("number", "string", "boolean") and not pa.types.is_null(type_):
-        raise SelectionError(f"column {by!r} holds {type_}: groups are numbers, text or truth values")
+        raise SelectionError(f"column {by!r} holds {type_}: groups are numbers, text or booleans")
 
 
 def _passed(digest: pd.DataFrame, i: int, condition: Condition, bound: Any, ties: Ties) -> np.ndarray:

@@ -208,7 +208,7 @@ def parse_step(text: str) -> Step:
     'top 30% by clip_score among aesthetic_score >= 5'
     """
     if not isinstance(text, str):
-        raise TypeError(f"a step is text, a Where, a Top or a RandomSample, not {type(text).__name__}: {text!r}")
+        raise TypeError(f"a step must be text, a Where, a Top or a RandomSample, not {type(text).__name__}: {text!r}")
     folded = fold(text)
     match = _STEP.match(folded)
     if match is None:
@@ -354,7 +354,7 @@ def _read_list(url: str, column: str, options: Mapping[str, Any] | None) -> pa.C
             names = parquet.schema_arrow.names
             name = column if column in names else names[0] if len(names) == 1 else None
             if name is None:
-                raise SelectionError(f"{url} has no column {column!r} (there are: {', '.join(names)})")
+                raise SelectionError(f"{url} has no column {column!r} (available: {', '.join(names)})")
             found = parquet.read([name])[name]
             return found.cast(plain_type(found.type)).combine_chunks()
         if url.endswith(".npy"):
@@ -362,7 +362,7 @@ def _read_list(url: str, column: str, options: Mapping[str, Any] | None) -> pa.C
         try:
             lines = file.read().decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as err:
-            raise SelectionError(f"{url} is no text ({err}): give a .txt, .parquet or .npy file") from err
+            raise SelectionError(f"{url} is not text ({err}): give a .txt, .parquet or .npy file") from err
     return pa.array([line for line in lines if line], pa.string())
 
 

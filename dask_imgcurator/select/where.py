@@ -80,7 +80,7 @@ def parse_where(text: str, kinds: Mapping[str, str] | None = None) -> Where:
     ('aesthetic_score', 'width')
     """
     if not isinstance(text, str):
-        raise TypeError(f"an expression is text, not {type(text).__name__}: {text!r}")
+        raise TypeError(f"an expression must be text, not {type(text).__name__}: {text!r}")
     if len(text) > MAX_CHARACTERS:
         message = f"the expression has {len(text)} characters; at most {MAX_CHARACTERS} are read"
         raise WhereError(f"{message}. A long list of values is better joined (pandas merge) than written out")

@@ -56,7 +56,7 @@ def open_search_index(
         problem = f"{changed[0]} was written or changed after it was built"
     else:
         return index
-    raise SearchError(f"the index {name} cannot be used: {problem}. Build it anew (build_search_index, --build-index)")
+    raise SearchError(f"the index {name} cannot be used: {problem}. Rebuild it (build_search_index, --build-index)")
 
 
 def build_search_index(
@@ -108,12 +108,12 @@ def build_search_index(
     path, options = str(files.local_path(os.fspath(folder))), dict(storage_options or {})
     there = files.join(path, "index.json")
     if files.exists(there) and not overwrite:
-        raise FileExistsError(f"{path} holds an index already: choose another folder, or overwrite it")
+        raise FileExistsError(f"{path} already holds an index: choose another folder, or overwrite it")
     table = open_scores(scores, options)
     urls, names = table.urls, table.schema.names
     made, before = table_provenance(table), _versions(urls, options)
     if column not in names:
-        raise SearchError(f"{urls[0]} has no column {column!r} of embeddings (there are: {', '.join(names)})")
+        raise SearchError(f"{urls[0]} has no column {column!r} of embeddings (available: {', '.join(names)})")
     columns = {name: name for name in ("sha256", "phash") if name in names} | {"embedding": column}
     try:
         rows = gather([Source(table.frame("pandas"), columns)])
@@ -178,7 +178,7 @@ def read_rows(index: Index, scored: ScoreTable, scan: RowScan, wanted: pa.Table)
     order = np.argsort(there)
     if not is_in(ids, there[order]).all():
         raise SearchError(
-            f"the index {index.path} tells of other rows than the table's: build it anew (build_search_index, "
+            f"the index {index.path} tells of other rows than the table's: rebuild it (build_search_index, "
             "--build-index)"
         )
     return table.take(order[np.searchsorted(there[order], ids)])

@@ -59,7 +59,7 @@ def table_encoder(made: Mapping[str, Any], model: str | None = None, pretrained:
     name = model or recorded.get("model")
     if name is None:
         raise SearchError(
-            "nothing tells which model made the embeddings (a score table of `score` or `curate` does, read from its "
+            "the model of the embeddings is not recorded (it is in a score table of `score` or `curate`, read from its "
             "files): name it, as model= and pretrained= (--model, --pretrained)"
         )
     same = name.replace("/", "-") == str(recorded.get("model", "")).replace("/", "-")
@@ -144,7 +144,7 @@ def vector_queries(embedding: Any) -> list[Query]:
     try:
         vectors = np.atleast_2d(np.asarray(embedding, np.float64))
     except (TypeError, ValueError) as err:
-        raise SearchError(f"embedding= is no array of numbers ({err}): give one of shape (d,) or (m, d)") from err
+        raise SearchError(f"embedding= is not an array of numbers ({err}): give one of shape (d,) or (m, d)") from err
     if vectors.ndim != 2 or not vectors.shape[1]:
         raise SearchError(f"embedding= has the shape {np.shape(embedding)}: give one of (d,) or (m, d)")
     vectors = unit(vectors)

@@ -71,7 +71,7 @@ def find(
 ) -> tuple[pd.DataFrame, list[Query], Mapping[str, Any]]:
     """Search: what was found, for which queries, and the provenance of the table; see `jobs.search.search`."""
     if not (asked.texts or asked.images or asked.like or asked.embedding is not None):
-        raise SearchError("there is nothing to search for: give text=, image=, like= or embedding= (--text …)")
+        raise SearchError("nothing to search for: give text=, image=, like= or embedding= (--text …)")
     if asked.k < 1:
         raise SearchError(f"k={asked.k}: it must be at least 1")
     vectors = [] if asked.embedding is None else vector_queries(asked.embedding)

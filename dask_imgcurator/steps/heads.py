@@ -248,6 +248,6 @@ def score_head(
     found = resolve_head(head)
     name = column or found.column
     if name in COLUMNS and COLUMNS[name].type != pa.float32():
-        raise ValueError(f"column={name!r} is no score: choose another name, such as 'my_score'")
+        raise ValueError(f"column={name!r} cannot be used for a score: choose another name, such as 'my_score'")
     use = OwnHeadUse(found, embedding, name)
     return apply_step(df, own_head_partition, use, pa.schema([(name, pa.float32())]), [use.embedding])

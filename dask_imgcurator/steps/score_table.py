@@ -86,7 +86,7 @@ class ScoreFiles(Reader):
 
             kept = np.ones(parquet.metadata.num_rows, bool) if picked is None else picked
             if len(kept) != parquet.metadata.num_rows:
-                raise ValueError(f"{url} has changed since its rows were selected: select them anew")
+                raise ValueError(f"{url} has changed since its rows were selected: select them again")
             table = pa.table({})
             if self.filters:
                 first = dict.fromkeys(n for rows in self.filters for n in rows.first if n in self.schema.names)
@@ -149,9 +149,7 @@ def look_at(url: str, storage_options: Mapping[str, Any] | None = None) -> Score
         schema = footer.schema.to_arrow_schema()
     except pa.ArrowException as err:
         words = what_is(first_bytes(url, storage_options))
-        raise ValueError(
-            f"{url} is no Parquet file that can be read{f'; it is {words}' if words else f': {err}'}"
-        ) from err
+        raise ValueError(f"{url} is not a readable Parquet file{f'; it is {words}' if words else f': {err}'}") from err
     return ScoreFile(url, schema.remove_metadata(), provenance_of(schema), footer.num_rows)
 
 
@@ -308,7 +306,7 @@ def open_scores(urlpath: URLPath, storage_options: Mapping[str, Any] | None = No
     if "shard" not in table.kinds and "list" not in table.kinds.values():
         first = table.urls[0]
         raise ValueError(
-            f"{first} is no score table: it has neither a column 'shard' nor embeddings (there are: "
+            f"{first} is not a score table: it has neither a column 'shard' nor embeddings (available: "
             f"{', '.join(table.schema.names)}); if shards lie beside it, as img2dataset leaves them, score those "
             f"first: dask-imgcurator score '{first.rpartition('/')[0]}/*.tar' --out SCORES"
         )

@@ -317,7 +317,7 @@ def to_webdataset(
     present = files_there(spec.folder, storage_options)
     if present and not overwrite:
         raise FileExistsError(
-            f"{spec.folder} holds files of curated shards already ({present[0]}"
+            f"{spec.folder} already holds files of curated shards ({present[0]}"
             f"{f' and {len(present) - 1} more' if len(present) > 1 else ''}): "
             "choose another folder, or pass overwrite=True"
         )

@@ -64,7 +64,7 @@ def write_shard(number: int, tables: Sequence[pa.Table], spec: WriteSpec, resume
     present = [suffix for suffix in _SUFFIXES if files.exists(urls[suffix], spec.storage_options)]
     if before is None and present:
         raise WriteError(
-            f"{urls[present[0]]} is there, and was not written by this library: "
+            f"{urls[present[0]]} exists and was not written by this library: "
             "choose another folder, or move the file away"
         )
     if resume and before is not None and before["content"] == content and {".tar", ".parquet"} <= set(present):

@@ -254,7 +254,7 @@ def _check_end(file: IO[bytes], position: int) -> str | None:
                 return f"the tar is damaged at byte {start:,}: neither a header nor the end of the archive"
             return (
                 f"the archive ends at byte {start:,}, but more follows at byte {found:,}: it is damaged, or made of "
-                "several tars (then pack it anew)"
+                "several tars (then repack it)"
             )
         position += len(chunk)
     return None

@@ -201,7 +201,7 @@ def check_shards(urls: Sequence[str], storage_options: Mapping[str, Any] | None 
     if wrong:
         url, words = next(iter(wrong.items()))
         more = f" (nor is any of {len(wrong) - 1} others)" if len(wrong) > 1 else ""
-        raise ValueError(f"{url} is no tar{more}; it is {words}")
+        raise ValueError(f"{url} is not a tar{more}; it is {words}")
 
 
 def find_version(url: str, storage_options: Mapping[str, Any] | None = None) -> str:

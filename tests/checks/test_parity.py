@@ -572,7 +572,7 @@ WRONG = {
     ("{folder}", *MODEL, "--where", "nope > 1"): "unknown column 'nope'",
     ("{folder}", *MODEL, "--max-nsfw", "0.5", "--nsfw-head", "none"): "unknown column 'nsfw_score'",
     ("{folder}", *MODEL, "--aesthetic-head", "v3"): "aesthetic-v2-l14",
-    ("{folder}", *MODEL, "--json", "{folder}/nowhere/out.json"): "there is no folder {folder}/nowhere",
+    ("{folder}", *MODEL, "--json", "{folder}/nowhere/out.json"): "no such folder: {folder}/nowhere",
     ("{folder}", "--model", "starter", "--scheduler", "tcp://x:1"): "No such option",
 }
 

@@ -189,7 +189,7 @@ def test_a_first_look_is_taken_over(samples: Path, scores: Path, tmp_path: Path)
         kept = (out / "00000.parquet").stat().st_mtime_ns
         whole = CliRunner().invoke(cli, ["score", *common, cluster.scheduler_address])
     assert whole.exit_code == 0, whole.output
-    assert "taken over from an earlier run: 1 shard" in whole.stdout
+    assert "reused from an earlier run: 1 shard" in whole.stdout
     assert (out / "00000.parquet").stat().st_mtime_ns == kept
     for path in scores.glob("*.parquet"):
         assert (out / path.name).read_bytes() == path.read_bytes()
@@ -370,7 +370,7 @@ def test_curate_with_steps_that_rank(samples: Path, tmp_path: Path) -> None:
     assert record["kept"] == 9
     assert record["arguments"]["steps"] == ["top 60% by aesthetic_score", "width >= 100", "sample 9 seed 2"]
     wrong = run("curate", str(samples), "--out", str(tmp_path / "no"), "--top", "3 by beauty", *common)
-    assert (wrong.returncode, "there is no column 'beauty'" in wrong.stderr) == (2, True)
+    assert (wrong.returncode, "no column 'beauty'" in wrong.stderr) == (2, True)
     assert not (tmp_path / "no").exists()
 
 

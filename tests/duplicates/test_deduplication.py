@@ -670,7 +670,7 @@ def test_index_errors(tmp_path: Path) -> None:
         ({"max_distance": -1}, "max_distance=-1: it must be 0 to 16"),
         ({"probe": 0}, "probe=0: it must be 1"),
         ({"n_cells": 0}, "n_cells=0: it must be at least 1"),
-        ({"keep": "beauty"}, "keep='beauty': there is no such column .*or 'first'"),
+        ({"keep": "beauty"}, "keep='beauty': no such column .*or 'first'"),
         ({"keep": "hard"}, "keep='hard' is an order of the rules semdedup and nemo"),
     ],
 )
@@ -698,7 +698,7 @@ def test_other_errors() -> None:
     found = find_duplicates(frame, eps=0.1)
     with pytest.raises(ValueError, match=r"eps=0.2 was not tried: there are 0.1"):
         found.groups(0.2)
-    with pytest.raises(ValueError, match="told apart by shard, key, sample_offset, but this frame has key"):
+    with pytest.raises(ValueError, match="identified by shard, key, sample_offset, but this frame has key"):
         found.drop(frame[["key"]])
 
 

@@ -283,7 +283,7 @@ def test_finished_scores_stay_while_their_shards_are_away(shards: Path, client: 
     for given in (names, source / "*.tar"):
         for resume in (True, False):
             with pytest.raises(
-                MissingShardsError, match=r"2 shards .*00002\.tar and 1 more.*are left as they are"
+                MissingShardsError, match=r"2 shards .*00002\.tar and 1 more.*are left unchanged"
             ) as told:
                 dic.curate(given, out, resume=resume, **options)
             assert told.value.result.shards_missing == names[2:]
@@ -310,7 +310,7 @@ def test_missing_shards_are_no_images(shards: Path, tmp_path: Path) -> None:
     assert files.list_files(str(tmp_path / "out"), ".json", prefix=".unfinished-") == []
     done = command(*arguments, "--out", tmp_path / "out", "--allow-missing")
     assert done.returncode == 0, done.stderr
-    assert "taken over from an earlier run: 2 shards" in done.stdout
+    assert "reused from an earlier run: 2 shards" in done.stdout
 
 
 @pytest.mark.slow

@@ -92,13 +92,13 @@ def test_mistakes_are_told_before_anything_is_read(run: Run) -> None:
     scores, out = run.folder / "scores", run.folder / "look.html"
     with pytest.raises(WhereError, match="did you mean 'aesthetic_score'"):
         dic.write_report(scores, out, "aesthetic_scor >= 5")
-    with pytest.raises(ValueError, match=r"'look' is no HTML file: name one, such as 'report.html'"):
+    with pytest.raises(ValueError, match=r"'look' is not an HTML file: use a name, such as 'report.html'"):
         dic.write_report(scores, "look")
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere"):
         dic.write_report(scores, run.folder / "nowhere" / "look.html")
     with pytest.raises(FileNotFoundError, match="no score table"):
         dic.write_report(run.folder / "none", out)
-    with pytest.raises(ValueError, match=r"is no table of duplicates: it lacks .*similarity.*dedup --groups"):
+    with pytest.raises(ValueError, match=r"is not a table of duplicates: it lacks .*similarity.*dedup --groups"):
         dic.write_report(scores, out, groups=scores / "0.parquet")
     assert not out.exists()
 

@@ -276,13 +276,13 @@ COMMANDS = {
 def test_what_is_no_score_table_is_told(command: str, what: str, tmp_path: Path) -> None:
     folder = img2dataset_table(tmp_path / "in")
     file = folder / "00000.parquet"
-    expected = rf"{file} is no score table: .*'shard' .*dask-imgcurator score '{folder}/\*\.tar' --out SCORES"
+    expected = rf"{file} is not a score table: .*'shard' .*dask-imgcurator score '{folder}/\*\.tar' --out SCORES"
     if what == "pointer":
         file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-        expected = rf"{file} is no Parquet file that can be read; it is a Git LFS pointer, .* git lfs pull"
+        expected = rf"{file} is not a readable Parquet file; it is a Git LFS pointer, .* git lfs pull"
     if what == "page":
         file.write_text("<!DOCTYPE html>\n<html><body>404</body></html>\n")
-        expected = rf"{file} is no Parquet file that can be read; it is a web page"
+        expected = rf"{file} is not a readable Parquet file; it is a web page"
     out = str(tmp_path / ("out.html" if command == "report" else "out.parquet"))
     result = CliRunner().invoke(cli, [command, str(folder), *COMMANDS[command], "--out", out])
     assert result.exit_code == 2, result.output
@@ -293,7 +293,7 @@ def test_what_is_no_score_table_is_told(command: str, what: str, tmp_path: Path)
 
 def test_groups_that_are_no_table(table: Path, tmp_path: Path) -> None:
     (tmp_path / "groups.parquet").write_text("<html>")
-    with pytest.raises(ValueError, match=rf"{tmp_path}/groups\.parquet is no Parquet file .* it is a web page"):
+    with pytest.raises(ValueError, match=r"groups\.parquet is not a readable Parquet file; it is a web page"):
         dic.write_report(table, tmp_path / "out.html", groups=tmp_path / "groups.parquet")
 
 

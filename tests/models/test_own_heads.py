@@ -165,7 +165,7 @@ def test_a_file_that_was_changed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HeadError, match=rf"h.safetensors has sha256 .* {head.sha256} when it was read first"):
         dic.score_head(frame, head)
     (tmp_path / "h.safetensors").unlink()
-    with pytest.raises(HeadError, match=r"no head's file .*put it where every worker can read it"):
+    with pytest.raises(HeadError, match=r"no head file .*put it where every worker can read it"):
         dic.score_head(frame, head)
 
 
@@ -191,8 +191,8 @@ def test_layers_that_do_not_fit(tmp_path: Path, layers: Any, message: str) -> No
     [
         ({"activation": "swish"}, "activation='swish', there are none, relu"),
         ({"output": "softmax"}, "output='softmax', there are identity, sigmoid"),
-        ({"column": ""}, "column='' is no name"),
-        ({"column": "embedding"}, "column='embedding' is no name"),
+        ({"column": ""}, "column='' is not a name"),
+        ({"column": "embedding"}, "column='embedding' is not a name"),
         ({"column": 3}, "column is 3, expected a str"),
     ],
 )
@@ -227,7 +227,7 @@ def test_files_that_are_no_heads(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(HeadError, match=rf"{name}\.safetensors.*{message}"):
             read_head(file)
-    with pytest.raises(HeadError, match="there is no head's file"):
+    with pytest.raises(HeadError, match="no head file"):
         read_head(tmp_path)
 
 
@@ -237,7 +237,7 @@ def test_pth_files_that_are_no_heads(tmp_path: Path) -> None:
         return convert_pth(tmp_path / "x.pth", tmp_path / "x.safetensors", activation="relu", column="s")
 
     with_norm = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
-    with pytest.raises(HeadError, match="linear layers alone"):
+    with pytest.raises(HeadError, match="linear layers only"):
         convert(with_norm.state_dict())
     with pytest.raises(HeadError, match="holds nothing"):
         convert({})
@@ -254,7 +254,7 @@ def test_heads_that_do_not_fit_the_table(tmp_path: Path) -> None:
     frame = frame_of(random(2, 8))
     with pytest.raises(ValueError, match="score_head needs the column mine"):
         dic.score_head(frame, head, embedding="mine")
-    with pytest.raises(ValueError, match="column='key' is no score"):
+    with pytest.raises(ValueError, match="column='key' cannot be used for a score"):
         dic.score_head(frame, head, column="key")
     with pytest.raises(HeadError, match=r"published head: use score_nsfw\(df, head='nsfw-l14'\)"):
         dic.score_head(frame, "nsfw-l14")
@@ -342,7 +342,7 @@ def test_heads_by_name(site: Path, tmp_path: Path) -> None:
     expected = dic.score_head(frame, head)
     for name in ("as-path", "as-call"):
         pd.testing.assert_frame_equal(dic.score_head(frame, name), expected)
-    with pytest.raises(HeadError, match=r"there is no head's file .*as-pth.*registered heads: as-path, as-call"):
+    with pytest.raises(HeadError, match=r"no head file .*as-pth.*registered heads: as-path, as-call"):
         dic.score_head(frame, "as-pth")
     with pytest.raises(PluginError, match=r"nothing is registered as 'as-pth' .*did you mean 'as-path'"):
         plugins.load(plugins.HEADS, "as-pth")

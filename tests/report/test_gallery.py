@@ -234,9 +234,9 @@ def test_mistakes(rows: pd.DataFrame) -> None:
         dic.show(rows, sort_by="kind")
     with pytest.raises(ValueError, match="'embedding' holds vectors"):
         dic.show(rows, columns=["embedding"])
-    with pytest.raises(ValueError, match="page=3: there is no such page, the last one is 2"):
+    with pytest.raises(ValueError, match="page=3: no such page, the last one is 2"):
         dic.show(rows, n=24, page=3)
-    with pytest.raises(ValueError, match="page=-1: there is no such page"):
+    with pytest.raises(ValueError, match="page=-1: no such page"):
         dic.show(rows).page(-1)
     with pytest.raises(WhereError):
         dic.show(rows, where="beauty > 1")

@@ -86,8 +86,8 @@ def test_before_anything_is_ranked(tmp_path: Path) -> None:
     ("content", "column", "message"),
     [
         (b"", "key", "bad.txt names no value of 'key': it is empty"),
-        (b"\xff\xfe\x00\xd8", "key", "bad.txt is no text"),
-        (b"a\nb\n", "keey", "there is no column 'keey'"),
+        (b"\xff\xfe\x00\xd8", "key", "bad.txt is not text"),
+        (b"a\nb\n", "keey", "no column 'keey'"),
         (b"a\nb\n", "score", "column 'score' holds int16"),
     ],
 )

@@ -224,14 +224,14 @@ def test_ties_can_be_broken_with_what_there_is() -> None:
     frame = named([1.0, 1.0, 1.0, 0.0])
     assert len(top_count(frame[["key", "sample_offset", "score"]], "score", 2)) == 2
     assert top_count(frame[["score"]], "score", 3)["score"].tolist() == [1, 1, 1]
-    with pytest.raises(SelectionError, match=r"ties to break.*shard, key, sample_offset.*there are: score"):
+    with pytest.raises(SelectionError, match=r"ties to break.*shard, key, sample_offset.*available: score"):
         top_count(frame[["score"]], "score", 2)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda f: top_fraction(f, "scor", 0.5), r"no column 'scor' \(there are: shard, key, sample_offset, score"),
+        (lambda f: top_fraction(f, "scor", 0.5), r"no column 'scor' \(available: shard, key, sample_offset, score"),
         (lambda f: top_fraction(f, "caption", 0.5), "'caption' holds string"),
         (lambda f: top_fraction(f, "score", 30), "fraction=30: it must be from 0 to 1; 30% is 0.3"),
         (lambda f: top_fraction(f, "score", -0.1), "fraction=-0.1: it must be"),
@@ -247,7 +247,7 @@ def test_ties_can_be_broken_with_what_there_is() -> None:
         (lambda f: sample(f, 5, seed="x"), "seed='x': give a whole number"),
         (lambda f: sample(f, fraction=0.5, by="cluster"), "by='cluster' takes n"),
         (lambda f: sample(f, 5, by="nothing"), "no column 'nothing'"),
-        (lambda f: sample(f[["score"]], 5), "needs the columns by which a row is known"),
+        (lambda f: sample(f[["score"]], 5), "needs the columns that identify a row"),
         (lambda f: sample(f.assign(v=[[1.0]] * len(f)), 5, by="v"), "'v' holds list"),
     ],
 )

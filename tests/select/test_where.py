@@ -643,10 +643,10 @@ MISTAKES = [
     ("len(caption) > 5", "^^^^", "there is no function `len"),
     ("5 > abs (width)", "    ^^^^^", "there is no function `abs"),
     ("contains(width, '5')", "         ^^^^^", "wants text, but 'width' is a number"),
-    ("contains(caption)", "^^^^^^^^^^^^^^^^^", "wants a column and text in quotes"),
-    ("matches(caption, width)", "^^^^^^^^^^^^^^^^^^^^^^^", "wants a column and text in quotes"),
+    ("contains(caption)", "^^^^^^^^^^^^^^^^^", "needs a column and text in quotes"),
+    ("matches(caption, width)", "^^^^^^^^^^^^^^^^^^^^^^^", "needs a column and text in quotes"),
     ("contains('a', 'b') and width > 5", "         ^^^", "looks into a column"),
-    ("matches(caption, '(')", "                 ^^^", "no regular expression"),
+    ("matches(caption, '(')", "                 ^^^", "not a valid RE2 regular expression"),
     ("caption like '%cat%'", "        ^^^^", "there is no `like`; write contains"),
     ("caption.upper() == 'X'", "       ^", "attributes are not allowed"),
     ("caption[0] == 'x'", "       ^", "subscripts are not allowed"),
@@ -703,9 +703,9 @@ MISTAKES = [
     ("width in (1, 2) or when > 5", "                   ^^^^", "only `is null` can test"),
     ("caption in ('a', 2)", "                 ^", "`2` is a number, but 'caption' is not"),
     ("width in ()", "         ^^", "nothing in these brackets"),
-    ("width in 5", "         ^", "`in` wants a list"),
+    ("width in 5", "         ^", "`in` needs a list"),
     ("width in (height, 5)", "          ^^^^^^", "only hold numbers and text"),
-    ("width in (1, null)", "             ^^^^", "null is in no list"),
+    ("width in (1, null)", "             ^^^^", "`in` never matches null"),
     ("flag in (true)", "^^^^", "compare true/false by `==`"),
     ("caption == null", "           ^^^^", "use `is null`"),
     ("caption is 'x'", "           ^^^", "after `is` comes `null`"),
@@ -749,7 +749,7 @@ def test_a_long_expression_is_shown_around_the_mistake():
 
 
 def test_only_text_is_an_expression():
-    with pytest.raises(TypeError, match="an expression is text, not int: 5"):
+    with pytest.raises(TypeError, match="an expression must be text, not int: 5"):
         parse_where(5)  # type: ignore[arg-type]
 
 

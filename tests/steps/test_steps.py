@@ -225,7 +225,7 @@ def test_mistakes_are_told_when_the_graph_is_built() -> None:
     with pytest.raises(HeadError, match="head 'nsfw-l14' gives nsfw_score; aesthetic heads are auto, aesthetic-v2-l14"):
         dic.score_aesthetic(frame, "nsfw-l14")
     with pytest.raises(
-        ValueError, match=r"score_nsfw needs the column clip: make it with embed, .*there are: embedding"
+        ValueError, match=r"score_nsfw needs the column clip: make it with embed, .*available: embedding"
     ):
         dic.score_nsfw(frame, embedding="clip")
     with pytest.raises(ValueError, match="embed needs the columns shard, offset, nbytes, status, error_message: read"):

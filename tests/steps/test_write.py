@@ -946,7 +946,7 @@ def test_files_of_others_are_not_written_over(sources: list[Path], tmp_path: Pat
     (out / name).write_bytes(b'{"count": 1}')
     with unchanged(out), pytest.raises(FileExistsError, match=f"out holds .*{name}"):
         dic.to_webdataset(read(sources[0]), out)
-    with unchanged(out), pytest.raises(WriteError, match=f"{name} is there, and was not written by this library"):
+    with unchanged(out), pytest.raises(WriteError, match=f"{name} exists and was not written by this library"):
         dic.to_webdataset(read(sources[0]), out, overwrite=True)
 
 

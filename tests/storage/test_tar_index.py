@@ -793,13 +793,15 @@ def test_shards_that_are_no_tars(tmp_path: Path, memory: Any) -> None:
         [str(tmp_path / "damaged.tar")],
     ):
         check_shards(urls)
-    with pytest.raises(ValueError, match=rf"^{wrong[0]} is no tar; it is a Parquet file: "):
+    with pytest.raises(ValueError, match=rf"^{wrong[0]} is not a tar; it is a Parquet file: "):
         check_shards([str(wrong[0])])
-    with pytest.raises(ValueError, match=rf"^{wrong[1]} is no tar \(nor is any of 1 others\); it is a Git LFS pointer"):
+    with pytest.raises(
+        ValueError, match=rf"^{wrong[1]} is not a tar \(nor is any of 1 others\); it is a Git LFS pointer"
+    ):
         check_shards([missing, str(wrong[1]), str(wrong[0])])
     memory.pipe("/shards-test/a.tar", gzip.compress(pack(THREE)))
     with pytest.raises(
-        ValueError, match=r"^memory://shards-test/a.tar is no tar; it is compressed with gzip: unpack it"
+        ValueError, match=r"^memory://shards-test/a.tar is not a tar; it is compressed with gzip: unpack it"
     ):
         check_shards(["memory://shards-test/a.tar"])
 
