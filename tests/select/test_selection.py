@@ -231,7 +231,10 @@ def test_ties_can_be_broken_with_what_there_is() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda f: top_fraction(f, "scor", 0.5), r"no column 'scor' \(available: shard, key, sample_offset, score"),
+        (
+            lambda f: top_fraction(f, "scor", 0.5),
+            r"no column 'scor'; did you mean 'score'\? \(available: shard, key, sample_offset, score",
+        ),
         (lambda f: top_fraction(f, "caption", 0.5), "'caption' holds string"),
         (lambda f: top_fraction(f, "score", 30), "fraction=30: it must be from 0 to 1; 30% is 0.3"),
         (lambda f: top_fraction(f, "score", -0.1), "fraction=-0.1: it must be"),
