@@ -183,7 +183,7 @@ def _remembering(
         for target in work.targets.values():
             if target.url in done:
                 one = done[target.url]
-                file = ScoreFile(target.url, one.schema, plan.provenance_of(target))
+                file = ScoreFile(target.url, one.schema, plan.provenance_of(target), one.measured.counts.rows)
                 manifest.learn(kind, one.version, file, one.measured.record)
         for url, measured in found.items():
             manifest.learn(kind, there.versions[url], there.looks[url], measured.record)

@@ -10,7 +10,7 @@ import base64
 import binascii
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -40,7 +40,7 @@ class Manifest:
         known = self.footers.get(_name(url))
         if known is None or known[0] != version:
             return None
-        return ScoreFile(url, known[1].schema, known[1].provenance)
+        return replace(known[1], url=url)
 
     def count(self, kind: str, url: str, version: str) -> Any:
         """What was counted in a file, if that is known of this version; None otherwise."""
@@ -73,8 +73,8 @@ def read_manifest(folder: str, storage_options: Mapping[str, Any]) -> Manifest:
         found = json.loads(files.read_text(files.join(folder, NAME), storage_options) or "{}")
         schemas = [pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text))) for text in found.get("schemas", ())]
         footers = {
-            name: (version, ScoreFile("", schemas[schema], {**found["provenances"][made], **own}))
-            for name, (version, schema, made, own) in found.get("footers", {}).items()
+            name: (version, ScoreFile("", schemas[schema], {**found["provenances"][made], **own}, rows))
+            for name, (version, schema, made, own, rows) in found.get("footers", {}).items()
         }
         counted = {
             kind: {name: (version, counts) for name, (version, counts) in of.items()}
@@ -94,7 +94,7 @@ def write_manifest(manifest: Manifest, folder: str, storage_options: Mapping[str
         own = {key: file.provenance[key] for key in _OWN if key in file.provenance}
         shared = json.dumps({k: v for k, v in file.provenance.items() if k not in own}, sort_keys=True)
         places = schemas.setdefault(file.schema, len(schemas)), provenances.setdefault(shared, len(provenances))
-        footers[name] = version, *places, own
+        footers[name] = version, *places, own, file.rows
     found = {
         "schemas": [base64.b64encode(schema.serialize()).decode() for schema in schemas],
         "provenances": [json.loads(text) for text in provenances],
