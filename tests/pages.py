@@ -8,14 +8,17 @@ import tarfile
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from dask_imgcurator.report.report import write_run_report
+from dask_imgcurator.report import report
 from dask_imgcurator.results import ConditionCount, RunResult
+from dask_imgcurator.select.settle import settled_where
+from dask_imgcurator.select.where import parse_where
 
 HOSTILE = '"><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>\u202egnp.exe'
 WHERE = "aesthetic_score >= 5 and width >= 100"
@@ -106,6 +109,11 @@ def picture(image: Node) -> Image.Image:
         out.load()
     assert out.format == "WEBP" and max(out.size) <= 320
     return out
+
+
+def write_run_report(folder: str, tables: list[str], where: str | None, *rest: Any) -> str:
+    """Write a run's report, as after `curate` with an expression."""
+    return report.write_run_report(folder, tables, settled_where(parse_where(where) if where else None), *rest)
 
 
 # --- a small run ----------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ _INDENT = 22
     show_default=True,
     help="Maximum number of images to compare, spread over the shards.",
 )
-@click.option("--json", "record", metavar="FILE", type=click.Path(), help="File for all figures, as JSON.")
+@click.option("--json", "record", metavar="FILE", type=click.Path(), help="JSON file for all figures.")
 @quiet_option
 def parity(shards: tuple[str, ...], record: str | None, quiet: bool, **options: Any) -> None:
     """Compare pixels, embeddings, scores and decisions with open_clip's own way, on your images.
@@ -77,7 +77,7 @@ def verify(folder: str, storage_options: dict[str, Any] | None, out_options: dic
     \b
     dask-imgcurator verify curated
 
-    Reads every curated sample and its source. Exit code 1, with the reasons, where anything differs.
+    Reads every curated sample and its source. If anything differs, prints the reasons and exits with code 1.
     """
     from ..checks.verify import verify as run
 
@@ -93,13 +93,13 @@ def verify(folder: str, storage_options: dict[str, Any] | None, out_options: dic
 @click.argument("out", metavar="OUT")
 @storage_option
 def status(out: str, storage_options: dict[str, Any] | None) -> None:
-    """Tell how far a run is, wherever it goes on: from the files of its output folder alone.
+    """Show the progress of a run on any machine, from the files of its output folder alone.
 
     \b
     dask-imgcurator status run/scores
 
-    For each folder of results: its files, and for each run that is at work there, or was stopped, how far it is, how
-    fast, and whether it is still heard of.
+    Lists the files of each result folder, and for each active or interrupted run its progress, its speed, and
+    whether it still reports.
     """
     from ..runs.marks import find_status
 

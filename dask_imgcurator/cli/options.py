@@ -33,7 +33,7 @@ encoder_options = _group(
         "--model",
         metavar="NAME",
         help="open_clip's name of a model (ViT-L-14, ViT-B-32 …), or 'starter': a preview that needs no download. "
-        "[default: ViT-L-14 of OpenAI; the starter if its weights cannot be had]",
+        "[default: ViT-L-14 of OpenAI; the starter if its weights are unavailable]",
     ),
     click.option(
         "--pretrained",
@@ -45,7 +45,7 @@ encoder_options = _group(
         metavar="NAME",
         default="auto",
         show_default=True,
-        help="Head for aesthetic_score, or 'none'; 'auto' takes the one trained on the model.",
+        help="Head for aesthetic_score, or 'none'; 'auto' selects the one trained on the model.",
     ),
     click.option(
         "--nsfw-head", metavar="NAME", default="auto", show_default=True, help="Head for nsfw_score, or 'none'."
@@ -85,12 +85,12 @@ encoder_options = _group(
 
 model_options = _group(
     encoder_options,
-    dtype_option("the fastest that the processor has"),
+    dtype_option("the fastest that the processor supports"),
     click.option(
         "--measures/--no-measures",
         default=True,
         show_default=True,
-        help="Columns of technical quality (brightness, blur …) and a perceptual hash.",
+        help="Add columns of technical quality (brightness, blur …) and a perceptual hash.",
     ),
 )
 
@@ -139,7 +139,7 @@ _where = _group(
     click.option(
         "--where",
         metavar="EXPR",
-        help="Which images to keep: any expression on the columns, such as 'aesthetic_score >= 5 and width >= 512'.",
+        help="Images to keep: an expression on the columns, such as 'aesthetic_score >= 5 and width >= 512'.",
     ),
     click.option("--min-aesthetic", metavar="X", type=float, help="Short for --where 'aesthetic_score >= X'."),
     click.option("--max-nsfw", metavar="X", type=float, help="Short for --where 'nsfw_score < X'."),
@@ -299,12 +299,12 @@ def cluster_options_with(workers: str) -> Callable[[Any], Any]:
             "--scheduler-file",
             metavar="FILE",
             type=click.Path(exists=True, dir_okay=False),
-            help="The same by the file that the scheduler wrote (dask scheduler --scheduler-file).",
+            help="File with the address, written by dask scheduler --scheduler-file.",
         ),
         *(
             click.option(f"--tls-{name}", metavar="FILE", type=click.Path(exists=True, dir_okay=False), help=help_)
             for name, help_ in (
-                ("ca-file", "For a scheduler at tls://…: certificate of the authority that signed its certificate."),
+                ("ca-file", "For tls:// schedulers: certificate of the authority that signed the scheduler's."),
                 ("cert", "The same: certificate of this client."),
                 ("key", "The same: key of this certificate."),
             )
@@ -328,23 +328,23 @@ resume_option = click.option(
     help="Reuse what an earlier run with the same settings finished.",
 )
 overwrite_option = click.option(
-    "--overwrite", is_flag=True, help="Replace another result in the output folder, whole. [default: refuse]"
+    "--overwrite", is_flag=True, help="Replace any other result in the output folder completely. [default: refuse]"
 )
 missing_option = click.option(
-    "--allow-missing", is_flag=True, help="Exit with 0 even if shards cannot be read. [default: exit with 1 in the end]"
+    "--allow-missing", is_flag=True, help="Exit with 0 even if some shards cannot be read. [default: exit with 1]"
 )
 log_option = click.option(
     "--log",
     metavar="FILE",
     type=click.Path(dir_okay=False),
-    help="Add what happens to a file, an object of JSON a line.",
+    help="Append events to a file, one JSON object per line.",
 )
-quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print neither progress nor a summary.")
 limit_option = click.option(
     "--limit",
     metavar="N",
     type=click.IntRange(1),
-    help="Only the first N shards, for a first look; a later run without it takes them over.",
+    help="Only the first N shards, for a first look; a later run without the option reuses them.",
 )
 shards_argument = click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
 scores_argument = click.argument("scores", nargs=-1, required=True, metavar="SCORES...")

@@ -125,7 +125,7 @@ def pack(source: str, out: str, quiet: bool, **options: Any) -> None:
     dask-imgcurator pack photos --out shards            photos/cat.jpg, photos/cat.txt, photos/2020/dog.png …
     dask-imgcurator pack train.parquet --out shards     an image dataset of Hugging Face
 
-    What lies beside a picture under the same name goes with it. All bytes stay as they are.
+    Files with the same name as a picture belong to its sample. Bytes are not changed.
     """
     from ..jobs.pack import pack as run
     from ..results import count

@@ -105,7 +105,9 @@ def print_selection(selection: Counts, out: str) -> None:
     table.add_row("kept", f"{selection.kept:,}", _share(selection.kept, selection.rows), style="bold")
     console.print(table)
     if not selection.kept:
-        console.print("Nothing is kept: the column 'alone' shows which condition leaves how many.", style="yellow")
+        console.print(
+            "Nothing is kept: the column 'alone' shows how many rows each condition alone would keep.", style="yellow"
+        )
     console.print(f"in {out}")
 
 

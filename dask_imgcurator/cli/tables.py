@@ -88,7 +88,7 @@ def select(scores: tuple[str, ...], out: str, quiet: bool, steps: list[Any], **o
     type=click.Choice(["components", "semdedup", "nemo"]),
     default="components",
     show_default=True,
-    help="How the semantic tier decides what to drop.",
+    help="How to choose which semantic duplicates to drop.",
 )
 @click.option(
     "--n-cells",
@@ -96,17 +96,17 @@ def select(scores: tuple[str, ...], out: str, quiet: bool, steps: list[Any], **o
     type=click.IntRange(1),
     help="k-means cells of the semantic tier. [default: 2 √rows; 1 up to 20,000 rows]",
 )
-@click.option("--seed", metavar="N", type=int, help="Of the cells. [default: 0]")
+@click.option("--seed", metavar="N", type=int, help="Seed of the cells. [default: 0]")
 @click.option(
     "--against",
     metavar="INDEX",
-    help="Also drop duplicates of what an index holds: an existing dataset, or a benchmark.",
+    help="Also drop duplicates of the rows in an index: an existing dataset, or a benchmark.",
 )
 @click.option("--index", metavar="DIR", help="Save an index of the remaining rows, for --against.")
 @click.option(
     "--groups",
     metavar="FILE",
-    help="Write the groups to a Parquet file: which rows, which of them is kept, how similar.",
+    help="Write the groups to a Parquet file: their rows, which one is kept, how similar they are.",
 )
 @light_options
 @storage_option
@@ -134,7 +134,7 @@ def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[floa
 @scores_argument
 @click.option("--out", required=True, metavar="DIR", help="Folder for the larger table.")
 @click.option("--head", "heads", metavar="FILE|NAME", multiple=True, help="Your own head; repeatable.")
-@click.option("--clip-score", is_flag=True, help="Cosine of caption and image.")
+@click.option("--clip-score", is_flag=True, help="Add clip_score: the cosine of caption and image.")
 @click.option(
     "--prompt",
     "prompts",
@@ -142,17 +142,17 @@ def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[floa
     multiple=True,
     help="Probability of a text against neutral ones, as NAME_score; repeat a NAME to give it several texts.",
 )
-@click.option("--caption-stats", is_flag=True, help="Words and characters of the caption.")
-@click.option("--language", is_flag=True, help="Language of the caption (needs the extra 'text').")
-@click.option("--aesthetic-head", metavar="NAME", help="Published head, if there is no aesthetic_score yet.")
-@click.option("--nsfw-head", metavar="NAME", help="Published head, if there is no nsfw_score yet.")
+@click.option("--caption-stats", is_flag=True, help="Add the numbers of words and characters of the caption.")
+@click.option("--language", is_flag=True, help="Add the language of the caption (needs the extra 'text').")
+@click.option("--aesthetic-head", metavar="NAME", help="Published head for aesthetic_score, if the table lacks it.")
+@click.option("--nsfw-head", metavar="NAME", help="Published head for nsfw_score, if the table lacks it.")
 @click.option(
     "--clusters", metavar="K", type=click.IntRange(1), help="Find K clusters of the embeddings (needs FAISS)."
 )
 @click.option(
     "--reference", metavar="SCORES", help="With --clusters: count the rows of another score table in each cluster."
 )
-@click.option("--seed", metavar="N", type=int, help="Of --clusters. [default: 0]")
+@click.option("--seed", metavar="N", type=int, help="Seed of --clusters. [default: 0]")
 @click.option("--weights-dir", metavar="DIR", help="Folder with the published heads.")
 @cluster_options_with("none: threads of this process; for texts as in score")
 @storage_option
@@ -235,7 +235,7 @@ def export_(scores: tuple[str, ...], out: str, format_: str, where: str | None, 
 @click.command()
 @scores_argument
 @click.option("--text", metavar="TEXT", multiple=True, help="What the images show: 'a red car'; repeatable.")
-@click.option("--image", metavar="FILE", multiple=True, help="Image to find similar ones to; repeatable.")
+@click.option("--image", metavar="FILE", multiple=True, help="Find images similar to this one; repeatable.")
 @click.option(
     "--like",
     metavar="KEY",
@@ -244,11 +244,11 @@ def export_(scores: tuple[str, ...], out: str, format_: str, where: str | None, 
 )
 @click.option("-k", "k", metavar="N", type=click.IntRange(1), default=20, show_default=True, help="Rows per query.")
 @where_options
-@click.option("--html", metavar="FILE", help="Write a page with the pictures.")
+@click.option("--html", metavar="FILE", help="HTML page to write, with the pictures.")
 @click.option("--out", metavar="FILE", help="Write the rows, in the format of its extension: .parquet, .csv or .json.")
 @click.option("--index", metavar="DIR", help="Search by an index of this table: faster for millions of rows.")
 @click.option("--build-index", metavar="DIR", help="Build such an index first, and search by it (needs FAISS).")
-@click.option("--model", metavar="NAME", help="Model of the queries. [default: the one that the table names]")
+@click.option("--model", metavar="NAME", help="Model of the queries. [default: the model recorded in the table]")
 @click.option("--pretrained", metavar="TAG|PATH", help="Its weights; a path for your own checkpoint.")
 @light_options
 @storage_option
@@ -269,7 +269,7 @@ def search(
     dask-imgcurator search run/scores --like 000123456
     dask-imgcurator search run/scores --build-index run/index
 
-    Several queries are answered one after another. A text needs a model with a text tower: not the starter model.
+    Several queries are answered in turn. Text queries need a model with a text tower, which the starter lacks.
     """
     from ..jobs.search import search as run
     from ..similarity.index import build_search_index

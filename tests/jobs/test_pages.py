@@ -157,7 +157,7 @@ def test_groups_of_another_table_are_told(run: Run) -> None:
     assert "2 images of them are not in this table" in read(out).section("duplicates").text
     empty = pd.DataFrame(pair).iloc[:0]
     out = dic.write_report(run.folder / "scores", run.folder / "look.html", groups=empty)
-    assert "There are none" in read(out).section("duplicates").text
+    assert "None were found" in read(out).section("duplicates").text
 
 
 # --- two selections -------------------------------------------------------------------------------

@@ -12,11 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pages import HOSTILE, WHERE, Node, Run, colour, encode, make_run, make_tar, picture, read
+from pages import HOSTILE, WHERE, Node, Run, colour, encode, make_run, make_tar, picture, read, write_run_report
 from PIL import Image
 
 from dask_imgcurator.report.histograms import KEPT, LINEAR, LOG, OTHER, OWN, PROBABILITY, Histogram
-from dask_imgcurator.report.report import write_run_report
 from dask_imgcurator.results import ConditionCount, RunResult
 
 
@@ -182,6 +181,7 @@ def test_slider_and_table_say_what_another_cut_would_keep(run: Run, name: str, b
 
 def test_texts_that_repeat_are_counted(run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("dask_imgcurator.steps.score_table._BATCH", 32)
+    monkeypatch.setattr("dask_imgcurator.report.survey._TEXTS", 20)
     kinds = ["cat", "dog", None]
     for at, url in enumerate(run.tables):
         table = pq.read_table(url)
@@ -361,7 +361,7 @@ def test_odd_pictures(tmp_path: Path):
         tall = shown[0].height > shown[0].width
         assert tall is not upright  # as the model saw it
         assert min(shown[1].convert("RGB").getpixel((10, 10))) > 245  # clear, so white and not the hidden red
-        assert "There is no NSFW score, so nothing is blurred" in page.text
+        assert "Without NSFW scores, nothing is blurred" in page.text
 
 
 def test_page_is_bounded(tmp_path: Path):
@@ -437,7 +437,7 @@ def test_no_scores_and_no_tables(tmp_path: Path):
     result = RunResult(str(tmp_path), 1, {"no_image": 1}, 0)
     page = read(write_run_report(str(tmp_path), [str(tmp_path / "a.parquet")], None, result, {}))
     assert page.table("no_image: the first 1 of 1") == [["a", "x.tar", ""]]
-    assert "There is no readable image" in page.text
+    assert "No image could be read" in page.text
     page = read(write_run_report(str(tmp_path), [], None, RunResult(str(tmp_path), kept=0), {}))
     assert "every sample was readable" in page.text
 
