@@ -195,7 +195,7 @@ def _versions(spec: WriteSpec) -> dict[str, str]:
     there = {
         url.rpartition("/")[2]: version for url, version in versions_in(spec.folder, "", spec.storage_options).items()
     }
-    return {name: version for name, version in there.items() if _NAME.fullmatch(name)}
+    return {name: version for name, version in there.items() if _NAME.fullmatch(name) or name == "sizes.json"}
 
 
 # --- the folder -----------------------------------------------------------------------------------
