@@ -245,7 +245,7 @@ def test_columns_that_are_called_as_ours_are() -> None:
         ({"embedding": [1.0, 2.0]}, "the query's embedding has 2 numbers, those of column 'embedding' have 16"),
         ({"embedding": [[0.0] * WIDTH]}, "no direction in row 0"),
         ({"embedding": np.zeros((1, 2, 3))}, r"shape \(1, 2, 3\)"),
-        ({"embedding": ["a"]}, "no array of numbers"),
+        ({"embedding": ["a"]}, "is not an array of numbers"),
         ({"text": "a red car"}, "the model of the embeddings is not recorded .* model= and pretrained="),
         ({"text": " ", "model": MODEL, "pretrained": WEIGHTS}, "text=' ': say what to look for"),
         ({"text": "a", "model": "starter"}, "the starter model has none"),
