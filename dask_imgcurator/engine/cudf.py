@@ -18,7 +18,6 @@ import pyarrow as pa
 import pylibcudf as plc
 
 from ..schema import COLUMNS, is_ours, plain_type
-from .pandas import importable
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +146,7 @@ class CudfBackend:
         if not {"rmm_async", "rmm_pool_size", "rmm_managed_memory"} & kwargs.keys():
             # The driver's pool, for cuDF and CuPy; torch and DALI have their own. A shard's frame is small.
             options |= {"rmm_async": True, "rmm_allocator_external_lib_list": ["cupy"]}
-        options["dashboard_address"] = "127.0.0.1:0" if importable("bokeh") else None
+        options["dashboard_address"] = "127.0.0.1:0"
         workers = n_workers or max(1, torch.cuda.device_count())
         # Dask's own default is one thread, which DALI's pipeline would have too. LocalCUDACluster puts an environment
         # of its own in the place of `env=`, so it goes this way.

@@ -186,10 +186,7 @@ class PandasBackend:
         env = {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         env.update(kwargs.pop("env", {}))
         options: dict[str, Any] = {"threads_per_worker": 1, "processes": True, "env": env}
-        if importable("bokeh"):
-            options["dashboard_address"] = "127.0.0.1:0"  # the page shows data, and asks for no password
-        else:
-            options["dashboard_address"] = None
+        options["dashboard_address"] = "127.0.0.1:0"  # the page shows data, and asks for no password
         # Dask makes workers return memory to the system at once. An encoder's buffers are then remapped for every
         # batch, which takes as long as the arithmetic; keeping them costs about 0.3 GB.
         keep = {"MALLOC_TRIM_THRESHOLD_": 1 << 30, "MALLOC_MMAP_THRESHOLD_": 32 << 20}
@@ -199,10 +196,3 @@ class PandasBackend:
             {name: {**dask.config.get(name, {}), **keep}, "distributed.worker.profile.enabled": False}
         ):
             return LocalCluster(n_workers=n_workers, **{**options, **kwargs})
-
-
-def importable(module: str) -> bool:
-    """Whether a package is installed, without importing it."""
-    import importlib.util
-
-    return importlib.util.find_spec(module) is not None

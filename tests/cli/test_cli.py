@@ -181,7 +181,7 @@ def test_without_a_command_there_is_help() -> None:
 def test_a_first_look_is_taken_over(samples: Path, scores: Path, tmp_path: Path) -> None:
     """The first shard alone, then all: as if they had been scored at once."""
     out = tmp_path / "scores"
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
         common = [str(samples), "--out", str(out), "--model", "starter", "--column", "kind", "--scheduler"]
         first = CliRunner().invoke(cli, ["score", *common, cluster.scheduler_address, "--limit", "1"])
         assert first.exit_code == 0, first.output

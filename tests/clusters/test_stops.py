@@ -52,7 +52,9 @@ def test_a_worker_that_is_ended_at_its_memory_limit_says_so() -> None:
     eats = "[b'x' * 2 * 10**9, __import__('time').sleep(60)]"
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 1}),
-        LocalCluster(n_workers=1, threads_per_worker=1, memory_limit="900 MiB", dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, memory_limit="900 MiB", dashboard_address="127.0.0.1:0"
+        ) as cluster,
         Client(cluster) as client,
     ):
         graph = Wave(["00007.tar"], tasks([eats], eval, label="eat"))
@@ -119,7 +121,7 @@ def test_a_run_that_stands_still_says_where_and_ends(
     alive = time.monotonic() + 4  # until then it makes progress
     with (
         dask.config.set({"imgcurator.stall-timeout": "3s"}),
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
         graph = Wave(["00007.tar"], tasks([1e6], time.sleep, label="hang"))

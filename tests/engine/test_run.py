@@ -123,7 +123,7 @@ def test_workers_that_join_get_work() -> None:
     """However few there were when the run began."""
     names = [str(i) for i in range(100)]
     at = []
-    small = LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None)
+    small = LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0")
     with small as cluster, Client(cluster) as client:
         for _, worker in run(client, [Wave(names, tasks(names, _who, label="who"))], "asking"):
             at.append(worker)

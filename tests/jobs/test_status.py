@@ -53,7 +53,7 @@ def test_the_status_of_a_run_comes_from_its_files(
     with pytest.raises(RuntimeError):
         dic.curate(made.folder.as_posix(), out, monitor=Looks(), client=client, **options)
     assert f"on {os.uname().nodename} (process {os.getpid()}), since 20" in seen[-1]
-    assert re.search("3 of 8 shards, [6-8] images, 0 errors", seen[-1])
+    assert re.search(r"3 of 8 shards, ([6-9]|1\d) images, 0 errors", seen[-1])  # of shards at work, too
     assert "images/s, about " in seen[-1]
     # The same as it was left by another machine, an hour ago; and by a process of this one that is gone.
     (path,) = (out / "scores").glob(".unfinished-*.json")
