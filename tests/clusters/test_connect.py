@@ -46,7 +46,7 @@ def processes(folder: Path, *commands: Sequence[str], env: Mapping[str, str] | N
             yield str(file)
         finally:
             for process in started[::-1]:
-                process.terminate()
+                process.kill()  # workers whose scheduler is gone may wait for it
             for process in started:
                 process.wait(timeout=30)
 
@@ -150,7 +150,7 @@ def test_machines_that_lack_the_package_are_named(tmp_path: Path) -> None:
                 with told, place(client, "pandas", Monitor()):
                     pass
         finally:
-            process.terminate()
+            process.kill()
             process.wait(timeout=30)
 
 

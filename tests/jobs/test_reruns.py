@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,14 +127,13 @@ def test_a_damaged_memory_costs_nothing(content: str, made: SampleShards, tmp_pa
     assert (again.shards_scored, again.samples) == (0, 2)
 
 
-def test_a_hundred_thousand_shards_are_ten_seconds_of_graphs() -> None:
-    """Those of a tenth of them, made as a run makes them."""
+def test_many_shards_are_a_task_each() -> None:
+    """In graphs made as a run makes them; `benchmarks/driver.py` measures how long that takes."""
     names = [f"/data/{i:06d}.tar" for i in range(10_000)]
     plan, _ = make_plan(names, ScoreOptions(model="starter", backend="pandas"), None, Monitor())
     targets = {name: Target(name, name + ".parquet", "size=1 mtime_ns=1") for name in names}
     last = Last(settled_where(None))
-    begin, tasks = time.process_time(), 0
+    tasks = 0
     for wave in waves(names, lambda part: score_graph([targets[name] for name in part], plan, last)):
         tasks += len(wave.frame.optimize().__dask_graph__())
     assert tasks == len(names)
-    assert time.process_time() - begin < 1.5  # 1 for the goal, and some for a busy machine
