@@ -324,7 +324,7 @@ def reduce(
     # `merge` must be associative. With `columns`, the function gets Arrow tables of them, each of any rows. Partitions
     # that are here already come as a list.
     if isinstance(df, list):
-        return merge(files.at_once(lambda part: function(part, *args), df))
+        return merge([function(part, *args) for part in df])
     if not is_dask(df):
         return merge([function(df if columns is None else to_arrow(df, columns), *args)])
     if columns is None:
