@@ -165,7 +165,7 @@ def together(parts: Sequence[list[Picked]], at_once: int) -> list[list[Picked]]:
     for part in parts:
         more = sum(item.kept for item in part)
         if found and rows + more <= most and len(found[-1]) + len(part) <= at_once:
-            found[-1] = [*found[-1], *part]
+            found[-1].extend(part)
             rows += more
         else:
             found.append(list(part))

@@ -231,7 +231,7 @@ def curate(
     given = ScoreOptions(**options)
     where = combine(where, min_aesthetic, max_nsfw)
     curated = files.join(folder, "shards")
-    if (pictures := pictures_of(urlpath)) is not None:
+    if (pictures := pictures_of(urlpath, folder)) is not None:
         packed = files.join(folder, "packed")
         monitor.note(f"{pictures} holds no tars: its pictures are packed into {packed}.")
         urlpath = pack(

@@ -19,7 +19,7 @@ from ..engine.run import Place, place, run, tasks, waves
 from ..monitor import Monitor
 from ..results import count
 from ..steps.read import URLPath
-from ..steps.write import parse_size
+from ..steps.write import own_errors, parse_size
 from ..storage import files
 from ..storage.samples import IMAGE_EXTENSIONS
 from ..storage.urls import fingerprint
@@ -109,8 +109,9 @@ def pack(
     monitor = monitor or Monitor()
     folder, reading, writing = files.absolute(out), dict(storage_options or {}), dict(out_options or {})
     root = files.absolute(source)
-    found = _listed(root, reading)
-    if tables := [url for url in found if url.endswith(".parquet")]:
+    found = _listed(root, reading, folder)
+    tables = [url for url in found if url.lower().endswith(".parquet")]
+    if tables and not any(map(_is_picture, found)):
         parts = _parts_of_tables(tables, folder, image, max_count, reading)
     else:
         samples, ignored = _samples(root, found)
@@ -121,42 +122,58 @@ def pack(
         raise FileNotFoundError(
             f"no pictures in {root}: expected {', '.join(sorted(IMAGE_EXTENSIONS)[:8])} … or Parquet"
         )
-    record = _record(root, found, image, [part.url for part in parts])
-    if files.read_text(files.join(folder, _RECORD), writing) == record:
-        return [part.url for part in parts]
-    there = files.list_files(folder, ".tar", writing)
-    if there and not overwrite:
-        raise FileExistsError(
-            f"{folder} holds shards of something else ({there[0]}): choose another folder, or --overwrite"
-        )
-    files.make_folder(folder)
-    for url in {*there} - {part.url for part in parts}:
-        files.remove(url, writing)
-    monitor.writing(len(parts))
     by_url = {part.url: part for part in parts}
+    files.make_folder(folder)
+    there = _claim(folder, _record(root, parts, image, found), overwrite, writing)
+    todo = [url for url in by_url if url not in there]
+    monitor.writing(len(todo))
 
     def build(names: Sequence[str]) -> Any:
         return tasks([by_url[name] for name in names], _pack, image, reading, writing, label="pack")
 
-    with files.no_partial(folder), place(client, "pandas", monitor, light=True) as lent:
-        for url, samples_written in run(lent, waves(list(by_url), build), "packing"):
+    with own_errors(), files.no_partial(folder), place(client, "pandas", monitor, light=True) as lent:
+        for url, samples_written in run(lent, waves(todo, build), "packing"):
             monitor.wrote({"shard": url.rpartition("/")[2], "count": samples_written})
-    with files.write_whole(files.join(folder, _RECORD), writing) as file:
-        file.write(record.encode())
     return list(by_url)
 
 
-def pictures_of(source: URLPath) -> str | None:
-    """The folder, where it is one of pictures or tables without shards; None for anything else."""
+def pictures_of(source: URLPath, out: str) -> str | None:
+    """The folder, where it is one of pictures or tables and has no shards; None for anything else."""
     items = [source] if isinstance(source, str | os.PathLike) else list(source)
     if len(items) != 1 or not files.is_local(folder := os.fspath(items[0])) or not files.local_path(folder).is_dir():
         return None
-    endings = {url.rpartition(".")[2].lower() for url in _listed(files.absolute(folder), {})}
-    return folder if "tar" not in endings and endings & {*IMAGE_EXTENSIONS, "parquet"} else None
+    if any(url.lower().endswith(".tar") for url in files.list_files(folder, "")):
+        return None
+    found = _listed(files.absolute(folder), {}, files.absolute(out))
+    return folder if any(_is_picture(url) or url.lower().endswith(".parquet") for url in found) else None
 
 
-def _listed(root: str, options: Mapping[str, Any]) -> dict[str, int]:
-    """Files below a folder, or the file itself, sorted, and their sizes; hidden ones are left out."""
+def _is_picture(url: str) -> bool:
+    return url.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def _claim(folder: str, record: str, overwrite: bool, options: Mapping[str, Any]) -> set[str]:
+    """Make a folder one of such shards, and return those that it has: each was written whole."""
+    there = set(files.list_files(folder, ".tar", options))
+    known = files.read_text(files.join(folder, _RECORD), options)
+    ours = {files.join(folder, f"{i:05d}.tar") for i in range(json.loads(known)["shards"])} if known else set()
+    if foreign := sorted(there - ours):
+        raise FileExistsError(f"{foreign[0]} was not packed from anything: choose another folder, or move it away")
+    if known == record:
+        return there
+    if there and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds shards of something else ({min(there)}): choose another folder, or --overwrite"
+        )
+    for url in there:
+        files.remove(url, options)
+    with files.write_whole(files.join(folder, _RECORD), options) as file:
+        file.write(record.encode())
+    return set()
+
+
+def _listed(root: str, options: Mapping[str, Any], out: str) -> dict[str, int]:
+    """Files below a folder, or the file itself, sorted, and their sizes; without hidden ones, and those in `out`."""
     if files.is_local(root):
         path = files.local_path(root)
         if path.is_file():
@@ -166,16 +183,19 @@ def _listed(root: str, options: Mapping[str, Any]) -> dict[str, int]:
         fs, inside = files.file_system(root, options)
         infos = files.persist(root, lambda: fs.find(inside, detail=True))
         found = {fs.unstrip_protocol(name): int(info["size"]) for name, info in infos.items()}
-    below = len(root.rstrip("/")) + 1
-    return {url: found[url] for url in sorted(found) if not any(p.startswith(".") for p in url[below:].split("/"))}
+    below, inside = len(root.rstrip("/")) + 1, f"{out.rstrip('/')}/"
+    shown = [url for url in sorted(found) if not any(name.startswith(".") for name in url[below:].split("/"))]
+    return {url: found[url] for url in shown if not url.startswith(inside)}
 
 
-def _record(root: str, found: Mapping[str, int], image: str | None, targets: Sequence[str]) -> str:
-    """What decides the shards: the files and their versions."""
+def _record(root: str, parts: Sequence[Part], image: str | None, sizes: Mapping[str, int]) -> str:
+    """What decides the shards: the files, their versions, and how they are cut."""
     digest = hashlib.sha256()
-    for url, size in found.items():
-        digest.update(f"{url}\0{size}\0{fingerprint(url) if files.is_local(url) else ''}\n".encode())
-    return json.dumps({"source": root, "files": digest.hexdigest(), "image": image, "shards": len(targets)}, indent=1)
+    for part in parts:
+        digest.update(f"{part.samples}\0{part.table}\0{part.start}\0{part.rows}\n".encode())
+        for url in [url for _, members in part.samples for _, url in members] or [part.table]:
+            digest.update(f"{sizes[url]}\0{fingerprint(url) if files.is_local(url) else ''}\n".encode())
+    return json.dumps({"source": root, "files": digest.hexdigest(), "image": image, "shards": len(parts)}, indent=1)
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -190,7 +210,7 @@ def _samples(root: str, found: Iterable[str]) -> tuple[dict[str, dict[str, str]]
     for url in found:
         path = PurePosixPath(url[below:] or url.rpartition("/")[2])
         extension = path.suffix.lower().removeprefix(".")
-        if extension not in IMAGE_EXTENSIONS:
+        if not _is_picture(url):
             others.append((url, path))
             continue
         stem = str(path.with_suffix(""))
@@ -253,8 +273,9 @@ def _rows(part: Part, image: str | None, options: Mapping[str, Any]) -> Iterator
             if at + len(batch) > part.start and at < part.start + part.rows:
                 for number, row in enumerate(batch.to_pylist(), at):
                     if part.start <= number < part.start + part.rows:
-                        own = str(row.pop(key)) if key is not None else f"{stem}/{number:09d}"
-                        yield own.replace(".", "_"), _members(row, column)
+                        own = row.pop(key) if key is not None else None
+                        named = f"{stem}/{number:09d}" if own is None else str(own).replace(".", "_")
+                        yield named, _members(row, column)
             at += len(batch)
 
 
@@ -271,7 +292,8 @@ def _members(row: dict[str, Any], column: str) -> dict[str, bytes]:
             members["txt"] = row[name].encode()
             break
     rest = {name: value for name, value in row.items() if not isinstance(value, bytes) and not _has_bytes(value)}
-    if rest:
+    rest = {name: None if value != value else value for name, value in rest.items()}  # NaN is not JSON
+    if rest or not members:  # a row of nothing is a sample, too
         members["json"] = json.dumps(rest, ensure_ascii=False, default=str).encode()
     return members
 
@@ -304,7 +326,11 @@ def _pack(part: Part, image: str | None, reading: Mapping[str, Any], writing: Ma
     """Write one shard; returns its samples."""
     with files.write_whole(part.url, writing) as file, tarfile.open(fileobj=file, mode="w") as tar:
         if part.table:
+            keys = set()
             for key, members in _rows(part, image, reading):
+                if key in keys:
+                    raise ValueError(f"{part.table} has several rows of the key {key!r}: they would be one sample")
+                keys.add(key)
                 for extension, data in members.items():
                     _add(tar, f"{key}.{extension}", io.BytesIO(data), len(data))
             return part.rows

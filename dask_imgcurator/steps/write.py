@@ -328,12 +328,12 @@ def to_webdataset(
         written = dask.delayed(write_partition)(df, (0, kept.tars), spec, not overwrite)
         later = dask.delayed(_finish)([written], spec)
         return later.compute(scheduler="synchronous") if compute else later
-    with _own_errors():
+    with own_errors():
         return _write_dask(df, spec, not overwrite, compute)
 
 
 @contextlib.contextmanager
-def _own_errors() -> Iterator[None]:
+def own_errors() -> Iterator[None]:
     """Raise what a partition raised, not the `JobError` around it."""
     try:
         yield

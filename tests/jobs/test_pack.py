@@ -143,3 +143,55 @@ def test_two_samples_of_one_key(tmp_path: Path) -> None:
 def test_nothing_to_pack(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no pictures in"):
         dic.pack(tmp_path, tmp_path / "out")
+
+
+def test_what_else_is_in_the_folder_is_never_removed(photos: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, _ = photos
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "00000.tar").write_bytes(b"somebody's originals")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"00000.tar was not packed from anything"):
+            dic.pack(folder, tmp_path / "shards", overwrite=overwrite)
+    assert (tmp_path / "shards" / "00000.tar").read_bytes() == b"somebody's originals"
+
+
+def test_a_run_that_was_stopped_goes_on_and_another_cut_is_another(photos: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, expected = photos
+    shards = dic.pack(folder, tmp_path / "shards", max_count=2)
+    whole = [Path(shard).read_bytes() for shard in shards]
+    Path(shards[1]).unlink()  # as a run leaves it that was stopped
+    kept = Path(shards[0]).stat().st_mtime_ns
+    assert dic.pack(folder, tmp_path / "shards", max_count=2) == shards
+    assert [Path(shard).read_bytes() for shard in shards] == whole
+    assert Path(shards[0]).stat().st_mtime_ns == kept
+    with pytest.raises(FileExistsError, match="shards of something else"):
+        dic.pack(folder, tmp_path / "shards", max_size=sum(map(len, whole)) // 3)
+    assert read(dic.pack(folder, tmp_path / "shards", max_count=9, overwrite=True)) == expected
+
+
+def test_results_may_lie_in_the_folder_of_pictures(photos: tuple[Path, Any]) -> None:
+    folder, expected = photos
+    (folder / "metadata.parquet").write_bytes(b"of some other tool")  # pictures come first
+    out = folder / "out"
+    for _ in range(2):  # and the same command resumes
+        result = dic.curate(folder, out, model="starter", measures=False, where="width > 0", client=1)
+        assert (result.samples, result.kept) == (5, 4)
+    assert read(dic.pack(folder, out / "packed")) == expected
+
+
+def test_no_row_of_a_table_is_lost(tmp_path: Path) -> None:
+    table = pa.table({"image": pa.array([encoded("PNG"), None], pa.binary())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = read(dic.pack(tmp_path / "a.parquet", tmp_path / "a"))
+    assert [sorted(sample) for sample in found.values()] == [["png"], ["json"]]
+    numbers = table.append_column("id", pa.array([None, 7])).append_column("x", pa.array([float("nan"), 1.5]))
+    pq.write_table(numbers, tmp_path / "b.parquet")
+    found = read(dic.pack(tmp_path / "b.parquet", tmp_path / "b"))
+    assert list(found) == ["b/000000000", "7"]
+    assert [json.loads(sample["json"], parse_constant=pytest.fail) for sample in found.values()] == [
+        {"x": None},
+        {"x": 1.5},
+    ]
+    pq.write_table(table.append_column("id", pa.array(["a.b", "a_b"])), tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match=r"several rows of the key 'a_b'"):
+        dic.pack(tmp_path / "c.parquet", tmp_path / "c")
