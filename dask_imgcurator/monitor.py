@@ -67,11 +67,14 @@ class Monitor:
     def progress(self, state: Progress) -> None:
         """Images were done."""
 
+    def packing(self, total: int) -> None:
+        """Pictures are packed: shards in all."""
+
     def writing(self, total: int) -> None:
         """Writing begins: curated shards in all."""
 
     def wrote(self, shard: Mapping[str, Any]) -> None:
-        """A curated shard was written or taken over."""
+        """A shard was packed, or a curated one written or taken over: its ``shard``, ``count``, ``nbytes``."""
 
 
 class ShardProgress:

@@ -92,6 +92,10 @@ class _Lines(monitor.Monitor):
         if self._is_time(state.images, state.expected):
             self.console.print(f"scoring: {_told(state, time.monotonic() - self._begin)}")
 
+    def packing(self, total: int) -> None:
+        self.console.print(f"packing {count(total, 'shard')}")
+        self._restart(total)
+
     def writing(self, total: int) -> None:
         self.console.print(f"writing {count(total, 'curated shard')}")
         self._restart(total)
@@ -99,7 +103,7 @@ class _Lines(monitor.Monitor):
     def wrote(self, shard: Mapping[str, Any]) -> None:
         self._wrote += 1
         if self._is_time(self._wrote, self._total):
-            self.console.print(f"writing: {self._wrote:,}/{self._total:,} curated shards")
+            self.console.print(f"{self._wrote:,}/{count(self._total, 'shard')} written")
 
     def _restart(self, total: int = 0) -> None:
         self._begin = self._told = time.monotonic()
@@ -140,6 +144,10 @@ class _Live(_Lines):
         assert self._task is not None
         text = _told(state, time.monotonic() - self._begin)
         self._progress.update(self._task, total=max(1, state.expected), completed=state.images, text=text)
+
+    def packing(self, total: int) -> None:
+        super().packing(total)
+        self._next("packing", total=total)
 
     def writing(self, total: int) -> None:
         super().writing(total)
@@ -209,6 +217,10 @@ class _Logged(monitor.Monitor):
         if time.monotonic() - self._told >= _EVERY or state.shards == state.total_shards:
             self._told = time.monotonic()
             self.event("progress", **asdict(state))
+
+    def packing(self, total: int) -> None:
+        self._shown.packing(total)
+        self.event("packing", shards=total)
 
     def writing(self, total: int) -> None:
         self._shown.writing(total)

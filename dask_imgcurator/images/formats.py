@@ -213,11 +213,16 @@ def format_table() -> list[tuple[str, str, str]]:
     return rows
 
 
+def format_of(data: bytes) -> str | None:
+    """Return a file's format (a key of `FORMATS`) by how it begins; None for anything else."""
+    return next((name for name, format_ in FORMATS.items() if re.match(format_.begin, data, re.DOTALL)), None)
+
+
 def recognise(data: bytes) -> str:
     """Return a file's format (a key of `FORMATS`), ready for Pillow to open."""
     if not data:
         raise BadImage("decode_error", "the file is empty (0 bytes)")
-    name = next((name for name, format_ in FORMATS.items() if re.match(format_.begin, data, re.DOTALL)), None)
+    name = format_of(data)
     if name is None:
         known = ", ".join(format_.title for format_ in FORMATS.values())
         raise BadImage("decode_error", f"no image format known here (starts with {data[:8].hex(' ')}; known: {known})")

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..engine.run import Place, place, run, tasks, waves
+from ..images.formats import format_of
 from ..monitor import Monitor
 from ..results import count
 from ..steps.read import URLPath
@@ -31,16 +32,8 @@ _RECORD = ".packed.json"
 _KEYS = ("__key__", "key", "uid", "id")
 _BYTES, _PATH = "bytes", "path"
 
-#: Extension of what begins so, where a row does not tell.
-_MAGIC = {
-    b"\xff\xd8\xff": "jpg",
-    b"\x89PNG": "png",
-    b"GIF8": "gif",
-    b"BM": "bmp",
-    b"RIFF": "webp",
-    b"II": "tif",
-    b"MM": "tif",
-}
+#: Extensions of formats that have others than their names.
+_EXTENSIONS = {"JPEG": "jpg", "JPEG2000": "jp2"}
 
 
 @dataclass(frozen=True)
@@ -126,14 +119,15 @@ def pack(
     files.make_folder(folder)
     there = _claim(folder, _record(root, parts, image, found), overwrite, writing)
     todo = [url for url in by_url if url not in there]
-    monitor.writing(len(todo))
+    if todo:
+        monitor.packing(len(todo))
 
     def build(names: Sequence[str]) -> Any:
         return tasks([by_url[name] for name in names], _pack, image, reading, writing, label="pack")
 
     with own_errors(), files.no_partial(folder), place(client, "pandas", monitor, light=True) as lent:
-        for url, samples_written in run(lent, waves(todo, build), "packing"):
-            monitor.wrote({"shard": url.rpartition("/")[2], "count": samples_written})
+        for _, stats in run(lent, waves(todo, build), "packing"):
+            monitor.wrote(stats)
     return list(by_url)
 
 
@@ -285,8 +279,8 @@ def _members(row: dict[str, Any], column: str) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     if data is not None:
         named = PurePosixPath(path or "").suffix.lower().removeprefix(".")
-        known = next((name for magic, name in _MAGIC.items() if data.startswith(magic)), "jpg")
-        members[named if named in IMAGE_EXTENSIONS else known] = data
+        known = format_of(data) or "JPEG"  # what is none is told when it is decoded
+        members[named if named in IMAGE_EXTENSIONS else _EXTENSIONS.get(known, known.lower())] = data
     for name in ("caption", "text"):
         if isinstance(row.get(name), str):
             members["txt"] = row[name].encode()
@@ -322,25 +316,30 @@ def _image_column(schema: pa.Schema, image: str | None, url: str) -> str:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _pack(part: Part, image: str | None, reading: Mapping[str, Any], writing: Mapping[str, Any]) -> int:
-    """Write one shard; returns its samples."""
-    with files.write_whole(part.url, writing) as file, tarfile.open(fileobj=file, mode="w") as tar:
-        if part.table:
-            keys = set()
-            for key, members in _rows(part, image, reading):
-                if key in keys:
-                    raise ValueError(f"{part.table} has several rows of the key {key!r}: they would be one sample")
-                keys.add(key)
-                for extension, data in members.items():
-                    _add(tar, f"{key}.{extension}", io.BytesIO(data), len(data))
-            return part.rows
-        for key, sources in part.samples:
-            for extension, url in sources:
-                with files.opened(url, reading) as source:
-                    size = source.seek(0, os.SEEK_END)
-                    source.seek(0)
-                    _add(tar, f"{key}.{extension}", source, size)
-    return len(part.samples)
+def _pack(part: Part, image: str | None, reading: Mapping[str, Any], writing: Mapping[str, Any]) -> dict[str, Any]:
+    """Write one shard; returns its name, samples and bytes."""
+    with files.write_whole(part.url, writing) as file:
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            if part.table:
+                _pack_rows(tar, part, image, reading)
+            for key, sources in part.samples:
+                for extension, url in sources:
+                    with files.opened(url, reading) as source:
+                        size = source.seek(0, os.SEEK_END)
+                        source.seek(0)
+                        _add(tar, f"{key}.{extension}", source, size)
+        nbytes = file.tell()
+    return {"shard": part.url.rpartition("/")[2], "count": part.rows or len(part.samples), "nbytes": nbytes}
+
+
+def _pack_rows(tar: tarfile.TarFile, part: Part, image: str | None, reading: Mapping[str, Any]) -> None:
+    keys = set()
+    for key, members in _rows(part, image, reading):
+        if key in keys:
+            raise ValueError(f"{part.table} has several rows of the key {key!r}: they would be one sample")
+        keys.add(key)
+        for extension, data in members.items():
+            _add(tar, f"{key}.{extension}", io.BytesIO(data), len(data))
 
 
 def _add(tar: tarfile.TarFile, name: str, source: Any, size: int) -> None:

@@ -92,8 +92,13 @@ def test_curate_takes_a_folder_of_pictures(photos: tuple[Path, Any], tmp_path: P
     folder, expected = photos
     out = tmp_path / "out"
     common = ["--model", "starter", "--n-workers", "1", "--column", "license", "--where", "width > 0"]
-    done = CliRunner().invoke(cli, ["curate", str(folder), "--out", str(out), *common])
+    log = tmp_path / "log"
+    done = CliRunner().invoke(cli, ["curate", str(folder), "--out", str(out), *common, "--log", str(log)])
     assert done.exit_code == 0, done.output
+    assert "packing 1 shard\n" in done.stderr
+    packed = (out / "packed" / "00000.tar").stat().st_size
+    wrote = [event for event in map(json.loads, log.open()) if event["event"] == "wrote"]
+    assert (wrote[0]["shard"], wrote[0]["samples"], wrote[0]["nbytes"]) == ("00000.tar", 5, packed)
     table = pd.read_parquet(out / "scores")
     assert table["status"].value_counts().to_dict() == {"ok": 4, "decode_error": 1}
     assert table.set_index("key")["license"].dropna().to_dict() == {"cat": "cc0"}
@@ -105,7 +110,7 @@ def test_curate_takes_a_folder_of_pictures(photos: tuple[Path, Any], tmp_path: P
 
 @pytest.mark.parametrize("layout", ["huggingface", "plain", "two columns"])
 def test_tables_of_images(layout: str, tmp_path: Path) -> None:
-    pictures = [encoded("JPEG"), encoded("PNG"), None, encoded("WEBP")]
+    pictures = [encoded("JPEG"), encoded("PNG"), None, encoded("AVIF" if layout == "plain" else "WEBP")]
     names = ["a.jpg", "b.png", None, None]
     columns: dict[str, Any] = {"image": pictures, "caption": ["one", None, "three", "four"], "score": [1, 2, None, 4]}
     if layout == "huggingface":
@@ -124,7 +129,11 @@ def test_tables_of_images(layout: str, tmp_path: Path) -> None:
     keys = ["k1", "k2", "k3", "k_4"] if layout == "two columns" else [f"train/{i:09d}" for i in range(4)]
     assert list(found) == keys
     first, second, third, fourth = (found[key] for key in keys)
-    assert (first["jpg"], second["png"], fourth["webp"]) == (pictures[0], pictures[1], pictures[3])
+    assert (first["jpg"], second["png"], fourth["avif" if layout == "plain" else "webp"]) == (
+        pictures[0],
+        pictures[1],
+        pictures[3],
+    )
     assert (first["txt"], third["txt"]) == (b"one", b"three")
     assert "txt" not in second and set(third) == {"txt", "json"}
     assert json.loads(fourth["json"])["score"] == 4
