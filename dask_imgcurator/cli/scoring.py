@@ -69,13 +69,8 @@ def curate(shards: tuple[str, ...], out: str, log: str | None, quiet: bool, step
     Kept samples keep all their members, byte for byte. Completed work is saved; rerun the same command to resume.
     """
     from ..jobs.curate import curate as run
-    from ..select.where import Where
     from . import summary
 
-    # Expressions alone are judged while the shards are scored; what ranks needs them all.
-    if all(isinstance(step, Where) for step in steps):
-        texts = [f"({step.text})" if len(steps) > 1 and " or " in step.text.lower() else step.text for step in steps]
-        options["where"], steps = " and ".join(texts) or None, []
     with _shown_all_the_same(quiet), display(quiet, log) as monitor:
         result = run(list(shards), out, steps=steps, monitor=monitor, **given_of(remote(options)))
     if not quiet:

@@ -168,6 +168,13 @@ def train(rows: Rows, there: np.ndarray, backend: Backend, n_cells: int | None, 
     return np.concatenate([centroids[~large], *split])
 
 
+def nearest(vectors: torch.Tensor, centres: torch.Tensor, squares: torch.Tensor, n: int) -> Any:
+    """The n nearest centroids of each vector, by the square of the distance less that of the vector: (m, n) each."""
+    import torch
+
+    return torch.addmm(squares, vectors, centres.T, alpha=-2).topk(n, largest=False)
+
+
 def assign(rows: Rows, there: np.ndarray, centroids: np.ndarray, device: str, probe: int) -> tuple[Any, Any]:
     """Find the nearest cells of rows, (n, probe) int32, and the cosine to the centroid of the first: (n,) float32."""
     import torch
@@ -178,8 +185,7 @@ def assign(rows: Rows, there: np.ndarray, centroids: np.ndarray, device: str, pr
 
     def work(block: slice) -> tuple[np.ndarray, np.ndarray]:
         some = rows.tensor(device, there[block])
-        # Squares of the distances, less that of the vector, which is the same for all cells.
-        found = torch.addmm(squares, some, centres.T, alpha=-2).topk(probe, largest=False).indices
+        found = nearest(some, centres, squares, probe)[1]
         return found.cpu().numpy().astype(np.int32), (some * directions[found[:, 0]]).sum(1).cpu().numpy()
 
     cells, central = np.empty((len(there), probe), np.int32), np.empty(len(there), np.float32)

@@ -27,7 +27,7 @@ from ..runs.records import COMMON, Run, note_unfinished
 from ..select import selection
 from ..select.settle import settled_where
 from ..select.steps import Step, expand_steps
-from ..select.where import combine, parse_where
+from ..select.where import Where, combine, conjunction, parse_where
 from ..steps.read import URLPath
 from ..steps.score_table import ScoreFiles, check_makers, open_scores, scores_from_files
 from ..steps.write import Group, check_keys, plan_write, run_write, write_spec
@@ -229,7 +229,9 @@ def curate(
     folder = os.fspath(out)
     result = RunResult(folder, notes=monitor.notes)
     given = ScoreOptions(**options)
-    where = combine(where, min_aesthetic, max_nsfw)
+    where, then = combine(where, min_aesthetic, max_nsfw), list(expand_steps(steps))
+    if then and all(isinstance(step, Where) for step in then):  # judged while shards are scored; what ranks needs all
+        where, then = conjunction([*([where] if where is not None else []), *(step.text for step in then)]), []
     curated = files.join(folder, "shards")
     if (pictures := pictures_of(urlpath, folder)) is not None:
         packed = files.join(folder, "packed")
@@ -248,7 +250,6 @@ def curate(
     if not overwrite:
         check_replaced(curated, urls, given.out_options)
     plan, parsed = make_plan(urls, given, where, monitor, client)
-    then = list(expand_steps(steps))
     selection.check_steps(then, plan.kinds)
     last = Last(settled_where(parsed, planned=plan.planned), None if then else spec, plan.chosen)
     scores, run_of = files.join(folder, "scores"), Run(resume, overwrite, monitor, result)

@@ -48,7 +48,12 @@ class Settling:
     df: Any
     settled: Settled
     digests: Any = None
-    groups: list[list[Any]] | None = None  # what each partition of the digests was read from
+    source: tuple[Reader, list[Sequence[Any]]] | None = None  # what the frame is read by, and its partitions' items
+
+    @property
+    def groups(self) -> list[list[Any]]:
+        """What each partition of the digests was read from, if there is a source."""
+        return grouped(*self.source) if self.source is not None else []
 
     def add(self, condition: Condition) -> None:
         """Append a condition."""
@@ -61,13 +66,13 @@ class Settling:
             self.digests = [digest(to_arrow(self.df, names), self.settled)]
             return self.digests
         meta = digest(to_arrow(meta_of(self.df), names), self.settled)
-        if (source := source_of(self.df)) is None:
+        self.source = source_of(self.df)
+        if self.source is None:
             lazy = map_tables(self.df, names, digest, self.settled, meta=meta, label="digest")
         else:
-            self.groups = grouped(*source)
             meta["item"] = np.empty(0, np.int32)
             with objects_stay():
-                lazy = from_map(_digest_items, self.groups, "digest", meta, args=[source[0], names, self.settled])
+                lazy = from_map(_digest_items, self.groups, "digest", meta, args=[self.source[0], names, self.settled])
         # Dask would hash frames that it persists in this process.
         self.digests = lazy.persist() if current_client() is not None else list(dask.compute(*lazy.to_delayed()))
         return self.digests
@@ -94,16 +99,14 @@ class Settling:
             found: Counts = reduce(self.digests, _count_digests, Counts.sum, self.settled)
             return found
         columns = [name for name in self.settled.columns if name in self.df.columns] or list(self.df.columns[:1])
-        counts: Counts = reduce(self.df, _count, Counts.sum, self.settled, columns=columns)
+        counts: Counts = reduce(self.df, self.settled.count, Counts.sum, columns=columns)
         return counts
 
     def filter(self) -> Any:
         """Keep the selected rows of the frame; lazily, if it is."""
-        source = source_of(self.df) if self.groups is not None else None
-        if source is None or source[0].filters:
+        if self.source is None or self.source[0].filters:
             return self.settled.filter(self.df)
-        reader, items = source
-        sizes = [len(group) for group in self.groups or ()]
+        (reader, items), sizes = self.source, [len(group) for group in self.groups]
         if isinstance(self.digests, list):
             found: Iterator[Any] = (
                 _kept_by_item(*pair, self.settled) for pair in zip(self.digests, sizes, strict=True)
@@ -145,8 +148,8 @@ class Settling:
         order = random_order(self.df, 0, f"`{text}` has ties to break and")
         self.settled = replace(self.settled, tied=order)
         which = partial(_tied, before=before, i=i, key=key)
-        if self.groups is not None and (source := source_of(self.df)) is not None:
-            beside, function = self.groups, partial(_with_read_ties, reader=source[0], order=order, which=which)
+        if self.source is not None:
+            beside, function = self.groups, partial(_with_read_ties, reader=self.source[0], order=order, which=which)
         else:
             beside, function = self.df[list(order.columns)], partial(_with_ties, order=order, which=which)
         if isinstance(self.digests, list):
@@ -265,10 +268,6 @@ def _set_ties(digests: pd.DataFrame, rows: np.ndarray, keys: np.ndarray) -> pd.D
 
 def _count_digests(digests: pd.DataFrame, settled: Settled) -> Counts:
     return counts_of(settled, settled.judge_digest(digests), pa.table({}))
-
-
-def _count(table: pa.Table, settled: Settled) -> Counts:
-    return settled.count(table)
 
 
 def _kept_by_item(digests: pd.DataFrame, items: int, settled: Settled) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,11 +98,17 @@ def combine(where: str | None = None, min_aesthetic: float | None = None, max_ns
             raise ValueError(f"the threshold for {condition.split()[0]} must be a finite number, not {value!r}")
         if value is not None:
             parts.append(f"{condition} {repr(float(value)).removesuffix('.0')}")
-    if where is not None:
-        text = parse_where(where).text
-        node = parse(text)[0]
+    return conjunction([*([where] if where is not None else []), *parts])
+
+
+def conjunction(texts: Sequence[str]) -> str | None:
+    """Join expressions by `and`; None if there is none."""
+    parts = []
+    for text in texts:
+        whole = parse_where(text).text
+        node = parse(whole)[0]
         is_or = isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or)
-        parts.insert(0, f"({text})" if is_or and parts else text)
+        parts.append(f"({whole})" if is_or and len(texts) > 1 else whole)
     return " and ".join(parts) or None
 
 

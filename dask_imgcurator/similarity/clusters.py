@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from ..duplicates.cells import nearest
 from ..engine.backend import backend_of, is_dask
 from ..engine.device import full_float32
 from ..engine.frames import apply_step, refuse_text, require_columns
@@ -114,13 +115,11 @@ def _distances(unit: torch.Tensor, centroids: np.ndarray) -> tuple[torch.Tensor,
     import torch
 
     centres = torch.from_numpy(centroids).to(unit.device)
-    half, found, away = (centres**2).sum(1) / 2, [], []
+    squares = (centres**2).sum(1)
     with full_float32(True):
-        for part in unit.split(_BLOCK):
-            best, at = (part @ centres.T - half).max(1)
-            found.append(at)
-            away.append((1 - 2 * best).clamp(min=0).sqrt())
-    return torch.cat(found), torch.cat(away)
+        found = [nearest(part, centres, squares, 1) for part in unit.split(_BLOCK)]
+    at, away = (torch.cat([pair[i] for pair in found])[:, 0] for i in (1, 0))
+    return at, (1 + away).clamp(min=0).sqrt()
 
 
 def _nearest(frame: Any, use: ClusterUse) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
