@@ -207,9 +207,12 @@ def check_shards(urls: Sequence[str], storage_options: Mapping[str, Any] | None 
 def find_version(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
     """Identify a shard's version without reading it: size, and ETag or modification time; OSError where it cannot."""
     if is_local(url):
-        stat = local_path(url).stat()
-        return f"size={stat.st_size} mtime_ns={stat.st_mtime_ns}"
+        return _describe_stat(local_path(url).stat())
     return version(url, storage_options)
+
+
+def _describe_stat(found: os.stat_result) -> str:
+    return f"size={found.st_size} mtime_ns={found.st_mtime_ns}"
 
 
 def find_versions(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[str | None]:
@@ -251,8 +254,7 @@ def versions_in(folder: str, suffix: str, storage_options: Mapping[str, Any] | N
         for entry in entries:
             if entry.name.endswith(suffix) and not entry.name.startswith("."):
                 with contextlib.suppress(FileNotFoundError):  # since it was listed
-                    stat = entry.stat()
-                    out[entry.path] = f"size={stat.st_size} mtime_ns={stat.st_mtime_ns}"
+                    out[entry.path] = _describe_stat(entry.stat())
     return dict(sorted(out.items()))
 
 
