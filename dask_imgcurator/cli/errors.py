@@ -127,7 +127,7 @@ def _reported(err: BaseException) -> str:
 
 class PlainGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args:  # asked for nothing: what there is, as an answer and not as an error
+        if not args and not ctx.resilient_parsing:  # asked for nothing: what there is, as an answer and not as an error
             click.echo(ctx.get_help())
             ctx.exit()
         with _plain_errors():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -388,3 +389,15 @@ def test_cheap_commands_import_no_torch(scores: Path, tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.endswith("[]\n"), command
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("sel", "select"), ("", "curate"), ("select --ove", "--overwrite"), ("export --format dat", "datacomp")],
+)
+def test_a_shell_completes_commands_and_options(words: str, expected: str) -> None:
+    line = f"dask-imgcurator {words}"
+    shell = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+    done = run(env={**os.environ, **shell, "_DASK_IMGCURATOR_COMPLETE": "bash_complete"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"plain,{expected}" in done.stdout.splitlines()
