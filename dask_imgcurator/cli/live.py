@@ -82,9 +82,10 @@ class _Lines(monitor.Monitor):
                 self.console.print(f"dashboard: {link}")
 
     def scoring(self, total: int, taken_over: int) -> None:
-        text = f"scoring {count(total - taken_over, 'shard')}"
+        todo = total - taken_over
+        text = f"scoring {count(todo, 'shard')}" if todo else "nothing to score"
         if taken_over:
-            text += f" ({taken_over:,} more are finished already)"
+            text += f" ({count(taken_over, 'shard')} finished already)"
         self.console.print(text)
         self._restart()
 
