@@ -1,7 +1,7 @@
 """Curate image datasets with Dask: a shard is a partition, an image is a row, curation is a DataFrame query.
 
-Importing this package loads next to nothing: each public name is imported when it is used first (``__init__.pyi`` says
-from where).
+Importing this package loads next to nothing: each public name is imported on first use (``__init__.pyi`` says from
+where).
 """
 
 from importlib.metadata import version as _version

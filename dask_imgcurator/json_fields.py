@@ -15,7 +15,7 @@ from .schema import COLUMNS
 #: Arrow types that a user may give to a JSON field.
 FIELD_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
-#: Whole numbers up to here are float64 too.
+#: float64 holds all integers up to here exactly.
 _EXACT = 2**53
 
 
@@ -25,13 +25,13 @@ class JsonField:
 
     column: str
     name: str
-    type: str | None = None  # a key of `FIELD_TYPES`; None: by the values of each shard
-    likely: str | None = None  # type of a shard without values, by the first samples
+    type: str | None = None  # a key of `FIELD_TYPES`; None: decided by each shard's values
+    likely: str | None = None  # type for a shard without values, from the first samples
     guessed: bool = False  # from the first samples: a value that does not fit is an error, not null
 
 
 def parse_columns(columns: Sequence[str] | Mapping[str, str]) -> tuple[JsonField, ...]:
-    """Read what a user wants: ``[COLUMN=]FIELD[:TYPE]`` each, or a mapping of fields to types."""
+    """Parse the requested fields: ``[COLUMN=]FIELD[:TYPE]`` each, or a mapping of fields to types."""
     if isinstance(columns, str):
         raise TypeError(f"columns={columns!r} is a string: give a list, columns=[{columns!r}]")
     if isinstance(columns, Mapping):
@@ -81,7 +81,7 @@ def as_type(value: Any, type_: str) -> Any:
 
 
 def type_of(values: Sequence[Any]) -> str | None:
-    """Type that holds all of some JSON values unchanged; text, as JSON, if no other does; None if all are null."""
+    """Type that holds all the given JSON values unchanged; text, as JSON, if no other does; None if all are null."""
     kinds = {_kind(value) for value in values} - {None}
     if kinds == {"int64", "float64"} and all(abs(v) <= _EXACT for v in values if isinstance(v, int)):
         return "float64"

@@ -22,13 +22,13 @@ class Progress:
     Attributes
     ----------
     images, errors : int
-        Rows done, and of these failed.
+        Rows done, and failed ones among them.
     kept, decided : int
-        Rows that the filter keeps, and rows of the finished shards that it has seen.
+        Rows that the filter keeps, and rows of finished shards that it was applied to.
     expected : int
-        Estimate of all rows: those of the shards that were opened, and their mean for the others.
+        Estimated total of rows: those of the opened shards, and their mean for each other shard.
     shards, total_shards : int
-        Finished, and in all.
+        Finished, and in total.
     """
 
     images: int = 0
@@ -41,40 +41,40 @@ class Progress:
 
 
 class Monitor:
-    """What a run tells while it goes on; the command line shows it. Every method may be overridden.
+    """Receives what a running job reports; the command line shows it. Every method may be overridden.
 
     `progress` is also called from the client's event loop: it must be quick, and must not wait for the cluster.
 
     Attributes
     ----------
     notes : list of str
-        What the user was told; goes into the run's record.
+        The notes so far; they go into the run's record.
     """
 
     def __init__(self) -> None:
         self.notes: list[str] = []
 
     def note(self, text: str) -> None:
-        """Something that the user should know."""
+        """Take a note for the user."""
         self.notes.append(text)
 
     def started(self, client: Client) -> None:
-        """The cluster is there."""
+        """The cluster has started."""
 
     def scoring(self, total: int, taken_over: int) -> None:
-        """Scoring begins: shards in all, and those that an earlier run has finished."""
+        """Scoring begins: number of shards, and how many of them an earlier run has finished."""
 
     def progress(self, state: Progress) -> None:
-        """Images were done."""
+        """Images were scored."""
 
     def packing(self, total: int) -> None:
-        """Pictures are packed: shards in all."""
+        """Packing begins: number of shards."""
 
     def writing(self, total: int) -> None:
-        """Writing begins: curated shards in all."""
+        """Writing begins: number of curated shards."""
 
     def wrote(self, shard: Mapping[str, Any]) -> None:
-        """A shard was packed, or a curated one written or taken over: its ``shard``, ``count``, ``nbytes``."""
+        """A shard was packed, written or reused: its ``shard``, ``count``, ``nbytes``."""
 
 
 class ShardProgress:
@@ -89,7 +89,7 @@ class ShardProgress:
         self._lock = threading.Lock()
 
     def update(self, counts: Mapping[str, Any]) -> None:
-        """Take in an event; a shard that is redone starts at 0."""
+        """Add an event; a retried shard starts at 0."""
         with self._lock:
             before = self._seen.get(counts["shard"], {})
             if before.get("finished"):
@@ -106,7 +106,7 @@ class ShardProgress:
         self._monitor.progress(self.state)
 
     def finish(self, shard: str, counts: Counts) -> None:
-        """Take in a finished shard."""
+        """Add a finished shard."""
         self.state.shards += 1
         self.state.kept += counts.kept
         self.state.decided += counts.rows
@@ -114,8 +114,8 @@ class ShardProgress:
         done = {"shard": shard, "rows": counts.rows, "done": counts.rows, "errors": errors, "finished": True}
         self.update(done)
 
-    def told(self) -> dict[str, Any]:
-        """How far the run is, in plain values."""
+    def values(self) -> dict[str, Any]:
+        """The progress so far, as plain values."""
         with self._lock:
             running = [url.rpartition("/")[2].partition("?")[0] for url in list(self._running)[:8]]
         state = self.state

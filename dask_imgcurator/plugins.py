@@ -26,26 +26,27 @@ HEADS, ENCODERS = "dask_imgcurator.heads", "dask_imgcurator.encoders"
 
 
 class PluginError(ValueError):
-    """What a package registered cannot be found or used."""
+    """A registered head or encoder cannot be found or used."""
 
 
 class OwnEncoder(Protocol):
     """What an entry point of the group ``dask_imgcurator.encoders`` returns when it is called.
 
     The entry point is a callable ``(spec: EncoderSpec, device: str) -> OwnEncoder``. It is called once in each process;
-    ``spec.dtype`` is settled then, and the weights must have it.
+    ``spec.dtype`` is resolved by then, and the weights must have it.
 
     Attributes
     ----------
     preprocess : Preprocess
-        What its images must go through; `Preprocess.from_open_clip` makes one from open_clip's words.
+        How to prepare its images; `Preprocess.from_open_clip` makes one from open_clip's configuration.
     width : int
-        Of its embeddings.
+        Length of its embeddings.
     forward : callable
         From pixels, ``spec.dtype`` (n, 3, height, width) on the device, to embeddings, floating (n, `width`), on the
         device; they are normalised afterwards. One image's embedding must not depend on the others of its batch.
     provenance : mapping, optional
-        What identifies its output beside the spec and the package's version: weights' sha256, say. Text and numbers.
+        What else identifies its output, besides the spec and the package's version: text and numbers, such as the
+        weights' sha256.
     """
 
     preprocess: Preprocess
@@ -68,7 +69,7 @@ def registered(group: str) -> dict[str, EntryPoint]:
 
 
 def load(group: str, name: str) -> Any:
-    """Import what is registered under a name; PluginError if there is none or it cannot be imported."""
+    """Import the object registered under a name; PluginError if there is none or it cannot be imported."""
     known = registered(group)
     if name not in known:
         close = difflib.get_close_matches(name, known, 3)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Characters that move a terminal's cursor, or turn the direction of what follows.
+#: Characters that move a terminal's cursor or change the direction of text.
 _ACTIVE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
     code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 }
@@ -15,12 +15,12 @@ del _ACTIVE[10], _ACTIVE[9]
 
 
 def visible(text: str) -> str:
-    """Text in which nothing acts on a terminal: keys, captions and file names are anyone's."""
+    """Text that cannot control a terminal: keys, captions and file names may come from anyone."""
     return text.translate(_ACTIVE)
 
 
 def count(n: int, noun: str) -> str:
-    """Write a number of things: ``1 shard``, ``1,200 shards``."""
+    """A number with its noun: ``1 shard``, ``1,200 shards``."""
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
@@ -37,25 +37,25 @@ class RunResult:
     by_status : dict
         Rows by ``status``.
     kept : int or None
-        Samples written; None where nothing was selected.
+        Samples written; None if the run selected nothing.
     funnel : list of ConditionCount
         What each condition keeps.
     shards_scored, shards_taken_over : int
-        Source shards of this run, and of earlier ones.
+        Source shards scored by this run, and reused from earlier ones.
     shards_missing : list of str
         Source shards that could not be read, or are no longer there. They have no rows, or those of an earlier run.
     images_scored, scoring_seconds : int, float
-        Of this run, from the first shard's start to the last one's end.
+        This run's, from the start of the first shard to the end of the last.
     loading_seconds : float
         Until the first worker had its model.
     seconds : float
-        The whole run, without the start of the cluster's processes where the caller gave a client.
+        The whole run, without starting the cluster if the caller passed a client.
     written : list of dict
         ``_stats.json`` of each curated shard.
     provenance : dict
         Model, heads, decoder and versions.
     notes : list of str
-        What the user was told.
+        Notes for the user.
     """
 
     out: str
@@ -84,7 +84,7 @@ class ConditionCount:
     condition : str
         Its text.
     alone : int
-        Rows that pass it by itself.
+        Rows that pass it alone.
     left : int
         Rows that pass it and all conditions before it.
     """
@@ -101,9 +101,9 @@ class Counts:
     Attributes
     ----------
     rows, readable, kept : int
-        Of the table, of these readable (``status`` is ``ok``), and of these kept.
+        Rows of the table, readable ones among them (``status`` is ``ok``), and kept ones among those.
     by_status : dict
-        Rows by ``status``, commonest first.
+        Rows by ``status``, most frequent first.
     funnel : list of ConditionCount
         What each condition keeps.
     """

@@ -1,7 +1,7 @@
-"""The columns that this library reads and makes: one table, from which every ``meta``, file schema and page is made.
+"""The columns that this library reads and makes: one table, from which every ``meta``, file schema and page follows.
 
-Image bytes are never a column. A row says where its image lies (`shard`, `offset`, `nbytes`), and the
-step that needs the pixels reads them from there.
+Image bytes are never a column. A row says where its image is (`shard`, `offset`, `nbytes`), and steps that need pixels
+read them from there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ COLUMNS: Mapping[str, Column] = {
             pa.int64(),
             "read",
             False,
-            "length of the image member's data, bytes; 0 where there is no image",
+            "length of the image member's data, bytes; 0 without an image",
             scale="log",
         ),
         Column(
@@ -74,7 +74,7 @@ COLUMNS: Mapping[str, Column] = {
         Column("error_message", pa.string(), "read", True, "null when `status` is `ok`"),
         Column("width", pa.int32(), "embed", True, "pixels, as decoded (EXIF orientation not applied)", scale="log"),
         Column("height", pa.int32(), "embed", True, "pixels, as decoded (EXIF orientation not applied)", scale="log"),
-        Column("sha256", pa.string(), "embed", True, "of the image member's bytes, hexadecimal"),
+        Column("sha256", pa.string(), "embed", True, "hash of the image member's bytes, hexadecimal"),
         Column("embedding", pa.list_(pa.float32()), "embed", True, "L2-normalised image embedding"),
         Column("aesthetic_score", pa.float32(), "aesthetic", True, "aesthetic score, about 1 (poor) to 10 (good)"),
         Column(
@@ -89,13 +89,13 @@ COLUMNS: Mapping[str, Column] = {
         Column("clip_score", pa.float32(), "text", True, "cosine of the caption's and the image's embeddings"),
         # A measure has a function of its name in images/quality.py.
         Column("brightness", pa.float32(), "measure", True, "mean gray value, 0 (black) to 1 (white)"),
-        Column("contrast", pa.float32(), "measure", True, "percentile 99 less percentile 1 of the gray value, 0 to 1"),
+        Column("contrast", pa.float32(), "measure", True, "percentile 99 minus percentile 1 of the gray value, 0 to 1"),
         Column("blur", pa.float32(), "measure", True, "0 (sharp) to 1 (blurred)", lower_is_better=True),
-        Column("entropy", pa.float32(), "measure", True, "of the gray values, 0 (flat) to 8 bits"),
+        Column("entropy", pa.float32(), "measure", True, "entropy of the gray values, 0 (flat) to 8 bits"),
         Column("colourfulness", pa.float32(), "measure", True, "0 (gray), 15 (slight), 59 (quite) to 109 (extreme)"),
         Column("phash", pa.string(), "measure", True, "perceptual hash, 64 bits, hexadecimal"),
-        Column("note", pa.string(), "note", True, "what was not taken as it is (`a kind: details; another kind`)"),
-        # Beside a curated tar, in which the columns above say where a sample lies.
+        Column("note", pa.string(), "note", True, "what was not used as is (`a kind: details; another kind`)"),
+        # In the table beside a curated tar, whose columns above say where a sample is in that tar.
         Column("source_shard", pa.string(), "write", True, "URL of the tar from which the sample was copied"),
         Column("source_sample_offset", pa.int64(), "write", True, "`sample_offset` there"),
         Column("source_sample_nbytes", pa.int64(), "write", True, "`sample_nbytes` there"),
@@ -107,15 +107,15 @@ MEASURES = tuple(c.name for c in COLUMNS.values() if c.step == "measure" and c.t
 
 #: Every value of the `status` column.
 STATUSES: Mapping[str, str] = {
-    "ok": "decoded and embedded (or, before `embed`, readable so far as the tar shows)",
-    "decode_error": "the image's bytes are damaged or of a kind that nothing here decodes",
+    "ok": "decoded and embedded (before `embed`: readable as far as the tar shows)",
+    "decode_error": "the image's bytes are damaged or in an unsupported format",
     "too_large": "more pixels than `imgcurator.max-pixels` allows",
     "no_image": "the sample has no member with an image extension",
     "read_error": "the tar ends early, is damaged or cannot be opened here",
 }
 
 
-#: What makes a column that a table may lack, where a command on the table can.
+#: Which command adds a column that a table may lack.
 MAKERS: Mapping[str, str] = {
     "clip_score": "`dask-imgcurator add --clip-score` makes it",
     "aesthetic_score": "`dask-imgcurator add --aesthetic-head NAME` makes it",
@@ -125,7 +125,7 @@ MAKERS: Mapping[str, str] = {
     "caption_language": "`dask-imgcurator add --language` makes it",
     "cluster": "`dask-imgcurator add --clusters K` makes it",
     **{
-        c.name: "`dask-imgcurator score` makes it, unless told --no-measures"
+        c.name: "`dask-imgcurator score` makes it, except with --no-measures"
         for c in COLUMNS.values()
         if c.step == "measure"
     },
@@ -133,7 +133,7 @@ MAKERS: Mapping[str, str] = {
 
 
 def suggest(name: str, columns: Iterable[str]) -> str:
-    """What to say of a column that is not there: who makes it, or which one was meant; empty if neither is known."""
+    """A hint for a missing column: what adds it, or which one was meant; empty if neither is known."""
     if name in MAKERS:
         return f"; {MAKERS[name]}"
     lower = {str(column).lower(): str(column) for column in columns}
@@ -147,7 +147,7 @@ def columns_of(*steps: Step) -> list[Column]:
 
 
 def plain_type(type_: pa.DataType) -> pa.DataType:
-    """Type as which a column is read: one layout for text and lists, whatever wrote them."""
+    """Type as which a column is read: one layout for text and lists, whichever tool wrote them."""
     if isinstance(type_, pa.BaseExtensionType):  # a tensor of fixed shape, say
         return plain_type(type_.storage_type)
     if pa.types.is_dictionary(type_):
@@ -160,7 +160,7 @@ def plain_type(type_: pa.DataType) -> pa.DataType:
 
 
 def is_list(type_: pa.DataType) -> bool:
-    """Whether a type is of lists, in whatever layout."""
+    """Whether a type is a list, in any layout."""
     kinds = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
     return any(getattr(pa.types, f"is_{kind}")(type_) for kind in kinds)
 
@@ -180,7 +180,7 @@ def kind_of(type_: pa.DataType) -> Kind:
 
 
 def kinds_of_schema(schema: pa.Schema) -> dict[str, str]:
-    """Kind of each column of a table, as `parse_where` wants it; a column of nulls may be of any."""
+    """Kind of each column of a table, for `parse_where`; a column of nulls may be of any kind."""
     return {field.name: kind_of(field.type) for field in schema}
 
 
@@ -190,7 +190,7 @@ def kinds_of_schema(schema: pa.Schema) -> dict[str, str]:
 def unify_schemas(schemas: Iterable[tuple[str, pa.Schema]], loose: Container[str] = ()) -> pa.Schema:
     """Schema that holds the columns of several files (names, schemas) without losing a value.
 
-    A column of types without a common one is text if it is `loose` (a JSON field); else ValueError names the files.
+    A column without a common type becomes text if it is `loose` (a JSON field); otherwise ValueError names the files.
     """
     found: dict[str, tuple[pa.Field, str]] = {}
     distinct: dict[pa.Schema, str] = {}
@@ -234,7 +234,7 @@ def _floats(type_: pa.DataType) -> bool:
 
 
 def conform(table: pa.Table, schema: pa.Schema, file: str) -> pa.Table:
-    """Bring a file's columns to a table's schema: missing ones are null; ValueError where a value would change."""
+    """Convert a file's columns to a table's schema: missing ones are null; ValueError if a value would change."""
     columns = []
     for field in schema:
         if field.name not in table.column_names:
@@ -259,7 +259,7 @@ def _as_type(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
 
 
 def is_ours(name: str, type_: pa.DataType) -> bool:
-    """Whether a column is this library's: a user's column of the same name may be of another kind."""
+    """Whether a column is this library's; a user's column of the same name may be of another kind."""
     return name in COLUMNS and kind_of(type_) in ("unknown", kind_of(COLUMNS[name].type))
 
 
@@ -277,8 +277,8 @@ def arrow_schema(names: Iterable[str], extra: Mapping[str, pa.DataType] | None =
 
 
 def missing_columns(schema: pa.Schema, wanted: pa.Schema) -> list[str]:
-    """Names of wanted columns that a table lacks; ValueError if one is there but of another kind."""
-    # So that only their steps run. A column's presence does not tell how it was made: the table's provenance does.
+    """Names of wanted columns that a table lacks; ValueError if one exists with another kind."""
+    # Only the steps of missing columns run. A column's presence does not say how it was made; the provenance does.
     missing = []
     for field in wanted:
         if field.name not in schema.names:

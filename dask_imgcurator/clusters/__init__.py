@@ -1,1 +1,1 @@
-"""A Dask cluster: how it is reached, and what becomes of its workers."""
+"""Connecting to a Dask cluster, and watching its workers."""

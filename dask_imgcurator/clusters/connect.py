@@ -1,4 +1,4 @@
-"""Connect to a scheduler that runs already, and look whether it and its workers have what a run needs."""
+"""Connect to a running scheduler, and check that it and its workers have what a run needs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from distributed.security import Security
 from .faults import JobError
 from .watch import ask
 
-#: Seconds for which an answer is waited for.
+#: Seconds to wait for an answer.
 _PATIENCE = 10
 
 _PACKAGE = "dask-imgcurator"
 
-#: Extras of this package without which a worker reads less than others.
+#: Extras of this package without which a worker can read less than others.
 _EXTRAS = ("formats", "remote", "text", "search")
 
 _TLS = "--tls-ca-file, --tls-cert, --tls-key, or Dask's settings distributed.comm.tls"
 
 
 def connect(scheduler: str) -> Client:
-    """Connect to a scheduler: its address, or the file that it wrote; OSError where it does not answer."""
+    """Connect to a scheduler, given its address or the file that it wrote; OSError if it does not answer."""
     address = _address(scheduler)
     _greet(address)
     try:
@@ -57,7 +57,7 @@ def _address(scheduler: str) -> str:
 
 
 def _greet(address: str) -> None:
-    """Connect as Dask will: where certificates do not fit, its client says little, or waits for ever."""
+    """Connect as Dask will; its client says little about certificates that do not match, or waits forever."""
     parts = urlsplit(address)
     if parts.scheme not in ("tcp", "tls") or parts.hostname is None or parts.port is None:
         return
@@ -65,7 +65,7 @@ def _greet(address: str) -> None:
     if parts.scheme == "tls":
         try:
             context = Security().get_connection_args("client").get("ssl_context")
-        except OSError as err:  # of ssl, which names no file
+        except OSError as err:  # from ssl, which names no file
             raise ValueError(f"{address}: the certificates cannot be used ({err}): see {_TLS}") from err
         if context is None:
             raise ValueError(f"{address} needs certificates: {_TLS}")
@@ -74,7 +74,7 @@ def _greet(address: str) -> None:
             if context is not None:
                 connection = context.wrap_socket(connection, server_hostname=parts.hostname)
             with connection:
-                connection.recv(1)  # a scheduler speaks first; and only now it refuses a certificate
+                connection.recv(1)  # a scheduler speaks first, and refuses a certificate only now
     except ssl.SSLError as err:
         raise ConnectionError(f"{address}: the certificates do not fit ({err.reason or err}): see {_TLS}") from err
     except TimeoutError as err:
@@ -89,7 +89,7 @@ def _greet(address: str) -> None:
 
 def require_package(client: Client) -> None:
     """Raise `JobError` if the scheduler or a worker lacks this package."""
-    # Asked by a function of Python's own: whoever lacks the package could not unpack one of it.
+    # Ask with a standard-library function: without the package, a worker could not unpickle one of ours.
     lacks = f"lacks the package {_PACKAGE}: install version {version(_PACKAGE)} there, as everywhere in the cluster"
     if isinstance(_try(lambda: client.run_on_scheduler(version, _PACKAGE)), PackageNotFoundError):
         raise JobError(f"the scheduler at {client.scheduler.address} {lacks} (it unpacks what a run sends)")
@@ -100,7 +100,7 @@ def require_package(client: Client) -> None:
 
 
 def lacking(client: Client) -> list[str]:
-    """Say, for the user, which workers lack an extra that this machine has."""
+    """Notes for the user about workers that lack an extra that this machine has."""
     mine, notes = set(extras()), []
     for worker, theirs in (ask(lambda: client.run(extras, on_error="return")) or {}).items():
         if isinstance(theirs, list) and (missing := sorted(mine - set(theirs))):
@@ -109,7 +109,7 @@ def lacking(client: Client) -> list[str]:
 
 
 def _try(question: Callable[[], Any]) -> Any:
-    """Ask, and return the error if there is one."""
+    """Ask, and return the error if it fails."""
 
     def answer() -> Any:
         try:

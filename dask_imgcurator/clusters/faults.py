@@ -8,11 +8,11 @@ from distributed import get_worker
 
 
 class JobError(RuntimeError):
-    """The run could not finish; what is finished is kept."""
+    """The run could not finish; completed work is kept."""
 
 
 class WorkersDied(JobError):
-    """Workers that were doing something died more often than is tolerated; `why` is what is known of it."""
+    """The workers at some task died more often than is tolerated; `why` is what is known about it."""
 
     def __init__(self, doing: str, why: str) -> None:
         super().__init__(doing, why)
@@ -27,7 +27,7 @@ class WorkersDied(JobError):
 
 
 class WorkerFault(JobError):
-    """What a worker could not read or write, though others perhaps can; `worker` is its address."""
+    """A worker could not read or write something that others perhaps can; `worker` is its address."""
 
     def __init__(self, message: str, worker: str = "") -> None:
         super().__init__(message, worker)
@@ -38,7 +38,7 @@ class WorkerFault(JobError):
 
 
 def worker_fault(err: OSError) -> WorkerFault:
-    """Make an error of this machine, where it is one, tell where it happened."""
+    """Add to an error where it happened, if on a worker."""
     try:
         worker = str(get_worker().address)
     except ValueError:  # not in a task

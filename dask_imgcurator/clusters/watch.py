@@ -1,4 +1,4 @@
-"""Whether a run goes on: what stands still and where, and the end of a run that does not move or has no workers."""
+"""Watch a run: report what has stalled and where, and stop a run that makes no progress or has no workers."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from .faults import JobError
 
 T = TypeVar("T")
 
-#: Seconds after which a run that hears nothing looks for workers; after which one without any says so, and one in
-#: which nothing moves; and for which a scheduler is waited for.
-LOOK, _TOLD, _STANDS, _PATIENCE = 10, 30, 60, 30
+#: Seconds after which a run without results checks its workers; after which it reports that it has none; after which it
+#: reports a stall; and to wait for a scheduler's answer.
+LOOK, _NO_WORKER, _STALLED, _PATIENCE = 10, 30, 60, 30
 
-#: Workers, and parts on each, that a message names.
+#: How many workers a message names, and how many parts on each.
 _NAMED = 5
 
 _log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Watches a run that does `what`; `pulse` tells when a part last did something (`time.monotonic`)."""
+    """Watches a run that does `what`; `pulse` returns when a part last did something (`time.monotonic`)."""
 
     def __init__(self, client: Client, what: str, pulse: Callable[[], float]) -> None:
         self._client, self._what, self._pulse = client, what, pulse
         self._limit = parse_timedelta(config.get("stall-timeout"))
-        self.wait = min(LOOK, self._limit / 4)  # seconds until a look
+        self.wait = min(LOOK, self._limit / 4)  # seconds between checks
         self.moved()
 
     def moved(self) -> None:
-        """Something was finished, or begins."""
+        """Something finished or began."""
         self._since, self._told = time.monotonic(), False
 
     def look(self, running: Mapping[Any, str]) -> None:
-        """Look why nothing is finished; `running`: what people call the parts, by their keys."""
+        """Find out why nothing finishes; `running`: readable names of the parts, by their keys."""
         workers = ask(self._client.nthreads)
         if workers is not None and not workers:
             require_workers(self._client, self._what)
@@ -54,13 +54,13 @@ class Watch:
                 f"nothing moved for {idle:.0f} s (imgcurator.stall-timeout) while {self._what} {self._where(running)}: "
                 "a native library may hang, or a file system; restart these workers"
             )
-        if idle >= min(_STANDS, self._limit / 2) and not self._told:
+        if idle >= min(_STALLED, self._limit / 2) and not self._told:
             self._told = True
             doing = f"{self._what} {self._where(running)}"
             _log.warning("Nothing moved for %.0f s while %s; waiting up to %.0f s", idle, doing, self._limit)
 
     def _where(self, running: Mapping[Any, str]) -> str:
-        """The parts that stand, and the workers that have them."""
+        """The stalled parts, and the workers that have them."""
         at = ask(self._client.processing)
         if at is None:
             return f"{_first([*running.values()])} (the scheduler does not answer)"
@@ -78,7 +78,7 @@ def _first(names: list[str]) -> str:
 
 
 def ask(question: Callable[[], T]) -> T | None:
-    """Ask the scheduler; None: it does not answer now."""
+    """Ask the scheduler; None if it does not answer now."""
     answer: Future[T] = Future()
 
     def ask() -> None:
@@ -95,7 +95,7 @@ def ask(question: Callable[[], T]) -> T | None:
 
 
 def why_they_died(client: Client, since: float, limits: Collection[int]) -> str:
-    """Say what is known of why workers with these limits of memory died since a time (`time.time`)."""
+    """Say what is known about why workers with these memory limits died since a time (`time.time`)."""
     events = [event for at, event in ask(lambda: client.get_events("worker-restart-memory")) or () if at >= since]
     if not events:
         return "out of memory, or a crash in a native library"
@@ -106,16 +106,16 @@ def why_they_died(client: Client, since: float, limits: Collection[int]) -> str:
 
 
 def require_workers(client: Client, what: str) -> None:
-    """Wait until there is a worker, for as long as the settings say; `JobError` then."""
+    """Wait for a worker, as long as the settings say, then raise `JobError`."""
     limit, address = parse_timedelta(config.get("worker-timeout")), client.scheduler_info()["address"]
-    told = min(_TOLD, limit)
+    told = min(_NO_WORKER, limit)
     try:
         return client.wait_for_workers(1, timeout=told)
     except TimeoutError:
         if limit > told:
             _log.warning("No worker for %s at %s: waiting %.0f s for one", what, address, limit - told)
     try:
-        return client.wait_for_workers(1, timeout=max(limit - told, 0.1))  # 0 would be for ever
+        return client.wait_for_workers(1, timeout=max(limit - told, 0.1))  # 0 would wait forever
     except TimeoutError:
         raise JobError(
             f"no worker for {what} at {address} for {limit:.0f} s (imgcurator.worker-timeout): start one"

@@ -1,7 +1,7 @@
 """The one seam between CPU and GPU: frame, devices, cluster. All other code is written against `Backend`.
 
-A frame's type decides which backend serves a call; only where there is no frame yet (`read_webdataset`, `start_client`)
-is one chosen by name.
+A frame's type decides which backend serves a call; a name decides only where no frame exists yet (`read_webdataset`,
+`start_client`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for cannot work here."""
+    """The requested backend cannot work here."""
 
 
 class Backend(Protocol):
@@ -52,7 +52,8 @@ class Backend(Protocol):
 
     def matrix(self, column: Any) -> tuple[torch.Tensor, np.ndarray]:
         """Return a list column's non-null rows as a (m, d) float32 tensor on `device`, and their row numbers."""
-        # A null within a vector becomes NaN. TypeError: no vectors of numbers; ValueError: vectors of several lengths.
+        # A null within a vector becomes NaN. TypeError if these are not vectors of numbers; ValueError if lengths
+        # differ.
         ...
 
     def float_column(self, values: torch.Tensor, rows: np.ndarray, index: Any) -> Any:
@@ -84,15 +85,15 @@ def gpu_problem() -> str | None:
     for module in modules if visible else ():
         try:
             importlib.import_module(module)
-        except Exception as err:  # a dependency that is one release too new suffices
-            return f"{seen} {module} cannot be imported ({type(err).__name__}: {err}): {remedy} brings what fits it"
+        except Exception as err:  # even a dependency that is one release too new
+            return f"{seen} {module} cannot be imported ({type(err).__name__}: {err}): {remedy} brings one that fits"
     return None if visible else seen
 
 
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it lies in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
@@ -112,7 +113,7 @@ def resolve_name(name: str | None = None) -> str:
     if name == "cudf":
         raise BackendError(f"backend 'cudf' cannot be used here: {problem}. Or use backend='pandas'.")
     if "visible, but" in problem:
-        # Falling back in silence would leave a card idle without a word.
+        # A silent fallback would leave a GPU idle unnoticed.
         warnings.warn(f"using the CPU: {problem}", stacklevel=2)
     return "pandas"
 
@@ -132,7 +133,7 @@ def get_backend(name: str) -> Backend:
 
 def empty_frame(name: str, schema: pa.Schema) -> Any:
     """Make the ``meta`` of a graph whose partitions are of a backend."""
-    # cuDF makes no column in a process without a card. Where the frames live on workers, pandas tells their columns.
+    # cuDF cannot make columns in a process without a GPU. If only the workers have GPUs, pandas describes the columns.
     here = name if name == "pandas" or gpu_problem() is None else "pandas"
     return get_backend(here).from_arrow(schema.empty_table())
 
@@ -150,7 +151,7 @@ def backend_of(frame: Any) -> Backend:
         from dask.dataframe.utils import make_meta
 
         found = make_meta(frame) if isinstance(frame, dd.DataFrame | dd.Series) else frame
-    for kind in type(found).__mro__:  # a subclass of a frame is one
+    for kind in type(found).__mro__:  # subclasses count
         module = kind.__module__.partition(".")[0]
         if module in ("pandas", "cudf") and kind.__name__ in ("DataFrame", "Series"):
             return get_backend(module)

@@ -1,4 +1,4 @@
-"""What a worker process keeps between tasks: models, heads, decoders, turns."""
+"""A process's cache between tasks: models, heads, decoders, turns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-#: How many of each kind a process keeps; the least recently used goes first.
+#: How many of each kind a process keeps; the least recently used is dropped first.
 LIMITS = {
     "encoder": 2,
     "text tower": 2,
@@ -45,7 +45,7 @@ class ProcessCache:
 
     @contextmanager
     def lend(self, kind: str, key: Hashable, make: Callable[[], T]) -> Iterator[T]:
-        """Lend something that one thread at a time can use; another thread gets its own."""
+        """Lend something that only one thread can use at a time; another thread gets its own."""
         with self._lock:
             free = self._kept[kind].pop(key, [])
             thing = free.pop() if free else None
@@ -77,5 +77,5 @@ class ProcessCache:
             self._kept[kind].popitem(last=False)
 
 
-#: This process's.
+#: This process's cache.
 cache = ProcessCache()

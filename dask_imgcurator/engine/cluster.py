@@ -25,7 +25,7 @@ class _NoInterrupt(WorkerPlugin):
 
 
 class _ListColumns(WorkerPlugin):
-    """Tells pandas on a worker of the dtype of embeddings, for shuffles in which no function of this library is."""
+    """Registers the dtype of embeddings with pandas on a worker, for shuffles that call no function of this library."""
 
     def setup(self, worker: Worker) -> None:
         from . import pandas as _  # noqa: F401
@@ -55,19 +55,19 @@ def start_client(
     Parameters
     ----------
     n_workers : int, optional
-        Worker processes. By default one a GPU; on a CPU one a core, but none with less than 4 GB of memory. The
-        threads of torch and DALI are shared out: workers x threads = cores.
+        Worker processes. By default one per GPU; on a CPU one per core, but each with at least 4 GB of memory. Workers
+        share the cores for the threads of torch and DALI: workers x threads = cores.
     scheduler : str, optional
         Address of a running scheduler (``tcp://host:8786``), or the file that it wrote (``dask scheduler
-        --scheduler-file``); no process is started then. By default Dask's setting ``scheduler-address``
-        (``DASK_SCHEDULER_ADDRESS``), if it is set. For ``tls://`` certificates come from Dask's settings
+        --scheduler-file``); then no process is started. The default is Dask's setting ``scheduler-address``
+        (``DASK_SCHEDULER_ADDRESS``), if set. For ``tls://``, certificates come from Dask's settings
         ``distributed.comm.tls``.
     backend : {"auto", "cudf", "pandas"}, optional
-        ``cudf`` starts a `dask_cuda.LocalCUDACluster`, ``pandas`` a `distributed.LocalCluster`; by default
+        ``cudf`` starts a `dask_cuda.LocalCUDACluster`, ``pandas`` a `distributed.LocalCluster`; the default is
         `imgcurator.backend`.
     **kwargs
-        For the cluster's class (``memory_limit=``, ``rmm_pool_size=``, ``dashboard_address=`` …). On a GPU, cuDF and
-        CuPy share the driver's pool (``rmm_async=True``) unless another one is given here; torch and DALI have theirs.
+        Passed to the cluster's class (``memory_limit=``, ``rmm_pool_size=``, ``dashboard_address=`` …). On a GPU, cuDF
+        and CuPy share the driver's pool (``rmm_async=True``) unless you choose another; torch and DALI keep their own.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def start_client(
     JobError
         If the scheduler or a worker lacks this package.
     ValueError
-        If it is no address, or one that needs certificates which are not set.
+        If `scheduler` is not an address, or needs certificates that are not set.
 
     Examples
     --------
@@ -103,9 +103,9 @@ def start_client(
 
 
 def backend_for(name: str | None, where: Client | str | int | None = None, *, cheap: bool = False) -> str:
-    """Resolve a backend's name for frames at a place; BackendError where it is unusable there.
+    """Resolve the name of a backend for frames at a place; BackendError if it is unusable there.
 
-    Workers may have what this process lacks. `cheap` work is done by pandas, unless cuDF is asked for by name.
+    Workers may have packages that this process lacks. `cheap` work uses pandas unless cuDF is requested by name.
     """
     name = config.get("backend", name)
     if cheap and name == "auto" and dask.config.get("dataframe.backend", None) != "cudf":
@@ -113,11 +113,11 @@ def backend_for(name: str | None, where: Client | str | int | None = None, *, ch
     try:
         return resolve_name(name)
     except BackendError as err:
-        if isinstance(where, str):  # of a scheduler, whose workers will tell
+        if isinstance(where, str):  # a scheduler: ask its workers
             return "cudf"
         try:
             client = get_client() if where is None else where
-        except ValueError:  # there is none
+        except ValueError:  # no default client
             client = None
         if not isinstance(client, Client):
             raise err
@@ -144,8 +144,8 @@ def log_event(topic: str, message: Mapping[str, Any]) -> None:
 @contextmanager
 def turn(needed: bool) -> Iterator[None]:
     """Let only as many tasks compute as the worker has threads; those that wait have already read their input."""
-    # A computing task gives up its place in the worker's queue, so the worker is sent the next one, which streams its
-    # shard in the meantime and waits here.
+    # A computing task gives up its slot on the worker, which then receives the next task; that one streams its shard
+    # in the meantime and waits here.
     worker = _worker() if needed else None
     if worker is None:
         yield

@@ -1,9 +1,8 @@
 """The GPU half of the seam: cuDF frames, device tensors, LocalCUDACluster. The only module that imports RAPIDS.
 
 Written for RAPIDS 26.10. torch, CuPy, RMM and pylibcudf (without CUDF_PER_THREAD_STREAM) all queue on the legacy
-default stream, so each sees in order what another queued, from any thread. That matters because pylibcudf takes a
-tensor by its ``__cuda_array_interface__`` and ignores the stream there. Only DALI has streams of its own; see
-`decode.Decoder`.
+default stream, from any thread, so they run in order. That matters because pylibcudf reads a tensor through its
+``__cuda_array_interface__`` and ignores the stream in it. Only DALI has its own streams; see `decode.Decoder`.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def arrow_field(field: pa.Field, dtype: Any) -> pa.Field:
-    """Field as which a column of a dtype goes into a table, from that which cuDF gives it."""
-    # Of lists that are all null or empty, cuDF tells no type.
+    """Arrow field for a column with a given dtype, based on cuDF's own field."""
+    # cuDF reports no element type if all lists are null or empty.
     type_ = plain_type(dtype.to_arrow()) if isinstance(dtype, cudf.ListDtype) else field.type
     if is_ours(field.name, type_):
         known = COLUMNS[field.name]
@@ -44,7 +43,7 @@ class CudfBackend:
     name = "cudf"
     device = "cuda"
     decoder_device = "mixed"
-    # While one batch is on the card, the headers of the next are read and its JPEGs' Huffman codes are undone.
+    # While one batch is on the GPU, the next one's headers are read and its JPEGs' Huffman codes decoded.
     decoders = 2
 
     def from_arrow(self, table: pa.Table) -> Any:
@@ -69,7 +68,7 @@ class CudfBackend:
         """See `Backend.matrix`; the column's memory becomes the tensor's."""
         import torch
 
-        # Only row numbers come to the host, and only if rows are missing.
+        # Only row numbers reach the host, and only if rows are missing.
         if column.null_count == 0:
             rows = np.arange(len(column))
         else:
@@ -109,7 +108,7 @@ class CudfBackend:
         """Put row i of a column at `rows[i]` of a longer one; the rest is null."""
         n = len(index)
         if len(rows) != n or not np.array_equal(rows, np.arange(n)):
-            # A gather gives null where its map points outside the source.
+            # A gather yields null where its map points outside the source.
             take = np.full(n, len(rows), np.int32)
             take[rows] = np.arange(len(rows), dtype=np.int32)
             taken = plc.copying.gather(
@@ -131,7 +130,7 @@ class CudfBackend:
             raise ModuleNotFoundError(
                 f'k-means, for more than 20,000 rows, needs cuVS ({err}): pip install "dask-imgcurator[cu{cuda}]"'
             ) from err
-        torch.cuda.synchronize()  # cuVS may queue on a stream of its own
+        torch.cuda.synchronize()  # cuVS may use its own stream
         settings = kmeans.KMeansParams(n_clusters=n_cells, hierarchical=True, hierarchical_n_iters=20)
         centroids = kmeans.fit(settings, values.contiguous())[0]
         return cupy.asnumpy(cupy.asarray(centroids))
@@ -144,12 +143,12 @@ class CudfBackend:
 
         options: dict[str, Any] = {"threads_per_worker": 1}
         if not {"rmm_async", "rmm_pool_size", "rmm_managed_memory"} & kwargs.keys():
-            # The driver's pool, for cuDF and CuPy; torch and DALI have their own. A shard's frame is small.
+            # The driver's pool for cuDF and CuPy; torch and DALI have their own. A shard's frame is small.
             options |= {"rmm_async": True, "rmm_allocator_external_lib_list": ["cupy"]}
         options["dashboard_address"] = "127.0.0.1:0"
         workers = n_workers or max(1, torch.cuda.device_count())
-        # Dask's own default is one thread, which DALI's pipeline would have too. LocalCUDACluster puts an environment
-        # of its own in the place of `env=`, so it goes this way.
+        # Dask's own default is one thread, also for DALI's pipeline. LocalCUDACluster overwrites `env=`, so the
+        # variables are set this way.
         threads = str(max(1, CPU_COUNT // workers))
         env = {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         name = "distributed.nanny.pre-spawn-environ"

@@ -1,8 +1,8 @@
-"""A card's memory and queue, as torch sees them: out of memory, asynchronous copies, CUDA graphs.
+"""A GPU's memory and queue as torch sees them: out of memory, asynchronous copies, CUDA graphs.
 
-Everything that torch, cuDF and CuPy do here is queued on the legacy default stream, from every thread, so each sees
-what another queued before it, and freed memory is reused in that order; only DALI has streams of its own. The host
-waits only where it needs a value.
+Everything that torch, cuDF and CuPy do here is queued on the legacy default stream, from every thread, so operations
+run in order, and freed memory is reused in that order; only DALI has its own streams. The host waits only where it
+needs a value.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-#: How torch, RMM (its ``std::bad_alloc`` reaches torch as a RuntimeError), cuBLAS, cuDNN and DALI word it.
+#: How torch, RMM (its ``std::bad_alloc`` reaches torch as a RuntimeError), cuBLAS, cuDNN and DALI report it.
 _SAY_SO = re.compile(r"out[ _]of[ _]memory|bad_alloc|_ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch, cuDF, RMM, CuPy or DALI means out of memory, so that a smaller batch may work."""
+    """Whether an error of torch, cuDF, RMM, CuPy or DALI means out of memory, in which case a smaller batch may fit."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if not isinstance(error, RuntimeError):
         return False
-    # If it interrupts the recording of a CUDA graph, another error is raised on top.
+    # If it interrupts the recording of a CUDA graph, another error is raised from it.
     under = error.__cause__ or error.__context__
     return _SAY_SO.search(str(error)) is not None or (under is not None and is_out_of_memory(under))
 
@@ -53,14 +53,14 @@ def to_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 
 def default_batch(device: str) -> int:
-    """Inputs of a forward pass: larger batches spill a CPU's caches, smaller ones leave a card idle."""
+    """Inputs per forward pass: larger batches exceed a CPU's caches, smaller ones leave a GPU idle."""
     return 16 if device == "cpu" else 512
 
 
 def pass_size(waiting: int, batch_size: int) -> int:
-    """Size of the next forward pass, for so many inputs that wait: a whole batch, or of the last ones a power of two.
+    """Size of the next forward pass for the waiting inputs: a whole batch, or a power of two for the last ones.
 
-    There are few sizes, and at most an eighth of a pass is padding.
+    This gives few different sizes, and at most an eighth of a pass is padding.
     """
     if waiting >= batch_size:
         return batch_size
@@ -93,18 +93,18 @@ def graphs_problem(device: str) -> str | None:
         return f"no CUDA graphs on {device!r}"
     allocator = torch.cuda.memory.get_allocator_backend()
     if allocator == "pluggable":
-        # It has no pool that stays with a graph: memory of the capture would be lent to others and written by both.
-        return "torch takes its memory from RMM, which keeps none apart for a graph"
+        # RMM cannot reserve memory for a graph: memory of the capture would be reused by others and written by both.
+        return "torch takes its memory from RMM, which cannot reserve any for a graph"
     return None
 
 
 class Graphed:
-    """A forward pass on a card, recorded for whole batches (the largest shape) and replayed with one launch."""
+    """A forward pass on a GPU, recorded for whole batches (the largest shape) and replayed with one launch."""
 
-    # `forward` must not make the host wait. The next call overwrites the result: copy it (on the same stream) to keep
-    # it.
+    # `forward` must not make the host wait. The next call overwrites the result; to keep it, copy it (on the same
+    # stream).
 
-    #: Runs before the recording, in which cuBLAS and cuDNN choose their kernels and take their workspace.
+    #: Warm-up runs before the recording, in which cuBLAS and cuDNN choose kernels and allocate workspace.
     WARM_UP = 3
 
     def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -117,9 +117,9 @@ class Graphed:
         """Run the forward pass."""
         with self._turn:
             if self._plain or (self._recorded is not None and len(pixels) < len(self._recorded[1])):
-                return self._forward(pixels)  # the rest of a partition comes too seldom
+                return self._forward(pixels)  # a partition's last images are too rare to record
             if self._recorded is None or pixels.shape != self._recorded[1].shape:
-                self._recorded = None  # its memory first
+                self._recorded = None  # frees its memory first
                 try:
                     self._recorded = self._record(pixels)
                 except RuntimeError as err:
@@ -134,7 +134,7 @@ class Graphed:
             return result
 
     def forget(self) -> None:
-        """Give back a recording's memory: it was too large."""
+        """Free a recording's memory after it proved too large."""
         with self._turn:
             self._recorded = None
 

@@ -33,13 +33,13 @@ def from_map(function: Callable[..., Any], items: Sequence[Any], label: str, met
 
 
 def objects_stay() -> Any:
-    """Context in which Dask does not make text of the objects in new frames."""
-    # For graphs of our own: in users' frames it would bring up a fault of Dask (`df.partitions[0].repartition(1)`).
+    """Context in which Dask does not convert objects in new frames to text."""
+    # Only for our own graphs: in users' frames it would trigger a bug in Dask (`df.partitions[0].repartition(1)`).
     return dask.config.set({"dataframe.convert-string": False})
 
 
 def as_made(backend: str) -> Any:
-    """Context for new frames of a backend: of cuDF's whose meta is pandas', Dask would convert the text."""
+    """Context for new frames of a backend: Dask would convert the text of cuDF frames whose meta is pandas."""
     return contextlib.nullcontext() if backend == "pandas" else objects_stay()
 
 
@@ -51,7 +51,7 @@ def apply_step(
     needs: Sequence[str] | None = None,
 ) -> Any:
     """Apply a partition function to a frame of any kind; `added`: columns that it adds or replaces."""
-    # With `needs`, the columns that it reads, it is not called at all where none of the added ones is wanted.
+    # With `needs`, the columns that it reads, it is not called if none of the added columns is used.
     if not is_dask(frame):
         return function(frame, spec)
     start = meta_of(frame)
@@ -71,7 +71,7 @@ def _added(frame: Any, function: Callable[[Any, Any], Any], spec: Any, names: li
 
 def require_columns(frame: Any, needed: Sequence[str], step: str, remedy: str) -> None:
     """Raise ValueError, on the client, for columns that a step needs and a frame lacks."""
-    backend_of(frame)  # raises for anything that is no frame
+    backend_of(frame)  # raises for anything but a frame
     missing = [name for name in needed if name not in frame.columns]
     if missing:
         raise ValueError(
@@ -81,11 +81,11 @@ def require_columns(frame: Any, needed: Sequence[str], step: str, remedy: str) -
 
 
 def refuse_text(frame: Any, column: str) -> None:
-    """Raise TypeError, on the client, for text where vectors are expected: Dask makes text of objects."""
+    """Raise TypeError, on the client, for text where vectors are expected: Dask converts objects to text."""
     dtype = str(meta_of(frame)[column].dtype)
     if dtype == "str" or dtype.startswith("string"):
         raise TypeError(
-            f"column {column!r} holds text, not vectors. Dask makes text of objects: set its configuration "
+            f"column {column!r} holds text, not vectors. Dask converts objects to text: set its configuration "
             "dataframe.convert-string to False before the DataFrame is made, or use a column of Arrow lists"
         )
 
@@ -99,11 +99,11 @@ def host_column(frame: Any, name: str) -> list[Any]:
 
 
 def to_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
-    """Copy columns of a pandas or cuDF frame into host memory; those of an Arrow table are taken."""
+    """Copy columns of a pandas or cuDF frame into host memory; those of an Arrow table are used as they are."""
     if isinstance(frame, pa.Table):
         return frame.select(list(names))
     part = frame[list(names)]
-    # Under their own names, the backend would round some to the types that we publish.
+    # Under their own names, the backend would convert some to the types of the schema.
     part.columns = [str(i) for i in range(len(names))]
     try:
         return backend_of(frame).to_host(part, list(part.columns)).rename_columns(list(names))
@@ -114,7 +114,7 @@ def to_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
 
 
 def _objects(column: pd.Series) -> pa.Array:
-    """Objects that Arrow has no type for: integers of any size as float64, of others only whether they are null."""
+    """Objects without an Arrow type: integers of any size as float64; for others, only whether they are null."""
     if pd.api.types.infer_dtype(column, skipna=True) in ("integer", "floating", "mixed-integer-float"):
         return pa.array(column.astype("float64"), from_pandas=True)
     return pa.array([b"" if known else None for known in column.notna()], pa.binary())
@@ -125,7 +125,7 @@ More: TypeAlias = Callable[[list[str]], pa.Table]
 
 
 class RowFilter(Protocol):
-    """Which rows are wanted: tells by the columns `first`, and by `more` where those do not settle it."""
+    """Decides which rows are wanted: from the columns `first`, and from `more` if those do not suffice."""
 
     @property
     def first(self) -> list[str]: ...
@@ -135,7 +135,7 @@ class RowFilter(Protocol):
 
 @dataclass(frozen=True)
 class Picked:
-    """What a partition is read from, and which of its rows are wanted; made by `pick`."""
+    """The source of a partition and which of its rows are wanted; made by `pick`."""
 
     item: Any
     rows: int
@@ -144,7 +144,7 @@ class Picked:
 
     @property
     def mask(self) -> np.ndarray:
-        """Which rows: (n,) bool."""
+        """The wanted rows: (n,) bool."""
         return np.unpackbits(np.frombuffer(self.bits, np.uint8), count=self.rows).astype(bool)
 
 
@@ -158,7 +158,7 @@ def pick(item: Any, kept: np.ndarray) -> Picked:
 
 
 def together(parts: Sequence[list[Picked]], at_once: int) -> list[list[Picked]]:
-    """Join neighbouring partitions of which few rows are wanted, none to more rows than the largest had."""
+    """Join neighbouring partitions with few wanted rows, up to the size of the largest one."""
     most = max((sum(item.rows for item in part) for part in parts), default=0)
     found: list[list[Picked]] = []
     rows = most
@@ -174,11 +174,11 @@ def together(parts: Sequence[list[Picked]], at_once: int) -> list[list[Picked]]:
 
 
 class Reader(ABC):
-    """Reads files as partitions of a frame; passes that look at a few columns read several at once, as Arrow tables."""
+    """Reads files as partitions of a frame; passes over a few columns read several at once, as Arrow tables."""
 
     backend: str
     filters: tuple[RowFilter, ...]
-    at_once: int  # items that a task may read where only a few columns are wanted
+    at_once: int  # items per task when only a few columns are wanted
 
     @property
     @abstractmethod
@@ -204,7 +204,7 @@ class Reader(ABC):
 
 
 def source_of(df: Any) -> tuple[Reader, list[Sequence[Any]]] | None:
-    """What a Dask frame is read by, and each partition's items; None if more than a choice of columns is made."""
+    """A Dask frame's reader and each partition's items; None if the frame does more than select columns."""
     expr = df.expr.simplify()
     while isinstance(expr, Projection | ArrowStringConversion):
         expr = expr.frame
@@ -213,7 +213,7 @@ def source_of(df: Any) -> tuple[Reader, list[Sequence[Any]]] | None:
 
 
 def grouped(reader: Reader, parts: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Items of several partitions that a task reads where only a few columns are wanted."""
+    """Items of several partitions that one task reads when only a few columns are wanted."""
     size = min(reader.at_once, max(1, len(parts) // (2 * CPU_COUNT)))
     return [[item for part in parts[i : i + size] for item in part] for i in range(0, len(parts), size)]
 
@@ -221,7 +221,7 @@ def grouped(reader: Reader, parts: Sequence[Sequence[Any]]) -> list[list[Any]]:
 def map_tables(
     df: Any, names: Sequence[str], function: Callable[..., Any], *args: Any, meta: Any, label: str
 ) -> dd.DataFrame:
-    """Map a function (Arrow table of columns, *args) over a Dask frame, several partitions at once where it can."""
+    """Map a function (Arrow table of columns, *args) over a Dask frame, several partitions at once if possible."""
     source = source_of(df)
     if source is None:
         narrow = df[list(names)]
@@ -241,7 +241,7 @@ def _on_items(
 
 
 def objects_of(items: Sequence[Any], label: str) -> dd.DataFrame:
-    """Make a Dask frame of one partition per item, which holds it."""
+    """Make a Dask frame with one partition per item, which holds the item."""
     with objects_stay():
         return from_map(boxed, list(items), label, boxed(None).iloc[:0])
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @pd.api.extensions.register_extension_dtype
 class _ListDtype(pd.api.extensions.ExtensionDtype):
-    """Lets pandas find the dtype of Arrow lists by its name, as Parquet files and Dask's shuffles write it."""
+    """Lets pandas resolve the dtype of Arrow lists by name, as Parquet files and Dask's shuffles write it."""
 
     type, name = list, "list"
 
@@ -40,9 +40,9 @@ def _pandas_dtype(field: pa.Field) -> Any:
     if pa.types.is_string(type_) or pa.types.is_large_string(type_):
         return pd.StringDtype("pyarrow")
     if field.nullable and (pa.types.is_integer(type_) or pa.types.is_boolean(type_)):
-        return pd.ArrowDtype(type_)  # Dask's quantiles know these, and not pandas' own nullable types
+        return pd.ArrowDtype(type_)  # Dask's quantiles accept these, but not pandas' nullable types
     if any(getattr(pa.types, f"is_{kind}")(type_) for kind in ("nested", "decimal", "date", "time", "binary")):
-        return pd.ArrowDtype(plain_type(type_))  # objects otherwise, of which Dask makes text
+        return pd.ArrowDtype(plain_type(type_))  # otherwise objects, which Dask converts to text
     return None
 
 
@@ -58,7 +58,7 @@ def from_arrow(table: pa.Table) -> pd.DataFrame:
 
 
 def _arrow(column: pd.Series) -> pa.Array:
-    """Any pandas column as one Arrow array; what pandas considers missing is null."""
+    """Any pandas column as one Arrow array; missing values become null."""
     array = pa.array(column, from_pandas=True)
     if isinstance(array, pa.ChunkedArray):
         array = array.combine_chunks()
@@ -75,7 +75,7 @@ class PandasBackend:
     name = "pandas"
     device = "cpu"
     decoder_device = "cpu"
-    decoders = 1  # which has all threads
+    decoders = 1  # it uses all threads
 
     def from_arrow(self, table: pa.Table) -> pd.DataFrame:
         return from_arrow(table)
@@ -110,7 +110,7 @@ class PandasBackend:
         offsets = np.zeros(n + 1, np.int64)
         np.cumsum(present * width, out=offsets[1:])
         array = pa.ListArray.from_arrays(
-            pa.array(offsets, pa.int32()),  # raises where a partition is too large for it
+            pa.array(offsets, pa.int32()),  # raises if a partition is too large for it
             pa.array(data.reshape(-1)),
             mask=pa.array(~present) if not present.all() else None,
         )
@@ -121,11 +121,11 @@ class PandasBackend:
 
         try:
             array = _arrow(column)
-        except pa.ArrowException as err:  # objects of several kinds, or of one that Arrow does not know
+        except pa.ArrowException as err:  # objects of several kinds, or of one without an Arrow type
             raise TypeError(f"column {column.name!r} cannot be read as vectors of numbers: {err}") from err
         rows = np.flatnonzero(array.is_valid().to_numpy(zero_copy_only=False))
         if not len(rows):
-            # Whatever its type: all-missing objects have none.
+            # Whatever its type: a column of missing objects has none.
             return torch.empty((0, 0)), rows
         if not _holds_vectors(array.type):
             raise TypeError(
@@ -149,9 +149,9 @@ class PandasBackend:
         return pd.Series(out, index=index)
 
     def kmeans(self, values: torch.Tensor, n_cells: int, seed: int) -> np.ndarray:
-        """See `Backend.kmeans`; FAISS's, on one thread: with several, sums differ in their last digits."""
+        """See `Backend.kmeans`; by FAISS, on one thread, because with several, sums differ in their last digits."""
         try:
-            faiss: Any = importlib.import_module("faiss")  # which has no types
+            faiss: Any = importlib.import_module("faiss")  # it has no type hints
         except ImportError as err:
             raise ModuleNotFoundError(
                 f'k-means, for more than 20,000 rows, needs FAISS ({err}): pip install "dask-imgcurator[search]"'
@@ -160,7 +160,8 @@ class PandasBackend:
         settings.niter, settings.seed = 10, seed
         # Use the whole sample, and do not warn if it is small.
         settings.min_points_per_centroid, settings.max_points_per_centroid = 1, len(values)
-        # k-means++ by a Markov chain gives cells of similar size; random rows give some ten times as large as others.
+        # k-means++ by a Markov chain gives cells of similar size; with random rows, some are ten times larger than
+        # others.
         settings.init_method = faiss.ClusteringInitMethod_AFK_MC2
         clustering = faiss.Clustering(values.shape[1], n_cells, settings)
         threads = faiss.omp_get_max_threads()
@@ -186,12 +187,12 @@ class PandasBackend:
         env = {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         env.update(kwargs.pop("env", {}))
         options: dict[str, Any] = {"threads_per_worker": 1, "processes": True, "env": env}
-        options["dashboard_address"] = "127.0.0.1:0"  # the page shows data, and asks for no password
+        options["dashboard_address"] = "127.0.0.1:0"  # the page shows data without a password
         # Dask makes workers return memory to the system at once. An encoder's buffers are then remapped for every
         # batch, which takes as long as the arithmetic; keeping them costs about 0.3 GB.
         keep = {"MALLOC_TRIM_THRESHOLD_": 1 << 30, "MALLOC_MMAP_THRESHOLD_": 32 << 20}
         name = "distributed.nanny.pre-spawn-environ"
-        # Python 3.11 can deadlock in Dask's profiler (python/cpython#106883), which nobody needs here.
+        # Python 3.11 can deadlock in Dask's profiler (python/cpython#106883), which is not needed here.
         with dask.config.set(
             {name: {**dask.config.get(name, {}), **keep}, "distributed.worker.profile.enabled": False}
         ):

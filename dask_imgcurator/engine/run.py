@@ -1,8 +1,8 @@
 """Where work runs, and the one way to run it: a Dask DataFrame whose partitions are small results.
 
-A job is a frame that ends in a step with side effects (a file is written) and small results (a row of counts). `run`
-computes such frames, yields each partition's result as soon as it is there, and survives dying workers; `reduce` merges
-all partitions' results on the workers; `stream` brings larger ones here one by one.
+A job is a frame whose last step has side effects (writing a file) and small results (a row of counts). `run` computes
+such frames, yields each partition's result as soon as it is ready, and survives dying workers; `reduce` merges all
+partitions' results on the workers; `stream` fetches larger ones one by one.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from .frames import boxed, from_map, map_tables, objects_of, objects_stay, to_ar
 #: Where a job runs: a client, the address of a scheduler, a number of new worker processes, or None (a job's default).
 Place: TypeAlias = Client | str | int | None
 
-#: Shards in one graph. Larger graphs buy nothing; with two in flight, scheduler and client hold a few thousand tasks.
+#: Shards in one graph. Larger graphs gain nothing; with two in flight, scheduler and client hold a few thousand tasks.
 WAVE = 1000
 
 _FAN_IN = 16
 
-#: From so many failures on, a run of which nearly everything fails is stopped.
+#: From this many failures on, a run is stopped if nearly everything fails.
 _MOST_FAULTS = 8
 
 
@@ -48,9 +48,9 @@ _MOST_FAULTS = 8
 
 @contextmanager
 def place(where: Place, backend: str, monitor: Monitor, light: bool = False) -> Iterator[Client | None]:
-    """Open the place where a job runs, and make it Dask's default; None: threads of this process."""
-    # By default a `light` job (no model to load, little Python that holds the GIL) runs in threads, any other on a new
-    # cluster of processes; Dask may know of a scheduler, though.
+    """Open the place where a job runs, and make it Dask's default; None means threads of this process."""
+    # By default, a `light` job (no model to load, little Python that holds the GIL) runs in threads and any other on a
+    # new cluster of processes, unless Dask's settings name a scheduler.
     if where is None:
         where = dask.config.get("scheduler-address", None)
     if isinstance(where, Client):
@@ -67,8 +67,8 @@ def place(where: Place, backend: str, monitor: Monitor, light: bool = False) -> 
     if isinstance(where, str):
         client = start_client(scheduler=where)
     else:
-        # A shard whose workers died twice is done again in another way; Dask would try four times. And Dask would
-        # print the traceback of every failed task: `JobError` tells what went wrong.
+        # A shard whose workers died twice is retried in another way; Dask would try four times. And Dask would print
+        # the traceback of every failed task, although `JobError` reports it.
         with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
             client = start_client(where, backend=backend, silence_logs=logging.CRITICAL)
     try:
@@ -89,7 +89,7 @@ def _started(client: Client, monitor: Monitor) -> None:
 
 @dataclass(frozen=True)
 class Wave:
-    """A graph: one named partition per result, as `results` makes them."""
+    """A graph: one named partition per result, as made by `results`."""
 
     names: Sequence[str]
     frame: dd.DataFrame
@@ -103,7 +103,7 @@ def waves(names: Sequence[str], build: Callable[[Sequence[str]], dd.DataFrame]) 
 
 
 def tasks(items: Sequence[Any], function: Callable[..., Any], *args: Any, label: str) -> dd.DataFrame:
-    """Call a function (item, *args) lazily: for each item a row with one object, for `run`."""
+    """Call a function (item, *args) lazily: one row with one object per item, for `run`."""
     meta, writer = boxed(None).iloc[:0], files.this_writer()
     with objects_stay():
         return from_map(_item_row, items, label, meta, writer=writer, call=(function, *args))
@@ -112,7 +112,7 @@ def tasks(items: Sequence[Any], function: Callable[..., Any], *args: Any, label:
 def results(
     df: dd.DataFrame, function: Callable[..., Any], *args: Any, label: str, each: Sequence[Any] | None = None
 ) -> dd.DataFrame:
-    """Apply a function (partition, its item of `each` if given, *args) lazily: a row with one object, for `run`."""
+    """Apply a function (partition, its item of `each` if given, *args) lazily: one row with one object, for `run`."""
     meta, writer = boxed(None).iloc[:0], files.this_writer()
     if each is None:
         return df.map_partitions(_to_row, writer, function, *args, meta=meta, enforce_metadata=False, token=label)
@@ -148,11 +148,11 @@ def _to_own_row(frame: Any, own: pd.DataFrame, writer: str, function: Callable[.
 
 @dataclass(frozen=True)
 class _Aside:
-    """Partitions that could not be done and are set aside while others go on: by workers that died, or say why."""
+    """Partitions set aside while others continue, because their workers died or reported a fault."""
 
     pulse: Callable[[], float]  # when a partition last did something
     lost: list[str] = field(default_factory=list)
-    limits: set[int] = field(default_factory=set)  # of memory, of the workers that died
+    limits: set[int] = field(default_factory=set)  # memory limits of the workers that died
     faults: dict[str, WorkerFault] = field(default_factory=dict)
 
     def hosts(self) -> set[str]:
@@ -174,10 +174,11 @@ def run(
     pulse: Callable[[], float] = float,
 ) -> Generator[tuple[str, Any], None, None]:
     """Compute graphs, two at a time, and yield the name and result of each partition as it is done."""
-    # A partition whose workers died more often than Dask allows is set aside while the others go on, then done once
-    # more by the graph that `again` makes. One that its worker could not read is done on another machine, by the graph
-    # that `build` makes. Any other error stops the run with a `JobError`: it would hit the other partitions too (a full
-    # disk). `what` and `label` say what is done to which partition; `pulse`, when one of them last made progress.
+    # A partition whose workers died more often than Dask allows is set aside while the others continue, then retried
+    # once with the graph that `again` makes. One that its worker could not read is retried on another machine, with the
+    # graph that `build` makes. Any other error (such as a full disk) would affect the other partitions too and stops
+    # the run with a `JobError`. `what` and `label` describe the work and the partition; `pulse` returns the time of
+    # last progress.
     if client is None:
         yield from _run_in_threads(waves, what)
         return
@@ -208,7 +209,7 @@ def _run_elsewhere(
     label: Callable[[str], str],
     aside: _Aside,
 ) -> Iterator[tuple[str, Any]]:
-    """Do partitions that one machine could not read on the others."""
+    """Retry partitions that one machine could not read on the others."""
     for host in aside.hosts():
         others = [worker for worker in client.nthreads() if _host(worker) != host]
         names = [name for name, fault in aside.faults.items() if _host(fault.worker) == host]
@@ -236,7 +237,7 @@ def _run_on(
         wave = next(waiting, None)
         if wave is None:
             return False
-        # A partition's key is the graph's name and the partition's number.
+        # A partition's key consists of the graph's name and the partition's number.
         graph = client.persist(wave.frame.optimize(), workers=workers)
         futures = sorted(futures_of(graph), key=lambda future: future.key[1])
         running.update({f.key: (name, f) for name, f in zip(wave.names, futures, strict=True)})
@@ -268,14 +269,14 @@ def _run_on(
                 else:
                     finished += 1
                     yield name, future.result()["object"].iat[0]
-            del ready, future  # the scheduler forgets what nobody holds
+            del ready, future  # lets the scheduler forget the result
     finally:
         if running:
             client.cancel([future for _, future in running.values()], force=True)
 
 
 def _next(done: SimpleQueue[Future], watch: Watch, running: Callable[[], dict[Any, str]]) -> Future:
-    """Wait for a partition to be done, as long as something moves, or may again."""
+    """Wait for a partition to be done, as long as there is progress or hope of it."""
     watch.moved()
     while True:
         try:
@@ -285,7 +286,7 @@ def _next(done: SimpleQueue[Future], watch: Watch, running: Callable[[], dict[An
 
 
 def _stop_if_all_fail(client: Client, aside: _Aside, doing: str) -> None:
-    """Stop a run of which nearly everything fails, unless there is a machine on which nothing has."""
+    """Stop a run if nearly everything fails, unless some machine has had no failure."""
     if all(_host(worker) in aside.hosts() for worker in client.nthreads()):
         fault = list(aside.faults.values())[-1]
         raise JobError(f"{doing} failed, as did {len(aside.faults) - 1} more, nearly all: {fault}") from fault
@@ -320,9 +321,9 @@ def reduce(
     *args: Any,
     columns: Sequence[str] | None = None,
 ) -> Any:
-    """Apply a function to each partition of any frame and merge results in place, a few at a time."""
-    # `merge` must be associative. With `columns`, the function gets Arrow tables of them, each of any rows. Partitions
-    # that are here already come as a list.
+    """Apply a function to each partition of any frame, and merge the results in place, a few at a time."""
+    # `merge` must be associative. With `columns`, the function gets Arrow tables of these, with any split of rows.
+    # Partitions already in this process come as a list.
     if isinstance(df, list):
         return merge([function(part, *args) for part in df])
     if not is_dask(df):
@@ -346,7 +347,7 @@ def reduce(
 
 
 def stream(df: Any, function: Callable[..., Any], *args: Any, each: Sequence[Any] | None = None) -> Iterator[Any]:
-    """Like `results`, yielding in order, a few partitions at a time: for results too large to hold together."""
+    """Like `results`, but yields in order, a few partitions at a time, for results too large to hold together."""
     if not is_dask(df):
         yield function(df, *([] if each is None else each), *args)
         return

@@ -1,4 +1,4 @@
-"""Pixels by DALI, on a GPU or on the CPU; they differ from those of open_clip's own transform by rounding."""
+"""Pixels from DALI, on a GPU or on the CPU; they differ from open_clip's own transform by rounding."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .quality import HASH_SIDE, SIDE
 if TYPE_CHECKING:
     import torch
 
-#: Share of the JPEGs that go to a card's JPEG engines; nvJPEG's kernels and the CPU's threads decode the others.
+#: Share of the JPEGs for a GPU's JPEG engines; nvJPEG's kernels and the CPU's threads decode the others.
 HW_DECODER_LOAD = 0.9
 
-#: Images with a shorter side go to Pillow: with so few pixels to resize from, DALI is off by more than a level.
+#: Images with a shorter side go to Pillow: with so few source pixels, DALI is off by more than one level.
 SHORTEST_SIDE = 8
 
-#: How DALI names the image of a batch that it cannot decode; it tells it in no other way.
+#: How DALI names the image of a batch that it cannot decode, in its message only.
 _FAILED = re.compile(r"Failed to decode sample #(\d+)")
 
 
 def dali_problem() -> str | None:
-    """Say why DALI cannot be used here; None where it can."""
+    """Say why DALI cannot be used here; None if it can."""
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as err:
@@ -36,7 +36,7 @@ def dali_problem() -> str | None:
 
 
 def geometry(preprocess: Preprocess, sizes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
-    """What images of these sizes (width, height) are resized to and cut at, by input of the pipeline: (n, 2) each."""
+    """Target sizes and crops for images of these sizes (width, height), by pipeline input: (n, 2) each."""
     shapes = [preprocess.geometry(*size) for size in sizes]
     return {
         "between": np.array([g.between(*size) for g, size in zip(shapes, sizes, strict=True)], np.float32),
@@ -56,10 +56,10 @@ class Refused(Exception):
 class Pipeline:
     """Decodes batches with a DALI pipeline, which is built for the first batch and after each that DALI refused.
 
-    On a card, DALI works on streams of its own, beside the encoder, and the calling thread waits for these alone. The
-    copy out of DALI's memory is queued on the default stream, behind the encoder's batch, and nobody waits for it: the
-    pixels may be used at once, on that stream. DALI gets its memory back with the next batch, after a wait for that
-    copy, since it does not know the default stream; this also keeps decoders from running far ahead of the encoder.
+    On a GPU, DALI works on its own streams, concurrently with the encoder, and the calling thread waits only for those.
+    The copy out of DALI's memory is queued on the default stream, behind the encoder's batch, without waiting: the
+    pixels can be used at once on that stream. DALI gets its memory back with the next batch, after a wait for that
+    copy, because it does not know the default stream; this also keeps decoders from running far ahead of the encoder.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Pipeline:
                 self._pipe.feed_input(name, values)
             if self._held is not None:
                 self._held[0].synchronize()
-            outputs = self._pipe.run()  # returns when the images are there
+            outputs = self._pipe.run()  # returns once the images are decoded
             for target, output in zip(targets, outputs, strict=True):
                 # A copy: the tensor is a view of DALI's memory, and Pillow may have filled other rows of the batch.
                 target[rows] = torch.utils.dlpack.from_dlpack(output.as_tensor())
@@ -95,7 +95,7 @@ class Pipeline:
         except RuntimeError as err:
             self._pipe = self._held = None  # no pipeline can be used again after an error
             if is_out_of_memory(err):
-                # Its memory pools keep what they have got.
+                # Its memory pools never shrink by themselves.
                 backend: Any = importlib.import_module("nvidia.dali.backend")
                 backend.ReleaseUnusedMemory()
                 raise Refused(out_of_memory=True) from err
@@ -120,8 +120,8 @@ class Pipeline:
             between = fn.external_source(name="between", device="cpu", dtype=types.FLOAT, ndim=1)
             size = fn.external_source(name="size", device="cpu", dtype=types.FLOAT, ndim=1)
             anchor = fn.external_source(name="anchor", device="cpu", dtype=types.INT32, ndim=1)
-            # For "mixed" only. Fancy upsampling of the colours is what libjpeg (so Pillow, so open_clip) does.
-            # The load goes to the JPEG engines of those cards that have them (A100, A30, H100 …); others do without.
+            # For "mixed" only. libjpeg (hence Pillow and open_clip) upsamples colours in the fancy way.
+            # The load goes to the JPEG engines of GPUs that have them (A100, A30, H100 …).
             mixed: dict[str, Any] = {"hw_decoder_load": HW_DECODER_LOAD, "jpeg_fancy_upsampling": True}
             image = fn.decoders.image(
                 encoded,
@@ -131,11 +131,11 @@ class Pipeline:
                 **(mixed if self.device == "mixed" else {}),
             )
             small = _views(image) if self.views else ()
-            # One side after the other, each rounded to 8 bits, as Pillow does it: where the first pass overshoots (at
-            # the edges of text), the second must start from clipped values.
+            # One side after the other, each rounded to 8 bits, as in Pillow: if the first pass overshoots (at the edges
+            # of text), the second must start from clipped values.
             for target in (between, size):
                 image = fn.resize(image, size=target, interp_type=filter_, antialias=True)
-            # By name: given by position, the shape would be a constant in the card's memory.
+            # By name: given by position, the shape would be a constant in GPU memory.
             image = fn.slice(
                 image,
                 start=anchor,

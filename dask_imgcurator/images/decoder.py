@@ -1,8 +1,8 @@
 """Bytes to pixels: DALI or Pillow decodes each image of a batch, and bad images are set aside.
 
-DALI fails a whole batch for one bad image and may take the process down with it, so every image is inspected first:
-Pillow reads its container and, for JPEG, its markers are walked up to the first scan. An image that DALI refuses all
-the same goes to Pillow, alone, so that no image's pixels depend on its neighbours.
+DALI fails a whole batch because of one bad image and may crash the process, so every image is inspected first: Pillow
+reads its container and, for JPEG, its markers are walked up to the first scan. An image that DALI still refuses goes to
+Pillow by itself, so no image's pixels depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ class Batch:
     #: float32 (n, 3, height, width) on the decoder's device, normalised; zero where an image failed.
     pixels: torch.Tensor
     infos: list[ImageInfo | BadImage]
-    #: Views of the whole images for `quality`, if the decoder was asked for them: uint8 (n, 3, SIDE, SIDE) and
-    #: (n, HASH_SIDE, HASH_SIDE).
+    #: Views of the whole images for `quality`, if requested: uint8 (n, 3, SIDE, SIDE) and (n, HASH_SIDE, HASH_SIDE).
     small: torch.Tensor | None = None
     gray: torch.Tensor | None = None
 
@@ -54,7 +53,7 @@ class Batch:
 
 @dataclass(eq=False)
 class Decoder:
-    """Decodes batches for one model on one device; not for use by several threads at once.
+    """Decodes batches for one model on one device; not thread-safe.
 
     `dali_device` is where DALI decodes (``"cpu"`` or ``"mixed"``); if it is None, Pillow decodes everything.
     """
@@ -76,7 +75,7 @@ class Decoder:
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pillow")
 
     def __call__(self, blobs: Sequence[bytes | BadImage]) -> Batch:
-        """Decode a batch; a `BadImage` among the files (one that could not even be read) keeps its place."""
+        """Decode a batch; a `BadImage` among the files (one that could not be read at all) keeps its place."""
         import torch
 
         def zeros(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
@@ -108,19 +107,19 @@ class Decoder:
         except BadImage as bad:
             return bad
         size = self._upright(info)
-        # 1 x 65,500 pixels are few, but not when the shorter side is brought to 224.
+        # 1 x 65,500 pixels are few, but not once the shorter side is resized to 224.
         odd = min(size) < dali.SHORTEST_SIDE or self.preprocess.geometry(*size).grows_too_far(*size)
         return replace(info, decoder="pillow") if odd or self.dali_device is None else info
 
     def _upright(self, info: ImageInfo) -> tuple[int, int]:
-        """Width and height of the image as it is resized: upright, if the orientation is to be applied."""
+        """Width and height of the image before resizing: upright, if the orientation is applied."""
         turned = self.adjust_orientation and info.orientation in (5, 6, 7, 8)
         return (info.height, info.width) if turned else (info.width, info.height)
 
     # --- DALI -------------------------------------------------------------------------------------
 
     def _by_dali(self, blobs: Sequence[Any], rows: list[int], batch: Batch) -> None:
-        """Decode with DALI, and with Pillow what DALI refuses: the image that it names, or those that halving finds."""
+        """Decode with DALI, and images that DALI refuses with Pillow: those it names, or those that bisection finds."""
         waiting = [rows]
         while waiting:
             rows = waiting.pop()
@@ -178,7 +177,7 @@ class Decoder:
                 target[places] = to_device(torch.stack(values), self.device)
 
     def _places(self, rows: list[int]) -> Any:
-        """Index of these rows that needs no wait: a list would be copied to the card synchronously."""
+        """Index of these rows that needs no wait: a list would be copied to the GPU synchronously."""
         import torch
 
         if rows == list(range(rows[0], rows[-1] + 1)):

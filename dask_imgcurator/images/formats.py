@@ -1,4 +1,4 @@
-"""The image formats that are decoded, and what a file's bytes tell before anything opens it.
+"""The supported image formats, and what a file's bytes reveal before anything opens it.
 
 A format is one entry of `FORMATS`.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class BadImage(Exception):
-    """An image that cannot be used: its `status` in that column, and its size where the header tells it."""
+    """An unusable image: its `status` for that column, and its size if the header gives it."""
 
     def __init__(self, status: str, message: str, width: int | None = None, height: int | None = None) -> None:
         super().__init__(message)
@@ -81,7 +81,7 @@ def _jxl_size(data: bytes) -> tuple[int, int] | None:
     return (height * over // under if over else side()), height
 
 
-# --- ends, for decoders that take half a file for a whole one ----------------------------------------
+# --- ends, for decoders that accept truncated files -----------------------------------------------------
 
 
 def _check_boxes(data: bytes, title: str) -> None:
@@ -99,16 +99,16 @@ def _check_boxes(data: bytes, title: str) -> None:
 
 
 def _check_codestream(data: bytes, title: str) -> None:
-    """Look for the end of a JPEG 2000 codestream behind its first tile: 0xFF90 and more are markers, never data."""
+    """Look for the end of a JPEG 2000 codestream after its first tile: 0xFF90 and above are markers, never data."""
     if data.rfind(b"\xff\xd9") <= data.find(b"\xff\x90"):
         raise BadImage("decode_error", f"truncated {title}: no end-of-codestream marker in {len(data):,} bytes")
 
 
 def _jpeg_is_plain(data: bytes) -> bool:
-    """Walk a JPEG's markers to its first scan: does every decoder read it alike? `BadImage` if its end is missing.
+    """Walk a JPEG's markers to its first scan: do all decoders read it alike? `BadImage` if its end is missing.
 
-    Bytes that are missing before an end marker go unnoticed: no sign of them is certain, libjpeg only warns, and both
-    Pillow and DALI fill the rest with gray.
+    Bytes missing before an end marker go unnoticed: nothing proves their absence, libjpeg only warns, and both Pillow
+    and DALI fill the rest with gray.
     """
     position, size, plain = 2, len(data), True
     while position + 4 <= size:
@@ -141,17 +141,17 @@ def _jpeg_is_plain(data: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of image file: how it is known, and who decodes it."""
+    """One kind of image file: how to detect it, and what decodes it."""
 
     title: str
-    #: What its first bytes match, as a regular expression; names and extensions are never asked.
+    #: Regular expression for its first bytes; names and extensions are never used.
     begin: bytes
     #: Pillow modes that DALI decodes, of files that are `plain`; Pillow decodes all others.
     dali: frozenset[str] = frozenset()
     plain: Callable[[bytes], bool] = lambda _data: True
-    #: What Pillow must have been built with (`PIL.features`).
+    #: Feature with which Pillow must have been built (`PIL.features`).
     feature: str | None = None
-    #: Module that teaches Pillow the format, its function to call if importing it is not enough, and its package.
+    #: Module that adds the format to Pillow, the function to call if importing it is not enough, and its package.
     plugin: str | None = None
     register: str | None = None
     package: str | None = None
@@ -161,24 +161,24 @@ class Format:
     check_end: Callable[[bytes, str], None] = lambda _data, _title: None
 
 
-#: What is decoded and by whom, by Pillow's name of the format; the first whose beginning matches is taken.
+#: The supported formats by Pillow's names; the first one whose beginning matches is used.
 #:
-#: DALI gets what it reproduces to a rounding error: gray and YCbCr JPEGs. All others go to Pillow: open_clip resizes an
-#: image in its own mode and converts it to RGB afterwards (a palette by nearest neighbour, alpha premultiplied, 16 bits
-#: clipped), which only Pillow reproduces exactly.
+#: DALI gets the images that it reproduces up to rounding: gray and YCbCr JPEGs. All others go to Pillow: open_clip
+#: resizes an image in its own mode and converts it to RGB afterwards (a palette by nearest neighbour, alpha
+#: premultiplied, 16 bits clipped), which only Pillow reproduces exactly.
 #:
-#: Pillow knows many more formats. They are left out on purpose: some have no signature and take random bytes for an
-#: image (TGA), some run another program (EPS: Ghostscript), some decode before their size is known (ICO).
+#: Pillow supports many more formats, which are left out on purpose: some have no signature and mistake random bytes for
+#: an image (TGA), some run another program (EPS: Ghostscript), some decode before their size is known (ICO).
 FORMATS: Mapping[str, Format] = {
     "JPEG": Format("JPEG", rb"\xff\xd8\xff", dali=frozenset({"RGB", "L"}), plain=_jpeg_is_plain),
-    # Several JPEGs in one file, of which the first is the picture; Pillow finds out when it opens the JPEG.
+    # Several JPEGs in one file, the first of which is the picture; Pillow detects this when it opens the JPEG.
     "MPO": Format("MPO", rb"\xff\xd8\xff"),
     "PNG": Format("PNG", rb"\x89PNG\r\n\x1a\n"),
     "WEBP": Format("WebP", rb"RIFF.{4}WEBP", feature="webp", size=_webp_size),
     "GIF": Format("GIF", rb"GIF8[79]a"),
     "BMP": Format("BMP", rb"BM"),
     "TIFF": Format("TIFF", rb"II[*+]\0|MM\0[*+]"),
-    # Its brand may be only among the compatible ones, after a general one (mif1).
+    # Its brand may only be among the compatible ones, after a general one (mif1).
     "AVIF": Format("AVIF", rb".{4}ftyp(?:.{4}){0,16}?avi[fs]", feature="avif", size=_heif_size, check_end=_check_boxes),
     "HEIF": Format(
         "HEIC",
@@ -199,13 +199,13 @@ FORMATS: Mapping[str, Format] = {
     "JPEG2000": Format(
         "JPEG 2000", rb"\xffO\xffQ|\0\0\0\x0cjP  \r\n\x87\n", feature="jpg_2000", check_end=_check_codestream
     ),
-    # Not the variants in plain text: nobody can tell whether their last digit is missing.
+    # Not the plain-text variants: there is no way to tell whether their last digit is missing.
     "PPM": Format("PNM", rb"P[4-6f]\s"),
 }
 
 
 def format_table() -> list[tuple[str, str, str]]:
-    """`FORMATS` for the documentation: title, who decodes it, and which package it needs beside Pillow."""
+    """`FORMATS` for the documentation: title, decoder, and the package it needs besides Pillow."""
     rows = []
     for format_ in FORMATS.values():
         modes = ", ".join(sorted(format_.dali, reverse=True))
@@ -214,7 +214,7 @@ def format_table() -> list[tuple[str, str, str]]:
 
 
 def format_of(data: bytes) -> str | None:
-    """Return a file's format (a key of `FORMATS`) by how it begins; None for anything else."""
+    """Return a file's format (a key of `FORMATS`) by its first bytes; None for anything else."""
     return next((name for name, format_ in FORMATS.items() if re.match(format_.begin, data, re.DOTALL)), None)
 
 
@@ -225,7 +225,7 @@ def recognise(data: bytes) -> str:
     name = format_of(data)
     if name is None:
         known = ", ".join(format_.title for format_ in FORMATS.values())
-        raise BadImage("decode_error", f"no image format known here (starts with {data[:8].hex(' ')}; known: {known})")
+        raise BadImage("decode_error", f"unsupported image format (starts with {data[:8].hex(' ')}; known: {known})")
     if (problem := _problem(name)) is not None:
         raise BadImage("decode_error", problem)
     return name
@@ -233,7 +233,7 @@ def recognise(data: bytes) -> str:
 
 @functools.cache
 def _problem(name: str) -> str | None:
-    """Load what a format needs, once per process; say what is missing."""
+    """Load a format's plugin, once per process; say what is missing."""
     from PIL import features
 
     format_ = FORMATS[name]

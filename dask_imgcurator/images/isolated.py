@@ -1,8 +1,8 @@
-"""Decoding in a process of its own, for shards on which a worker died.
+"""Decoding in a separate process, for shards on which a worker died.
 
-A native decoder that crashes takes its process down, and no check of the bytes finds every file that does that. So a
-shard whose worker died is done once more, with its images decoded in a child process. If the child dies, the images of
-that batch go one by one, and the one that kills it is set aside. This is slower, but no other shard pays for it.
+A crashing native decoder takes its process down, and no check of the bytes finds every such file. So a shard whose
+worker died is retried with its images decoded in a child process. If the child dies, the images of that batch are
+decoded one by one, and the one that kills it is set aside. This is slower, but only for that shard.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .decoder import Batch, Decoder
 from .formats import BadImage
 from .preprocess import Preprocess
 
-#: Seconds after which a batch that is not decoded yet is given up.
+#: Seconds after which a batch still not decoded is given up.
 PATIENCE = 600.0
 
 
 class IsolatedDecoder:
-    """A `Decoder` whose work is done by a child process, which is started at the first batch and after each crash."""
+    """A `Decoder` that works in a child process, which is started at the first batch and after each crash."""
 
     def __init__(self, preprocess: Preprocess, batch_size: int, device: str = "cpu", **options: Any) -> None:
         self.preprocess, self.device = preprocess, device
@@ -41,7 +41,7 @@ class IsolatedDecoder:
             return self._ask(blobs)
         except _Crash as crash:
             if len(blobs) == 1:
-                # A batch of zeros, for which nothing is decoded.
+                # A batch of zeros; nothing is decoded.
                 return Decoder(**self._arguments)([BadImage("decode_error", f"the decoder {crash} on this image")])
         batches = [self([blob]) for blob in blobs]
         tensors = map(torch.cat, zip(*(batch.tensors for batch in batches), strict=True))
@@ -53,7 +53,7 @@ class IsolatedDecoder:
         if self._child is None:
             command = [sys.executable, "-m", __name__]
             self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            with contextlib.suppress(OSError):  # from a child that is dead already, as is found below
+            with contextlib.suppress(OSError):  # the child may already be dead, as detected below
                 _send(self._child.stdin, self._arguments)
         child = self._child
         watch = threading.Timer(PATIENCE, child.kill)
@@ -84,7 +84,7 @@ class IsolatedDecoder:
 
 
 class _Crash(Exception):
-    """How the child ended."""
+    """The child ended unexpectedly."""
 
     def __init__(self, returncode: int) -> None:
         if returncode >= 0:
@@ -100,8 +100,8 @@ def _send(pipe: IO[bytes] | None, value: Any) -> None:
 
 
 def _serve() -> None:
-    """Decode what comes in until the pipe is closed: the child's side."""
-    # What native libraries print must not get into the answers.
+    """Decode incoming batches until the pipe is closed: the child's side."""
+    # Output of native libraries must not get into the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     # Ctrl-C in a terminal reaches the child too, but its parent ends it.

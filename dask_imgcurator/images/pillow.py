@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class _Quiet:
-    """Silences Pillow's warnings about the files that it reads, and those alone: other threads have their own to give.
+    """Silences only Pillow's warnings about files that it reads, since other threads may give warnings too.
 
     Warning filters belong to the process: with `warnings.catch_warnings` in several threads, one would restore the
-    filters while another still needs them gone, and the last would leave its own behind.
+    filters while another still needs them changed, and the last one could restore the wrong ones.
     """
 
     _modules = "|".join(["PIL", "torchvision", __package__, *(f.plugin for f in FORMATS.values() if f.plugin)])
@@ -56,7 +56,7 @@ _limit_lock = threading.Lock()
 
 @contextlib.contextmanager
 def open_image(data: bytes) -> Iterator[Image]:
-    """Open a file without Pillow's own limit on its pixels: `max_pixels` takes its place."""
+    """Open a file without Pillow's own limit on pixels, which `max_pixels` replaces."""
     from PIL import Image as pillow
 
     name = recognise(data)
@@ -76,7 +76,7 @@ def open_image(data: bytes) -> Iterator[Image]:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What an image's header says, and who decodes it."""
+    """What an image's header says, and which decoder takes it."""
 
     format: str
     mode: str
@@ -87,9 +87,9 @@ class ImageInfo:
 
 
 def inspect(data: bytes, max_pixels: int | None = None) -> ImageInfo:
-    """Read a file's header; raise `BadImage` for what is no image, is too large, or ends early.
+    """Read a file's header; raise `BadImage` if it is not an image, is too large, or ends early.
 
-    Nothing is decoded, except by JPEG XL's plugin, which knows no other way.
+    Nothing is decoded, except by JPEG XL's plugin, which has no other way.
     """
     name = recognise(data)
     format_ = FORMATS[name]
@@ -101,7 +101,7 @@ def inspect(data: bytes, max_pixels: int | None = None) -> ImageInfo:
             width, height = image.size
             found, mode = image.format or name, image.mode
             transform = image.info.get("adobe_transform")
-            # Asking every file would cost time; only those with EXIF data have the tag.
+            # Checking every file would cost time; only those with EXIF data have the tag.
             orientation = int(image.getexif().get(0x0112, 1)) if "exif" in image.info else 1
     except Exception as err:  # a damaged header can raise nearly anything in Pillow's plugins
         raise BadImage("decode_error", _header_problem(name, err)) from None
@@ -116,7 +116,7 @@ def inspect(data: bytes, max_pixels: int | None = None) -> ImageInfo:
     return ImageInfo(found, mode, width, height, "dali" if by_dali else "pillow", orientation)
 
 
-#: What the columns `width` and `height` can hold, and more than any decoder takes. A damaged header says more.
+#: The limit of the columns `width` and `height`, beyond what any decoder accepts. Damaged headers can exceed it.
 _LONGEST_SIDE = 2**31 - 1
 
 
@@ -124,7 +124,7 @@ def _check_size(width: int, height: int, max_pixels: int | None) -> None:
     if width < 1 or height < 1:
         raise BadImage("decode_error", f"the image has no pixels ({width} x {height})", width, height)
     if max(width, height) > _LONGEST_SIDE:
-        raise BadImage("too_large", f"{width} x {height} pixels, more than can be (a side of {_LONGEST_SIDE:,})")
+        raise BadImage("too_large", f"{width} x {height} pixels, more than supported (a side of {_LONGEST_SIDE:,})")
     if max_pixels is not None and width * height > max_pixels:
         raise BadImage("too_large", f"{width} x {height} pixels, more than the limit of {max_pixels:,}", width, height)
 
@@ -139,7 +139,7 @@ def _header_problem(name: str, err: Exception) -> str:
 
     title = FORMATS[name].title
     if isinstance(err, UnidentifiedImageError):  # its message gives an address in memory and no reason
-        return f"{title} with a header that Pillow cannot read: damaged, or of a kind that it does not decode"
+        return f"{title} with a header that Pillow cannot read: damaged, or of an unsupported kind"
     return f"{title} with a damaged header: {_reason(err)}"
 
 
@@ -155,7 +155,7 @@ def decode(
 ) -> list[torch.Tensor]:
     """Decode an image to its last row, or raise `BadImage`.
 
-    Returns the model's normalised pixels, float32 (3, height, width), and `quality.views` if they are wanted.
+    Returns the model's normalised pixels, float32 (3, height, width), and `quality.views` if wanted.
     """
     from PIL import ImageOps
     from torchvision.transforms import functional as tv
@@ -181,7 +181,7 @@ def is_deep(mode: str) -> bool:
 
 
 def to_8_bits(image: Image) -> Image:
-    """Stretch the samples of a deep image linearly: the least becomes black, the greatest white."""
+    """Stretch the samples of a deep image linearly: the smallest becomes black, the largest white."""
     from PIL import Image as pillow
 
     samples: Any = np.array(image, np.float64 if image.mode == "I" else np.float32)
@@ -196,10 +196,10 @@ def to_8_bits(image: Image) -> Image:
 
 
 def resize_and_cut(image: Image, preprocess: Preprocess) -> Image:
-    """Resize an image, then crop or pad it; of one that grows too far, resize only the part that the crop shows.
+    """Resize an image, then crop or pad it; if it would grow too large, resize only the part that the crop shows.
 
-    That part's pixels are those of the whole to a rounding error (one of 255 in some of them): Pillow holds the
-    bounds of the source in single precision.
+    That part's pixels equal those of the whole up to rounding (1 of 255 in some), because Pillow holds the bounds of
+    the source in single precision.
     """
     from open_clip.transform import center_crop_or_pad
     from torchvision.transforms import InterpolationMode
@@ -219,7 +219,7 @@ def resize_and_cut(image: Image, preprocess: Preprocess) -> Image:
 
 @dataclass(frozen=True)
 class _Window:
-    """One axis: pixels `begin` to `end` of the source, and the stretch of them that becomes `out` pixels."""
+    """One axis: pixels `begin` to `end` of the source, and the stretch of it that becomes `out` pixels."""
 
     begin: int
     end: int
@@ -233,8 +233,8 @@ class _Window:
         scale = side / new
         first, out = max(0, offset), min(out, new)
         low, high = first * scale, min((first + out) * scale, side)
-        # Filters reach two pixels of the coarser grid to each side. Bounds are counted from where the part begins: the
-        # smaller the numbers, the finer single precision is.
+        # Filters reach two pixels of the coarser grid to each side. Bounds are relative to the start of the part:
+        # single precision is finer for small numbers.
         reach = math.ceil(2 * max(scale, 1)) + 1
         begin, end = max(0, math.floor(low) - reach), min(side, math.ceil(high) + reach)
         return cls(begin, end, low - begin, high - begin, out)
@@ -248,7 +248,7 @@ def _resize_window(image: Image, x: _Window, y: _Window, interpolation: str, hei
     part = image.crop((x.begin, y.begin, x.end, y.end))
     if premultiplied := {"RGBA": "RGBa", "LA": "La"}.get(image.mode):
         part = part.convert(premultiplied)
-    # In one call, Pillow might choose another order for the part than for the whole.
+    # In one call, Pillow might choose a different order for the part than for the whole.
     for across in (False, True) if height_first else (True, False):
         if across:
             part = part.resize((x.out, part.height), filter_, (x.low, 0, x.high, part.height))

@@ -1,4 +1,4 @@
-"""The geometry of open_clip's own transform: what an image of any size is resized to, and what is cropped from it."""
+"""The geometry of open_clip's own transform: the size to which an image is resized, and the crop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 #: An image that would grow to more pixels than this is not resized whole: Pillow computes only the part that the crop
-#: shows. That concerns slivers (at size 224, those of more than 1 to 334).
+#: shows. This affects slivers (at size 224, those thinner than 1 to 334).
 WHOLE_PIXELS = 1 << 24
 
 
@@ -22,7 +22,7 @@ class Geometry:
     left: int
 
     def height_first(self, width: int, height: int) -> bool:
-        """Whether Pillow resizes the height first: from version 13 on, where that shrinks the image far more."""
+        """Whether Pillow resizes the height first: from version 13 on, if that shrinks the image far more."""
         return _pillow_chooses() and height > self.height and height - self.height > 2 * (width - self.width)
 
     def between(self, width: int, height: int) -> tuple[int, int]:
@@ -54,9 +54,9 @@ class Preprocess:
     interpolation : {"bicubic", "bilinear"}
         Filter, always with antialiasing (as Pillow).
     resize_mode : {"shortest", "longest", "squash"}
-        Which side is brought to `size`: the shorter (then cut), the longer (then padded), or both.
+        Which side is resized to `size`: the shorter (then cropped), the longer (then padded), or both.
     fill_color : int
-        Of the padding, 0 to 255.
+        Value of the padding, 0 to 255.
     """
 
     size: tuple[int, int]
@@ -77,7 +77,7 @@ class Preprocess:
             )
         bilinear = cfg["interpolation"] == "bilinear"
         if mode == "shortest" and height != width:
-            bilinear = False  # open_clip does not hand its interpolation on in this one case
+            bilinear = False  # open_clip does not pass its interpolation on in this one case
         return cls(
             (height, width),
             _per_channel(cfg["mean"]),
@@ -90,9 +90,8 @@ class Preprocess:
     def geometry(self, width: int, height: int) -> Geometry:
         """Return open_clip's exact geometry for an image of this size.
 
-        The rounding is that of `torchvision.transforms.Resize`, `CenterCrop` and of
-        `open_clip.transform.ResizeKeepRatio`, `CenterCropOrPad`: the long side is truncated, offsets are
-        rounded half to even.
+        Rounding follows `torchvision.transforms.Resize`, `CenterCrop` and `open_clip.transform.ResizeKeepRatio`,
+        `CenterCropOrPad`: the long side is truncated, offsets are rounded half to even.
         """
         out_h, out_w = self.size
         if self.resize_mode == "squash":
@@ -105,7 +104,7 @@ class Preprocess:
         else:
             pick = max if self.resize_mode == "longest" else min
             ratio = pick(height / out_h, width / out_w)
-            # open_clip itself fails where a side rounds to 0 (1 x 2000 pixels): one pixel is kept here.
+            # open_clip itself fails if a side rounds to 0 (1 x 2000 pixels); keep one pixel here.
             new_w, new_h = max(1, round(width / ratio)), max(1, round(height / ratio))
         return Geometry(new_w, new_h, _offset(new_h, out_h), _offset(new_w, out_w))
 
@@ -116,5 +115,5 @@ def _per_channel(values: Any) -> tuple[float, float, float]:
 
 
 def _offset(side: int, out: int) -> int:
-    """Begin of the centred window: rounded if it crops; if it pads, the smaller half comes first."""
+    """Start of the centred window: rounded if it crops; if it pads, the smaller half comes first."""
     return round((side - out) / 2) if side >= out else -((out - side) // 2)

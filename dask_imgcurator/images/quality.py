@@ -1,9 +1,9 @@
 """Technical quality and perceptual hash of an image, from the same decode as its embedding.
 
 All are taken from the whole image, not from the model's crop, at a small size: `SIDE` x `SIDE` pixels (RGB, bilinear
-with antialiasing, the aspect ratio given up) for the measures, `HASH_SIDE` x `HASH_SIDE` (gray, Lanczos) for the hash.
-So images of all sizes compare, and it costs little beside the encoder. Definitions are those of published libraries,
-with which the results on the small image agree.
+with antialiasing, ignoring the aspect ratio) for the measures, `HASH_SIDE` x `HASH_SIDE` (gray, Lanczos) for the hash.
+This makes images of all sizes comparable, at little cost compared with the encoder. Definitions are those of published
+libraries, and the results on the small image agree with theirs.
 
 A measure is a column with the step ``measure`` in `dask_imgcurator.schema`, and a function of its name here.
 """
@@ -67,7 +67,7 @@ def brightness(images: Images) -> torch.Tensor:
 
 
 def contrast(images: Images) -> torch.Tensor:
-    """Percentile 99 less percentile 1, as `skimage.exposure.is_low_contrast`; linear between values, as NumPy."""
+    """Percentile 99 minus percentile 1, as in `skimage.exposure.is_low_contrast`; interpolated linearly, like NumPy."""
     upto = images.histogram.cumsum(1)
     last = SIDE * SIDE - 1
 
@@ -81,7 +81,7 @@ def contrast(images: Images) -> torch.Tensor:
 
 
 def blur(images: Images) -> torch.Tensor:
-    """How little of the edges is lost if the image is blurred once more, in the worse direction.
+    """How little edge strength is lost if the image is blurred once more, in the worse direction.
 
     `skimage.measure.blur_effect`; Crete et al. 2007, doi 10.1117/12.702790.
     """
@@ -100,9 +100,9 @@ _EPSILON = float(np.spacing(1))
 
 
 def _edges(image: torch.Tensor) -> torch.Tensor:
-    """Absolute Sobel derivative along the height, scaled as in scikit-image, where `blur_effect` takes it.
+    """Absolute Sobel derivative along the height, scaled as in scikit-image's `blur_effect`.
 
-    By slices: on a CPU, a convolution of one channel takes ten times as long.
+    Uses slices: on a CPU, a convolution of one channel takes ten times as long.
     """
     across = image[:, :-2] - image[:, 2:]
     edges = ((across[:, :, :-2] + across[:, :, 2:]) / 2 + across[:, :, 1:-1]) / 4
@@ -121,7 +121,7 @@ def _mean_of_11(image: torch.Tensor) -> torch.Tensor:
 
 
 def entropy(images: Images) -> torch.Tensor:
-    """Of the histogram (`skimage.measure.shannon_entropy`)."""
+    """Entropy of the histogram (`skimage.measure.shannon_entropy`)."""
     import torch
 
     return torch.special.entr(images.histogram.double() / (SIDE * SIDE)).sum(1) / np.log(2)
@@ -159,7 +159,7 @@ def phash(gray: torch.Tensor) -> list[str]:
         return []
     n = torch.arange(HASH_SIDE, dtype=torch.float64, device=gray.device)
     wave = torch.cos(torch.pi * n[:8, None] * (2 * n + 1) / (2 * HASH_SIDE))
-    # Rounded, since the coefficients of flat images are equal except for the last bits of their sums.
+    # Rounded, because the coefficients of flat images differ only in the last bits of their sums.
     low = (4 * wave @ gray.double() @ wave.T).reshape(-1, 64).round(decimals=6)
     median = low.sort(1).values[:, 31:33].mean(1, keepdim=True)
     places = 2 ** torch.arange(7, -1, -1, device=gray.device)

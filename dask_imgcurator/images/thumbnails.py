@@ -1,4 +1,4 @@
-"""Small pictures of rows, from the original bytes that their locators point to."""
+"""Small pictures of rows, made from the original bytes at their locators."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from ..storage.tar_read import read_extents
 from .pillow import inspect, open_image
 
-#: Where an image lies: URL of its shard, and offset.
+#: Where an image is: URL of its shard, and offset.
 Place = tuple[str, int]
 
-#: Pixels of the longer side, in a notebook, and in a page, where pictures can be enlarged: 5 and 12 kB of a photograph.
+#: Pixels of the longer side, in notebooks and in pages (where pictures can be enlarged): 5 and 12 kB per photograph.
 SIDE, PAGE_SIDE = 160, 320
 
 _MAX_NBYTES, _MAX_PIXELS = 64_000_000, 50_000_000  # larger images are not worth decoding for a thumbnail
@@ -42,9 +42,7 @@ def make_thumbnails(
                 uri = thumbnail(data, side, upright)
                 if uri is not None:
                     made[url, offset] = uri
-        except (
-            Exception
-        ):  # the shard is gone, or a remote file system fails in any way: the page counts what is missing
+        except Exception:  # the shard is gone, or a remote file system fails somehow: the page counts missing pictures
             continue
     return made
 

@@ -219,14 +219,14 @@ def _score(
             monitor.note(f"A worker died while scoring {name}: retrying with its images decoded in a separate process.")
         return Wave(names, score_graph([todo[name] for name in names], plan.isolated, last))
 
-    mark.tell(now=True, **progress.told())
+    mark.tell(now=True, **progress.values())
     client.subscribe_topic(plan.embed.topic, lambda event: progress.update(event[1]))
     try:
         graphs, pulse = waves(list(todo), build), lambda: progress.last
         for url, written in run(client, graphs, "scoring", again, build=build, pulse=pulse):
             done[todo[url].url] = written
             progress.finish(url, written.measured.counts)
-            mark.tell(**progress.told())
+            mark.tell(**progress.values())
     except JobError as err:
         mark.tell(now=True, stopped=str(err))
         if type(err.__cause__) is JobError:  # of a worker, which says all

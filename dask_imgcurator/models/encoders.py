@@ -1,4 +1,4 @@
-"""Image encoders: any open_clip model, the starter, or one that a package registered; each in memory once a process."""
+"""Image encoders: any open_clip model, the starter, or one that a package registered; loaded once per process."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class EncoderSpec:
         open_clip's tag, the absolute path of a checkpoint, ``random:SEED``, or empty (for ``starter`` and for models
         that carry their weights in their name, such as ``hf-hub:…``).
     weights_sha256 : str
-        Of a local checkpoint; empty otherwise.
+        Hash of a local checkpoint; empty otherwise.
     dtype : str
-        ``auto`` or one of `DTYPES`; what ``auto`` means is up to the processor that loads the model.
+        ``auto`` or one of `DTYPES`; the processor that loads the model resolves ``auto``.
     graphs : bool
-        Whether a card replays the forward pass as a CUDA graph, where it can.
+        Whether a GPU replays the forward pass as a CUDA graph, if possible.
     """
 
     model: str
@@ -110,7 +110,7 @@ def best_dtype(device: str = "cpu") -> str:
 
 @once
 def _bfloat16_gain() -> float:
-    """Time of a matrix product in float32 over that in bfloat16: the best of five each, about 50 ms in all."""
+    """Time of a matrix product in float32 divided by that in bfloat16: the best of five each, about 50 ms in total."""
     import torch
 
     best: dict[torch.dtype, float] = {}
@@ -129,8 +129,8 @@ def _bfloat16_gain() -> float:
 class Encoder:
     """A loaded model.
 
-    The dtype in `spec` is settled, `width` is that of the embeddings, `provenance` is what a score table records, and
-    `model` is open_clip's, whose text half `text_tower` uses; None for other models.
+    The dtype in `spec` is resolved, `width` is the embeddings' length, `provenance` is what a score table records, and
+    `model` is open_clip's, whose text half `text_tower` uses, or None for other models.
     """
 
     _unit = "image"
@@ -150,7 +150,7 @@ class Encoder:
         graphed = spec.graphs and graphs_problem(device) is None
         self._forward = Graphed(forward) if graphed else forward
         self._fits: int | None = None
-        # Partitions in one process take turns: each forward pass has all threads, and memory stays that of one.
+        # Partitions in one process take turns: each forward pass gets all threads, and memory for only one is needed.
         self._turn = threading.Lock()
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -168,12 +168,12 @@ class Encoder:
         return inputs.to(self.device, getattr(torch, self.spec.dtype))
 
     def encode(self, inputs: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """Encode any number of images in whole batches and a rest in powers of two, in smaller ones if memory runs out.
+        """Encode any number of images in whole batches, the rest in powers of two; in smaller ones if memory runs out.
 
-        A batch's size changes the last bits of an embedding. So an image's depend on its place in its partition, by
+        The batch size affects the last bits of an embedding. So these depend on the image's place in its partition, by
         `pass_size`, but not on its neighbours. If memory runs out, the size is halved for the rest of this process, and
-        the images that did not fit are encoded again. Embeddings of other sizes differ by rounding, as those of two
-        machines do: by less than the tolerances between CPU and GPU.
+        the images that did not fit are encoded again. Embeddings from other batch sizes differ by rounding, like those
+        of two machines: by less than the tolerances between CPU and GPU.
         """
         import torch
 
@@ -184,7 +184,7 @@ class Encoder:
         while done < len(inputs):
             size = pass_size(len(inputs) - done, min(batch_size, self._fits or batch_size))
             encoded = self._encode_whole(inputs[done : done + size], size)
-            # The error is gone by now, and with it the memory that its traceback held.
+            # By now the error has been freed, and with it the memory that its traceback held.
             if encoded is None:
                 self._shrink(size)
             else:
@@ -214,23 +214,23 @@ class Encoder:
                 f"with one {self._unit} at a time: end other programs, start fewer workers, or use a smaller model"
             )
         self._fits = size // 2
-        warnings.warn(f"memory ran out at {size} {self._unit}s a batch: going on with {self._fits}", stacklevel=4)
+        warnings.warn(f"out of memory with {size} {self._unit}s per batch: continuing with {self._fits}", stacklevel=4)
 
 
 # --- loading ----------------------------------------------------------------------------------------
 
-#: Threads that measure at the same time would disturb each other, and might settle on different dtypes.
+#: Threads that measure at the same time would disturb each other, and might choose different dtypes.
 _settling = threading.Lock()
 
 
 def load_encoder(spec: EncoderSpec, device: str = "cpu") -> Encoder:
     """Load a model, or return the one that this process has.
 
-    Raises `ModelError` if its weights cannot be had, or are not those that the client saw.
+    Raises `ModelError` if its weights are unavailable, or differ from those that the client saw.
     """
     if spec.dtype == "auto":
-        # Settled before the lookup, so that "auto" and the dtype that it stands for are one model, loaded once.
-        # The starter is small and convolutional: what it gains from bfloat16 is not worth the lost digits.
+        # Resolved before the lookup: "auto" and the dtype that it means are the same model, loaded once.
+        # The starter is small and convolutional: its gain from bfloat16 is not worth the lost digits.
         with _settling:
             spec = replace(spec, dtype="float32" if spec.is_starter else best_dtype(device))
     return cache.get("encoder", (spec, device), lambda: _load(spec, device))
@@ -265,7 +265,7 @@ def _load_own(spec: EncoderSpec, device: str, package: str, weights: dict[str, A
     try:
         own: plugins.OwnEncoder = load(spec, device)
         preprocess, width, forward = own.preprocess, int(own.width), own.forward
-    # Whatever happens in another package is reported with its name.
+    # Any error in another package is reported with its name.
     except Exception as err:
         raise ModelError(f"cannot load {spec.model!r} of {package}: {type(err).__name__}: {err}") from err
     if not isinstance(preprocess, Preprocess):

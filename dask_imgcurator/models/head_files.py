@@ -1,6 +1,6 @@
-"""Files of a user's own heads: layers and a spec; ``docs/own_heads.md`` shows one being made.
+"""Files of a user's own heads: layers and a spec; ``docs/own_heads.md`` shows how to make one.
 
-A head is one linear layer or several with an activation between (an MLP), and gives one number a row. Its file is a
+A head is one linear layer or several with an activation between (an MLP), and gives one number per row. Its file is a
 safetensors file: tensors ``layers.0.weight`` (out, in), ``layers.0.bias`` (out,), ``layers.1.weight`` and so on, as
 ``torch.nn.Linear`` has them, and the fields of the spec as JSON under ``imgcurator_head`` in the metadata. Loading one
 runs no code from it.
@@ -41,21 +41,21 @@ class HeadFile:
     Attributes
     ----------
     name : str
-        Its name, for errors and the provenance.
+        Name for errors and the provenance.
     column : str
         Column that it fills.
     width : int
-        Width of the embeddings that it takes.
+        Width of its input embeddings.
     activation : {"none", "relu", "gelu", "silu", "tanh", "sigmoid"}
-        Between layers (``gelu`` is the exact one).
+        Activation between layers (``gelu`` is the exact one).
     output : {"identity", "sigmoid"}
         After the last layer.
     embedder : str
-        Model whose embeddings it was fitted to, in words.
+        Model whose embeddings it was fitted to, for people to read.
     path : str
-        The file; any fsspec URL, absolute.
+        The file: any absolute fsspec URL.
     sha256 : str
-        Of the file, hexadecimal.
+        Hash of the file, hexadecimal.
     """
 
     name: str
@@ -83,25 +83,25 @@ def save_head(
     Parameters
     ----------
     path : path
-        Ends in ``.safetensors``; a file that is there is replaced.
+        Ends in ``.safetensors``; an existing file is replaced.
     layers : sequence of (weight, bias)
         Weight (out, in) and bias (out,) of each layer, first to last, stored as float32; the last one's out is 1.
         scikit-learn's ``coef_`` and ``intercept_`` of a binary or single-output model are such a pair.
     column : str
         Column that it fills, ``my_score`` for example.
     name : str, optional
-        Its name; by default the file's.
+        Name of the head; by default the file's.
     activation : {"none", "relu", "gelu", "silu", "tanh", "sigmoid"}
         Between layers.
     output : {"identity", "sigmoid"}
         After the last layer; ``sigmoid`` makes a probability of a logit.
     embedder : str
-        Model whose embeddings it was fitted to; only told, not checked.
+        Model whose embeddings it was fitted to; for information, not checked.
 
     Returns
     -------
     HeadFile
-        As `read_head` gives it.
+        As `read_head` returns it.
 
     Raises
     ------
@@ -145,7 +145,8 @@ def convert_pth(
     path : path
         The new file, ``.safetensors``.
     activation : {"none", "relu", "gelu", "silu", "tanh", "sigmoid"}
-        Between layers. A state dict does not tell it, so there is no default. (Dropout does nothing in use.)
+        Activation between layers. A state dict does not record it, so there is no default. (Dropout has no effect in
+        use.)
     column, name, output, embedder
         As for `save_head`.
 
@@ -179,7 +180,7 @@ def _layer(number: int, weight: ArrayLike, bias: ArrayLike) -> tuple[NDArray[np.
 
 
 def _width(layers: Layers, where: str) -> int:
-    """Width of the embeddings that a head takes; its layers must fit each other."""
+    """Width of a head's input embeddings; its layers must fit each other."""
     if not layers:
         raise HeadError(f"{where}: a head has at least one layer")
     width = out = layers[0][0].shape[1]
@@ -216,7 +217,7 @@ def read_head(path: str | os.PathLike[str]) -> HeadFile:
     Parameters
     ----------
     path : path or URL
-        As `save_head` wrote it. Workers read it too, so it lies where all of them see it.
+        As written by `save_head`. Workers read it too, so put it where all of them can see it.
 
     Raises
     ------
@@ -269,5 +270,5 @@ def parse(data: bytes, where: str) -> tuple[dict[str, Any], Layers]:
 
 
 def provenance(head: HeadFile) -> dict[str, Any]:
-    """Return what identifies a head's output: its spec and the sha256 of its file, but not where it lies."""
+    """Return what identifies a head's output: its spec and the sha256 of its file, but not the file's location."""
     return {key: value for key, value in asdict(head).items() if key != "path"}

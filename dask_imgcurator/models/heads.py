@@ -1,15 +1,15 @@
 """Published aesthetic and NSFW heads: which model each was fitted to, its file, and how it scores.
 
-A head maps a CLIP image embedding to one number. LAION published those named here:
+A head maps a CLIP image embedding to one number. LAION published these:
 
 - **aesthetic v1** (``sa_0_4_*_linear``), a linear layer, for ViT-B/32, B/16 and L/14;
 - **aesthetic v2** (``sac+logos+ava1-l14-linearMSE``), for L/14: five linear layers without activations
-  between, so one affine map. v1 and v2 are two scales: their scores do not compare.
-- **NSFW**, an AutoKeras classifier each for L/14 and B/32. It took some columns for categories and looks
-  them up by the text of their value, see `savedmodel.ranks`.
+  between, hence one affine map. v1 and v2 have different scales: their scores are not comparable.
+- **NSFW**, one AutoKeras classifier each for L/14 and B/32. AutoKeras treated some columns as categories and
+  looks them up by the text of their value, see `savedmodel.ranks`.
 
-The two ``starter`` heads belong to the starter model, whose embeddings live in ViT-B/32's space. They are
-previews, good enough to see a pipeline work, **not** for safety decisions.
+The two ``starter`` heads belong to the starter model, whose embeddings are in ViT-B/32's space. They are
+previews, good enough to see a pipeline work, but **not** for safety decisions.
 
 A new head is one entry of `HEADS`.
 """
@@ -42,16 +42,16 @@ Score = Callable[["torch.Tensor"], "torch.Tensor"]
 #: Weight (out, in) and bias (out,) of linear layers, first to last.
 Layers = list[tuple[NDArray[np.float64], NDArray[np.float64]]]
 
-#: Rows scored at a time, so that double precision costs little memory whatever the partition's size.
+#: Rows scored at a time; limits the memory for double precision, whatever the partition's size.
 _BLOCK = 65_536
 
-#: Norms that pass for "L2-normalised, then rounded or averaged". CLIP's output before normalisation has a norm of 8 to
-#: 20 and would score 20 and more; LAION's reference inputs for NSFW go up to 1.29.
+#: Norms accepted as "L2-normalised, then rounded or averaged". CLIP's output before normalisation has a norm of 8 to 20
+#: and would score 20 and more; LAION's reference inputs for NSFW go up to 1.29.
 _NORMS = (0.5, 2.0)
 
 
 class HeadError(ValueError):
-    """A head does not exist, does not fit the embeddings, or was given what it cannot score."""
+    """A head does not exist, does not fit the embeddings, or cannot score its input."""
 
 
 # --- the registry -----------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ class HeadError(ValueError):
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A head that can be asked for by name."""
+    """A head that can be requested by name."""
 
     name: str
     kind: Kind
@@ -77,7 +77,7 @@ class HeadSpec:
 
     @property
     def embedder(self) -> str:
-        """The model in words."""
+        """The model's name for people to read."""
         return "dask_imgcurator starter" if self.preview else f"OpenAI CLIP {'/'.join(self.family.rsplit('-', 1))}"
 
     @property
@@ -87,7 +87,7 @@ class HeadSpec:
 
     @property
     def round_to(self) -> Literal["float16"] | None:
-        """What embeddings should be rounded to first; see `load_head`."""
+        """Type to which embeddings should be rounded first; see `load_head`."""
         return "float16" if self.kind == "nsfw" else None
 
 
@@ -119,7 +119,7 @@ _V2 = _Origin(
 _NSFW = _Origin("nsfw", "LAION-AI/CLIP-based-NSFW-Detector", "d6bb8fe31fd4aecbfed7dfb62df4fe5858bfc014", "MIT")
 _STARTER = "dask_imgcurator, fitted to real CLIP ViT-B/32 embeddings, bias set on the starter model's"
 
-#: Every head, by name. Of several that fit, ``auto`` takes the first.
+#: All heads by name. If several fit, ``auto`` takes the first.
 HEADS: Mapping[str, HeadSpec] = {
     spec.name: spec
     for spec in (
@@ -168,7 +168,7 @@ HEADS: Mapping[str, HeadSpec] = {
 def for_model(kind: Kind, model: str) -> HeadSpec | None:
     """Return the head that was fitted to a model of open_clip or the starter; None if there is none.
 
-    By width alone, B/16 would get the heads of B/32, and other models of a width heads that mean nothing for them.
+    By width alone, B/16 would get the heads of B/32, and other models heads that are meaningless for them.
     """
     for spec in HEADS.values():
         if spec.kind == kind and (model == spec.family or model.startswith(f"{spec.family}-quickgelu")):
@@ -177,7 +177,7 @@ def for_model(kind: Kind, model: str) -> HeadSpec | None:
 
 
 def named(kind: Kind, head: str) -> HeadSpec:
-    """Return the head of a name; raise `HeadError` if there is none, or it is of another kind."""
+    """Return the head with a name; raise `HeadError` if there is none or it is of another kind."""
     if head not in HEADS:
         close = difflib.get_close_matches(head, HEADS, n=3)
         hint = f" (did you mean {' or '.join(close)}?)" if close else ""
@@ -188,7 +188,7 @@ def named(kind: Kind, head: str) -> HeadSpec:
 
 
 def resolve(kind: Kind, head: str, width: int) -> HeadSpec:
-    """Choose a head for embeddings of a width: the one named, or with ``"auto"`` the first that takes the width."""
+    """Choose a head for embeddings of a width: the named one, or for ``"auto"`` the first that accepts the width."""
     if head == "auto":
         for spec in HEADS.values():
             if (spec.kind, spec.width) == (kind, width):
@@ -231,8 +231,8 @@ class Head:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Score L2-normalised embeddings, floating (n, width) on the head's device: float32 (n,).
 
-        Rows whose norm is not finite get NaN. Another shape, dtype or device is a `HeadError`, and so is a norm outside
-        0.5 to 2: such embeddings were not normalised, and their scores would be nonsense.
+        Rows whose norm is not finite get NaN. A wrong shape, dtype or device raises `HeadError`, and so does a norm
+        outside 0.5 to 2: such embeddings were not normalised, and their scores would be nonsense.
         """
         import torch
 
@@ -262,7 +262,7 @@ class Head:
                     f"head {self.spec.name} takes L2-normalised embeddings, but row {first + row} has norm "
                     f"{float(norms[row]):.6g} ({int(wrong.sum()) - 1} more are off); divide each by its norm"
                 )
-            # Replaced by zeros: which integer a NaN becomes depends on the device.
+            # Replaced by zeros, because NaN becomes a different integer on each device.
             x = torch.where(good[:, None], x, 0.0)
         if self.round_to == "float16":
             x = x.half().float()
@@ -309,9 +309,9 @@ def _load(spec: HeadSpec, weights_dir: str | None, device: str) -> Score:
 
 
 def read_pth(data: bytes, where: str) -> Layers:
-    """Read the linear layers in a ``.pth`` file, a pickle, with torch's reader that executes nothing in it.
+    """Read the linear layers in a ``.pth`` file, a pickle, with torch's reader that runs no code in it.
 
-    Anything but plain tensors is a `WeightsError`, anything but linear layers a `HeadError`.
+    Raises `WeightsError` for anything but plain tensors, `HeadError` for anything but linear layers.
     """
     import torch
 
@@ -326,7 +326,7 @@ def read_pth(data: bytes, where: str) -> Layers:
 
 
 def linear_layers(state: Mapping[str, NDArray[np.float64]], where: str) -> Layers:
-    """Return the layers of a state dict in order; its keys are ``weight``, ``layers.10.bias`` and so on, with gaps."""
+    """Return the layers of a state dict in order; its keys are ``weight``, ``layers.10.bias`` …, maybe with gaps."""
     parts = {key: re.fullmatch(r"(?:(.*)\.)?(weight|bias)", key) for key in state}
     strange = [key for key, part in parts.items() if not part or state[key].ndim != {"weight": 2, "bias": 1}[part[2]]]
     if strange or not state:
@@ -361,7 +361,7 @@ def _affine(weight: NDArray[np.float64], bias: float, device: str, sigmoid: bool
     w = torch.from_numpy(weight).to(device)
 
     def score(x: torch.Tensor) -> torch.Tensor:
-        # In double precision, so that a row's score depends neither on its batch nor on TF32.
+        # In double precision, a row's score depends neither on its batch nor on TF32.
         y = x.double() @ w + bias
         return (y.sigmoid() if sigmoid else y).float()
 

@@ -1,4 +1,4 @@
-"""What is particular to open_clip: names and tags, random weights, activations, tokenizers, and its logging."""
+"""Everything specific to open_clip: names and tags, random weights, activations, tokenizers, and its logging."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def resolve(model: str, pretrained: str | None) -> tuple[str, str | Path]:
         )
     if pretrained.startswith("random"):
         if not _RANDOM.fullmatch(pretrained):
-            raise ModelError(
-                f"cannot read {pretrained!r}: random weights are asked for as random:SEED, for example random:0"
-            )
+            raise ModelError(f"cannot read {pretrained!r}: write random weights as random:SEED, for example random:0")
         return model, pretrained
     if pretrained in tags or pretrained.replace("-", "_").lower() in tags:
         return model, pretrained
@@ -68,8 +66,8 @@ def resolve(model: str, pretrained: str | None) -> tuple[str, str | Path]:
 def needs_quick_gelu(model: str, pretrained: str) -> bool:
     """Whether published weights were trained with QuickGELU, whatever the model's name says.
 
-    OpenAI's were, and so were those that LAION's heads were fitted to. open_clip 3 builds ``ViT-L-14`` with GELU for
-    all weights and only warns of a mismatch; the embeddings are then not those of the published model.
+    OpenAI's were, and LAION's heads were fitted to those. open_clip 3 builds ``ViT-L-14`` with GELU for all weights and
+    only warns about a mismatch; the embeddings then differ from those of the published model.
     """
     import open_clip
 
@@ -78,7 +76,7 @@ def needs_quick_gelu(model: str, pretrained: str) -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence open_clip and its downloads, which log random weights and each of a dozen attempts; errors say enough."""
+    """Silence open_clip and its downloads, which log random weights and every attempt; the errors say enough."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -91,7 +89,7 @@ def quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """One of open_clip's models, and what an encoder must know about it."""
+    """A model of open_clip, and what an encoder must know about it."""
 
     model: Any
     preprocess: Preprocess
@@ -100,7 +98,7 @@ class Loaded:
 
 
 def load(spec: EncoderSpec, device: str) -> Loaded:
-    """Load a model; raise `ModelError` if its weights cannot be had."""
+    """Load a model; raise `ModelError` if its weights are unavailable."""
     import open_clip
     import torch
 
@@ -124,8 +122,8 @@ def load(spec: EncoderSpec, device: str) -> Loaded:
             else "Without network, give a checkpoint's path, or use the model 'starter'."
         )
         why = f"{type(err).__name__}: {textwrap.shorten(str(err), 300)}"
-        if "weights_only" in str(err):  # torch advises to set it to False, which runs whatever a file holds
-            why = "it holds more than tensors, and nothing in a checkpoint is run"
+        if "weights_only" in str(err):  # torch's advice to set it to False would run code in the file
+            why = "it holds more than tensors, and code in a checkpoint is never run"
         raise ModelError(f"cannot load {spec.model!r} with pretrained={spec.pretrained!r}: {why}. {remedy}") from err
     model.eval()
     for module in model.modules():
@@ -147,13 +145,13 @@ def load(spec: EncoderSpec, device: str) -> Loaded:
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """QuickGELU in one new tensor instead of three, of which open_clip's spends half its time on the memory."""
+    """QuickGELU with one temporary tensor; open_clip's uses three and spends half its time allocating them."""
     out = 1.702 * x
     return out.sigmoid_().mul_(x)
 
 
 def _state_sha256(model: torch.nn.Module) -> str:
-    """Hash a published model's parameters: open_clip does not tell which file they came from."""
+    """Hash a published model's parameters: open_clip does not say which file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -162,7 +160,7 @@ def _state_sha256(model: torch.nn.Module) -> str:
 
 
 def tokenizer(model: str) -> Any:
-    """Load the tokenizer of a model; raise `ModelError` if it cannot be had."""
+    """Load the tokenizer of a model; raise `ModelError` if it is unavailable."""
     import open_clip
 
     try:
@@ -183,7 +181,7 @@ def tokenizer(model: str) -> Any:
 
 
 def has_quick_twin(model: str) -> bool:
-    """Whether open_clip lists the architecture with QuickGELU too; without importing it, which takes seconds."""
+    """Whether open_clip also lists the architecture with QuickGELU; without the import, which takes seconds."""
     spec = importlib.util.find_spec("open_clip")
     name = f"{model.replace('/', '-')}-quickgelu.json"
     return (

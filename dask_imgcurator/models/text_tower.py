@@ -15,18 +15,18 @@ from .encoders import Encoder, EncoderSpec, load_encoder
 if TYPE_CHECKING:
     import torch
 
-#: Characters of a text that are read. A context holds some 80 tokens (about 300 characters), but tokenizers process
-#: the whole text before they cut it, in quadratic time if it has no spaces; and a caption can be a whole book.
+#: Limit on the characters of a text. A context holds some 80 tokens (about 300 characters), but tokenizers process the
+#: whole text before they cut it, in quadratic time if it has no spaces, and a caption can be a whole book.
 MAX_CHARS = 3_000
 
-#: Words that open_clip's tokenizer may remember: by itself it forgets none, and there is no end of new ones.
+#: Words that open_clip's tokenizer may cache; its own cache grows without limit.
 _MAX_WORDS = 1 << 18
 
 
 class TextEncoder(Encoder):
     """The text half of a loaded model, an encoder of tokens instead of pixels.
 
-    `logit_scale` is what the model learnt to multiply cosines by, before the softmax.
+    `logit_scale` is the learnt factor for cosines before the softmax.
     """
 
     _unit = "text"
@@ -36,7 +36,7 @@ class TextEncoder(Encoder):
 
         model = encoder.model
         super().__init__(
-            # Text towers look for the end of a text on the host, which a CUDA graph cannot record.
+            # Text towers find the end of a text on the host, which a CUDA graph cannot record.
             replace(encoder.spec, graphs=False),
             model.encode_text,
             encoder.preprocess,
@@ -61,7 +61,7 @@ class TextEncoder(Encoder):
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         """Split texts into tokens after the model's own cleaning: int64 (n, context length), on the host."""
-        with self._tokenizer_turn:  # transformers' tokenizers are not safe for several threads
+        with self._tokenizer_turn:  # transformers' tokenizers are not thread-safe
             if len(getattr(self._tokenizer, "cache", ())) > _MAX_WORDS:
                 self._tokenizer.cache = dict(self._words)  # type: ignore[attr-defined]
             return self._tokenizer([text[:MAX_CHARS] for text in texts])
@@ -95,7 +95,7 @@ def require_text_tower(spec: EncoderSpec, step: str) -> None:
 def load_text_encoder(spec: EncoderSpec, device: str = "cpu") -> TextEncoder:
     """Load the text tower of a model; both halves are one model in memory.
 
-    Raises `ModelError` if the model has no text tower, or its weights or its tokenizer cannot be had.
+    Raises `ModelError` if the model has no text tower, or its weights or tokenizer are unavailable.
     """
     require_text_tower(spec, "this step")
     encoder = load_encoder(spec, device)

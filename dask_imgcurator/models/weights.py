@@ -1,7 +1,7 @@
 """Find, download and verify the published files of the heads.
 
-A file is trusted for its sha256, never for its location: the hash is taken from the very bytes that are returned, at
-every load. The files are small (under 4 MB), so that takes milliseconds.
+A file is trusted for its sha256, never for its location: on every load, the returned bytes themselves are hashed. The
+files are small (under 4 MB), so this takes milliseconds.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from ..storage import files
 #: Seconds without an answer after which a download is given up.
 TIMEOUT = 30.0
 
-#: A server that sends more than this is not sending one of our files.
+#: No published file is larger than this (bytes).
 MAX_BYTES = 64 << 20
 
 _REMEDY = (
-    "put the file into a folder and name that by --weights-dir (weights_dir=) or by "
+    "put the file into a folder and name it by --weights-dir (weights_dir=) or by "
     "DASK_IMGCURATOR__WEIGHTS_DIR; for embeddings of the starter model, the heads aesthetic-starter and "
     "nsfw-starter need no file"
 )
 
 
 class WeightsError(RuntimeError):
-    """A weights file is missing, is not the published one, or is not what it should hold."""
+    """A weights file is missing, is not the published one, or has the wrong content."""
 
 
 class WrongWeights(WeightsError):
-    """A file is there under the name of a published one, with another content."""
+    """A file with the name of a published one has other content."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def find(file: WeightsFile, weights_dir: str | os.PathLike[str] | None = None, d
 
 
 def read(file: WeightsFile, weights_dir: str | os.PathLike[str] | None = None) -> bytes:
-    """Return the verified bytes of a published file, so that nothing can change between check and use."""
+    """Return the verified bytes of a published file; nothing can change between check and use."""
     return _locate(file, weights_dir, download=True)[1]
 
 
@@ -143,7 +143,7 @@ def _download(file: WeightsFile, looked_at: list[str]) -> bytes:
             data: bytes = response.read(MAX_BYTES + 1)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it is the answer, and holds the connection
+            error.close()  # it is the response, and holds the connection
         raise WeightsError(_missing(file, looked_at, f"download failed: {error}")) from error
     found = hashlib.sha256(data).hexdigest()
     if found != file.sha256:

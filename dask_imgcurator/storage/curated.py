@@ -1,8 +1,8 @@
 """A folder of curated shards: each a tar, its rows as a score table, an index for DALI, and statistics.
 
-Whatever this library wrote has its ``_stats.json`` beside it, written before the files that it speaks of come to light,
-the tar last. So a shard is finished when it has both, files without one are someone else's and are left alone, and a
-run that was killed leaves nothing that could be taken for either.
+Every shard that this library writes has a ``_stats.json`` beside it. It is written before the files it describes
+appear, and the tar appears last. So a shard with both is complete, files without statistics were written by something
+else and are left alone, and a killed run leaves nothing that could be mistaken for either.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NAME = re.compile(r"(\d{5,})(\.tar|\.parquet|\.idx|_stats\.json)")
 class WriteSpec:
     """Where curated shards go, and their maximum size (a larger single sample gets its own shard).
 
-    `made`: provenance of the rows. `sources`: folders in which all source shards lie; None: they may lie anywhere.
+    `made`: provenance of the rows. `sources`: folders that hold all source shards; None: they may be anywhere.
     """
 
     folder: str
@@ -111,7 +111,7 @@ def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def _as_copied(table: pa.Table, copied: Copied, url: str, spec: WriteSpec) -> pa.Table:
-    """The rows as a score table of the curated tar: where samples lie there, and where they were copied from."""
+    """The rows as a score table of the curated tar: where samples are in it, and where they were copied from."""
     samples, images = copied.samples, copied.images
     lie = {
         "shard": [url] * len(samples),
@@ -122,7 +122,7 @@ def _as_copied(table: pa.Table, copied: Copied, url: str, spec: WriteSpec) -> pa
     }
     came = [column.name for column in columns_of("write")]
     sources = [table[name.removeprefix("source_")] for name in came]
-    table = table.drop_columns([name for name in came if name in table.column_names])  # of an earlier copy
+    table = table.drop_columns([name for name in came if name in table.column_names])  # from an earlier copy
     for name in (name for name in lie if name in table.column_names):
         (known,) = arrow_schema([name])
         table = table.set_column(table.column_names.index(name), known, pa.array(lie[name], known.type))
@@ -158,21 +158,21 @@ def write_sizes(spec: WriteSpec, written: Sequence[Mapping[str, Any]]) -> None:
         _write(url, text.encode(), spec)
 
 
-# --- what is remembered of a finished folder ------------------------------------------------------
+# --- the record of a finished folder --------------------------------------------------------------
 
 _MEMORY = ".written.json"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What an earlier run wrote, and is still there as it was; `page`: version of the report that it made of it."""
+    """Unchanged results of an earlier run; `page`: version of the report it made."""
 
     written: list[dict[str, Any]]
     page: str
 
 
 def find_finished(spec: WriteSpec, of: str) -> Finished | None:
-    """Find out without opening a shard whether what is to be written is there; `of`: hash of all that decides it."""
+    """Find out, without opening a shard, whether the result exists; `of`: hash of everything that decides it."""
     try:
         memory = json.loads(files.read_text(files.join(spec.folder, _MEMORY), spec.storage_options) or "{}")
     except ValueError:
@@ -183,7 +183,7 @@ def find_finished(spec: WriteSpec, of: str) -> Finished | None:
 
 
 def remember_finished(spec: WriteSpec, of: str, written: Sequence[Mapping[str, Any]], page: str = "") -> None:
-    """Remember what was written, for `find_finished`."""
+    """Record what was written, for `find_finished`."""
     versions = _versions(spec)
     if of and all(map(marks_changes, versions.values())):
         memory = {"of": of, "files": versions, "written": written, "page": page}
@@ -191,7 +191,7 @@ def remember_finished(spec: WriteSpec, of: str, written: Sequence[Mapping[str, A
 
 
 def _versions(spec: WriteSpec) -> dict[str, str]:
-    """Versions of a folder's curated shards and what belongs to them, by name."""
+    """Versions of a folder's curated shards and companion files, by name."""
     there = {
         url.rpartition("/")[2]: version for url, version in versions_in(spec.folder, "", spec.storage_options).items()
     }
@@ -202,10 +202,10 @@ def _versions(spec: WriteSpec) -> dict[str, str]:
 
 
 def check_sources(folder: str, sources: Iterable[str]) -> None:
-    """Raise `WriteError` if a source shard lies in the folder under a name that a curated shard may get."""
+    """Raise `WriteError` if a source shard is in the folder under a name that a curated shard may get."""
     for url in sources:
         if overwrites(folder, url):
-            raise WriteError(f"{url} is read, and lies in the folder that is to be written: choose another folder")
+            raise WriteError(f"{url} is a source shard in the output folder: choose another folder")
 
 
 def is_allowed(source: str, spec: WriteSpec) -> bool:
@@ -214,11 +214,11 @@ def is_allowed(source: str, spec: WriteSpec) -> bool:
 
 
 def check_outside(spec: WriteSpec, source: str) -> None:
-    """Raise `WriteError` for a source that is not allowed: whoever made a table wrote its URLs."""
+    """Raise `WriteError` for a source that is not allowed: the URLs in a table come from whoever made it."""
     if not is_allowed(source, spec):
         known = f"lie in {', '.join(spec.sources[:3])}" if spec.sources else "are not known from its files"
         raise WriteError(
-            f"a row names the shard {source}, but the shards of this table {known}: if it is to be trusted, allow it "
+            f"a row names the shard {source}, but the shards of this table {known}: if you trust it, allow it "
             "with --allow-shards PREFIX (allow_shards=)"
         )
 
@@ -229,19 +229,19 @@ def overwrites(folder: str, url: str) -> bool:
 
 
 def check_replaced(folder: str, shards: Iterable[str], storage_options: Mapping[str, Any] | None = None) -> None:
-    """Raise FileExistsError if a folder holds curated shards of which none is of these source shards."""
+    """Raise FileExistsError if a folder holds curated shards, none of which comes from these source shards."""
     before: set[str] = set()
     for stem in written_shards(folder, storage_options):
         before.update((_read_stats(files.join(folder, stem + _STATS), storage_options) or {}).get("sources", ()))
     if before and not before & set(shards):
         raise FileExistsError(
-            f"{folder} holds curated shards of others ({min(before)}): choose another folder, or replace them with "
-            "--overwrite (overwrite=True)"
+            f"{folder} holds curated shards made from other shards ({min(before)}): choose another folder, or replace "
+            "them with --overwrite (overwrite=True)"
         )
 
 
 def files_there(folder: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Names of files in a folder that look like a curated shard's, whoever wrote them."""
+    """Names of files in a folder that look like a curated shard's, whatever wrote them."""
     names = (url.rpartition("/")[2] for url in files.list_files(folder, "", storage_options))
     return [name for name in names if _NAME.fullmatch(name)]
 
@@ -257,7 +257,7 @@ def remove_surplus(folder: str, count: int, storage_options: Mapping[str, Any] |
     """Remove this library's curated shards beyond the first `count`, left from an earlier, larger selection."""
     surplus = [stem for stem in written_shards(folder, storage_options) if int(stem) >= count]
     for stem in surplus:
-        for suffix in _SUFFIXES:  # the statistics last: they say whose the others are
+        for suffix in _SUFFIXES:  # the statistics last: they prove that the others are ours
             files.remove(files.join(folder, stem + suffix), storage_options)
     return surplus
 

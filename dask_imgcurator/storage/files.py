@@ -1,4 +1,4 @@
-"""Small file operations on any fsspec URL: join, list, read, write whole or not at all; with retries."""
+"""Small file operations on any fsspec URL: join, list, read, write atomically; with retries."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 _PARTIAL = ".partial-"
 
-#: Files that are asked for side by side.
+#: Files to process concurrently.
 _AT_ONCE = 16
 
-#: Files that tell how long one takes, and seconds from which that is a while.
+#: How many files are timed first, and seconds per file above which threads pay off.
 _TRIED, _QUICK = 8, 0.002
 
 #: Attempts per request to a remote file system, besides the file system's own retries.
@@ -36,7 +36,7 @@ ATTEMPTS = 5
 
 
 class RemoteError(OSError):
-    """A remote file system did not answer as it should, again and again."""
+    """A remote file system failed repeatedly."""
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -51,21 +51,21 @@ def local_path(url: str) -> Path:
     """Return a local URL's absolute path; links are kept."""
     path = Path(url.split("://", 1)[-1])
     if path.parts and path.parts[0].startswith("~") and not path.exists():
-        with contextlib.suppress(RuntimeError):  # there is no such user: it is a name
+        with contextlib.suppress(RuntimeError):  # no such user: it is a file name
             path = path.expanduser()
     return Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow links)
 
 
 def absolute(url: str | os.PathLike[str]) -> str:
-    """A URL that means the same in processes of other working folders."""
+    """A URL that means the same in processes with other working directories."""
     return str(local_path(os.fspath(url))) if is_local(os.fspath(url)) else os.fspath(url)
 
 
 def at_once(function: Callable[[str], T], urls: Iterable[str]) -> list[T]:
-    """Do something with many files, side by side if each takes a while, as a request to an object store does."""
+    """Apply a function to many files, concurrently if each takes a while, like a request to an object store."""
     items, begin = list(urls), time.perf_counter()
     found = [function(url) for url in items[:_TRIED]]
-    if time.perf_counter() - begin < _QUICK * len(found):  # on a disk, threads only cost: twice the time
+    if time.perf_counter() - begin < _QUICK * len(found):  # on a disk, threads take twice the time
         return found + [function(url) for url in items[_TRIED:]]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return found + list(pool.map(function, items[_TRIED:]))
@@ -81,7 +81,7 @@ def join(folder: str, name: str) -> str:
 
 def file_system(url: str, storage_options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
     """Return the fsspec file system and path of a URL; ValueError if fsspec cannot (the message says why)."""
-    # A copy: botocore changes nested options in place, and then they no longer name the same file system or copy.
+    # A copy, because botocore changes nested options in place; they would no longer identify the file system or copy.
     options = copy.deepcopy(dict(storage_options or {}))
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
@@ -89,7 +89,7 @@ def file_system(url: str, storage_options: Mapping[str, Any] | None = None) -> t
         raise ValueError(f"cannot open {url}: {err}") from err
     except TypeError as err:
         raise ValueError(f"cannot open {url} with storage options {sorted(options)}: {err}") from err
-    # Other processes write to the same folders: a listing from before would hide their files.
+    # Other processes write to the same folders: a cached listing would hide their files.
     fs.invalidate_cache()
     return fs, path
 
@@ -114,7 +114,7 @@ _NETWORK = {"aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "r
 
 def _is_transient(err: BaseException | None) -> bool:
     if isinstance(err, FileNotFoundError) and type(err.__cause__).__module__.startswith("aiohttp"):
-        # What fsspec raises for any failure to get a file's size from a web server.
+        # fsspec raises this for any failure to get a file's size from a web server.
         err = err.__cause__
     if not isinstance(err, Exception) or isinstance(err, _PERMANENT) or type(err).__name__ in _PERMANENT_NAMES:
         return False
@@ -135,7 +135,7 @@ def persist(url: str, action: Callable[[], T]) -> T:
             return action()
         except Exception as err:
             again = _is_transient(err)
-            if isinstance(err, TypeError):  # a file system's constructor may be called as late as this
+            if isinstance(err, TypeError):  # a file system may be constructed only now
                 raise ValueError(f"cannot open {url}: {err}; are the storage options right?") from err
             if not again and (isinstance(err, _PERMANENT) or (isinstance(err, OSError) and err.errno in _FULL)):
                 raise
@@ -161,7 +161,7 @@ def scratch_folder() -> str:
 
 
 def make_folder(url: str) -> None:
-    """Create a local folder and its parents; object stores have none."""
+    """Create a local folder and its parents; object stores have no folders."""
     if is_local(url):
         local_path(url).mkdir(parents=True, exist_ok=True)
 
@@ -197,7 +197,7 @@ def list_files(
 
 
 def open_local(url: str) -> IO[bytes]:
-    """Open a local file for reading; OSError for what is no file: a pipe would be waited for, for ever."""
+    """Open a local file for reading; OSError unless it is a regular file: opening a pipe could wait forever."""
     path = local_path(url)
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -245,18 +245,18 @@ def remove(url: str, storage_options: Mapping[str, Any] | None = None) -> None:
         persist(url, lambda: fs.rm_file(path))
 
 
-#: Who writes: a process and thread, which may work through others.
+#: The writing job: a process and thread, which may work through others.
 _writer: ContextVar[str | None] = ContextVar("writer", default=None)
 
 
 def this_writer() -> str:
-    """Name of the job at work: the process and thread that runs it, whoever writes for it."""
+    """Name of the current job: the process and thread that run it, whichever process writes for it."""
     return _writer.get() or f"{os.uname().nodename}-{os.getpid()}-{threading.get_native_id()}"
 
 
 @contextlib.contextmanager
 def writing_for(writer: str) -> Iterator[None]:
-    """Write in the name of another process."""
+    """Write on behalf of another process."""
     token = _writer.set(writer)
     try:
         yield
@@ -265,13 +265,13 @@ def writing_for(writer: str) -> Iterator[None]:
 
 
 def temporary_name(url: str) -> str:
-    """Temporary name beside a local file; hidden, so that no glob for results finds it."""
+    """Temporary name beside a local file, hidden from globs for results."""
     path = local_path(url)
     return str(path.with_name(f"{_PARTIAL}{this_writer()}-{uuid.uuid4().hex[:8]}-{path.name}"))
 
 
 def remove_partial(folder: str, own: bool = False) -> int:
-    """Remove what dead jobs of this machine left half-written, or all of this one's `own`; returns the number."""
+    """Remove partial files of dead jobs on this machine, or with `own` all of this job's; returns their number."""
     if not is_local(folder) or not local_path(folder).is_dir():
         return 0
     prefix = f"{_PARTIAL}{this_writer() if own else os.uname().nodename}-"
@@ -286,7 +286,7 @@ def remove_partial(folder: str, own: bool = False) -> int:
 
 @contextlib.contextmanager
 def no_partial(*folders: str) -> Iterator[None]:
-    """Remove what dead jobs left half-written in folders, and in the end what this one did."""
+    """Remove partial files of dead jobs from folders, and at the end those of this job."""
     for folder in folders:
         remove_partial(folder)
     try:
@@ -297,12 +297,12 @@ def no_partial(*folders: str) -> Iterator[None]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine lives."""
+    """Whether a process is alive on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # someone else's
+    except PermissionError:  # another user's
         return True
     return True
 
@@ -334,7 +334,7 @@ def write_whole(url: str, storage_options: Mapping[str, Any] | None = None) -> I
 
 
 def write_new(url: str, data: bytes, storage_options: Mapping[str, Any] | None = None) -> bool:
-    """Write a small file unless it is there; of several processes that try, one succeeds (on object stores, mostly)."""
+    """Write a small file unless it exists; if several processes try, one succeeds (on object stores: usually)."""
     if not is_local(url):
         if exists(url, storage_options):
             return False

@@ -1,9 +1,9 @@
-"""Remote shards: streamed whole, once, to a temporary file; or only the ranges that are wanted.
+"""Remote shards: streamed whole, once, to a temporary file; or only the wanted ranges.
 
 A shard that is scored is read from first to last byte, so it is streamed, in order and once, to an unnamed temporary
 file, from which headers, captions and images are read as from any local tar. Memory holds one piece at a time; the
-file's space is freed once nobody holds it, however the process ends. Where only some samples are wanted (kept ones are
-copied, a filtered frame is embedded), only their ranges are fetched.
+file's space is freed once no process holds it, however the process ends. If only some samples are wanted (to copy kept
+ones, or to embed a filtered frame), only their ranges are fetched.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def hold_copy(url: str, storage_options: Mapping[str, Any] | None = None) -> Ite
         with copy.lock:
             now = version(url, storage_options)
             if copy.file is not None and copy.version != now and copy.holders == 1:
-                # Nobody else reads the copy of the shard's old version.
+                # No other thread reads the copy of the shard's old version.
                 copy.file.close()
                 copy.file = None
             if copy.file is None:
@@ -81,18 +81,18 @@ def hold_copy(url: str, storage_options: Mapping[str, Any] | None = None) -> Ite
             copy.holders -= 1
 
 
-#: File systems' names for a version mark, the most reliable first.
+#: File systems' names for a version marker, the most reliable first.
 _CHANGED = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
 
 
 def version(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
-    """Return what identifies a version of a remote file: its size, and its ETag or modification time."""
+    """The version of a remote file: its size, and its ETag or modification time."""
     fs, path = file_system(url, storage_options)
     return describe_version(persist(url, lambda: fs.info(path)))
 
 
 def describe_version(info: Mapping[str, Any]) -> str:
-    """Return what identifies a version of a file, from what its file system tells."""
+    """The version of a file, from its file system's information about it."""
     changed = next((str(info[k]) for k in _CHANGED if info.get(k)), "")
     return f"size={info.get('size')} changed={changed}"
 
@@ -176,7 +176,7 @@ def read_ranges(
     url: str, extents: Sequence[tuple[int, int]], storage_options: Mapping[str, Any] | None = None
 ) -> Iterator[bytes]:
     """Yield pieces (offset, length) of a remote file, in order, with at most `GROUP` bytes (or one piece) in memory."""
-    # Neighbours share a request; several requests run side by side.
+    # Neighbours share a request; several requests run concurrently.
     fs, path = file_system(url, storage_options)
     probed = not url.startswith("http")
     for group in _groups(extents):

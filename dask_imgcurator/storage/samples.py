@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-#: Extensions by which a member is taken for an image. What the bytes are is decided later, by content.
+#: Extensions that mark a member as an image. The content later decides the format.
 IMAGE_EXTENSIONS = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff avif heic heif jxl jp2 ppm pgm pbm".split())
 
 _NOTES = re.compile(r"__[^/]*__/")
@@ -17,7 +17,7 @@ _NOTES = re.compile(r"__[^/]*__/")
 
 @dataclass(frozen=True)
 class Member:
-    """One file in a tar and where its data lie; `pieces`: offset and length of a sparse file's stored parts."""
+    """One file in a tar and where its data are; `pieces`: offset and length of a sparse file's stored parts."""
 
     name: str
     ext: str
@@ -27,7 +27,7 @@ class Member:
 
     @property
     def stored(self) -> int:
-        """Bytes that it takes in the tar, from `offset` on."""
+        """Bytes that it occupies in the tar, from `offset` on."""
         return self.nbytes if self.pieces is None else sum(nbytes for _, nbytes in self.pieces)
 
     def expand(self, data: bytes) -> bytes:
@@ -43,7 +43,7 @@ class Member:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What has a sample's key but cannot be a member: a link, say."""
+    """Something with a sample's key that cannot be a member, such as a link."""
 
     ext: str
     reason: str
@@ -51,7 +51,7 @@ class LeftOut:
 
 @dataclass
 class Sample:
-    """Members that share a key, the extent that holds them all, and what is left out."""
+    """Members that share a key, the extent that holds them all, and what was left out."""
 
     key: str
     offset: int
@@ -66,9 +66,8 @@ class Sample:
     def image(self, preferred: Sequence[str] = ()) -> Member | None:
         """Return the image of the sample.
 
-        The first member, in the tar's order, whose extension is an image's; a plain extension (``jpg``) goes before one
-        with a prefix (``seg.png``). Where there are preferred extensions, the member that has the first of them that
-        any member has, and no other.
+        The first member, in the tar's order, with an image extension; plain ones (``jpg``) come before prefixed ones
+        (``seg.png``). With preferred extensions, the member with the first of them that any member has, or none.
         """
         if preferred:
             return next((m for ext in preferred if (m := self.get(ext)) is not None), None)
@@ -81,7 +80,7 @@ class Sample:
         return [m for m in self.members if _is_image(m.ext)]
 
     def why_no_image(self, preferred: Sequence[str] = ()) -> str:
-        """Say what there is instead, where `image` finds none."""
+        """Say what the sample has instead, if `image` finds none."""
         reasons = [x.reason for x in self.left_out if (x.ext in preferred if preferred else _is_image(x.ext))]
         if reasons:
             return reasons[0]
@@ -96,7 +95,7 @@ def _is_image(ext: str) -> bool:
 
 @dataclass
 class ShardIndex:
-    """What a tar holds: whole samples, what is wrong with it (or None), and the sample in which the damage lies."""
+    """Contents of a tar: whole samples, what is wrong with it (or None), and the sample with the damage."""
 
     samples: list[Sample]
     error: str | None = None
@@ -131,7 +130,7 @@ def format_idx(samples: Iterable[Sample]) -> str | None:
     for sample in samples:
         parts: list[str] = []
         for m in sample.members:
-            # DALI wants the extension as it stands in the name.
+            # DALI expects the extension exactly as in the name.
             ext = m.name.rpartition("/")[2].partition(".")[2]
             parts += [ext, str(m.offset), str(m.nbytes), m.name]
         if any(not part or any(c.isspace() or "\ud800" <= c <= "\udfff" for c in part) for part in parts):

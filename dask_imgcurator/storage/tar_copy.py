@@ -2,8 +2,8 @@
 
 A written tar holds the samples' members, names and bytes as in the source, in row order. Headers are new, with fixed
 owner, mode and time, so the same selection gives the same file on every machine. Nothing is extracted: a member called
-``../x.jpg`` in the source keeps that name, and whoever extracts must guard against it (as Python's ``filter="data"``
-and GNU tar do).
+``../x.jpg`` in the source keeps that name, and tools that extract it must guard against it (as Python's
+``filter="data"`` and GNU tar do).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from .samples import Member, Sample
 from .tar_index import BLOCK, hold_shard, index_tar, open_shard
 from .tar_read import read_extents
 
-#: A longer extent (bytes) is not read in one piece: its members may lie far apart.
+#: A longer extent (bytes) is not read in one piece: its members may be far apart.
 _LONG_EXTENT = 256 << 20
 
 
 class WriteError(RuntimeError):
-    """A curated shard cannot be written: a sample is not as it was scored, or someone else's file is in the way."""
+    """A curated shard cannot be written: a sample has changed since it was scored, or another file is in the way."""
 
 
 def sample_sizes(urls: Sequence[str], offsets: Sequence[int], extents: Sequence[int]) -> list[int]:
     """Bytes that samples will take in a curated shard, from their extents (source, offset, length)."""
-    # Overlapping extents (a sample's members are not adjacent) share evenly what they cover together, since each may
-    # span the whole tar.
+    # Overlapping extents (of samples whose members are not adjacent) share evenly what they cover together, since each
+    # may span the whole tar.
     sizes: dict[tuple[str, int, int], int] = {}
     for (url, start), group in _overlapping(set(zip(urls, offsets, extents, strict=True))):
         left = max(offset + nbytes for offset, nbytes in group) - start
@@ -44,7 +44,7 @@ def sample_sizes(urls: Sequence[str], offsets: Sequence[int], extents: Sequence[
 def _overlapping(
     extents: Iterable[tuple[str, int, int]],
 ) -> Iterator[tuple[tuple[str, int], list[tuple[int, int]]]]:
-    """Group overlapping extents (source, offset, length); most stand alone."""
+    """Group overlapping extents (source, offset, length); most groups have one."""
     group: list[tuple[int, int]] = []
     key, end = ("", 0), 0
     for url, offset, nbytes in sorted(extents):
@@ -61,7 +61,7 @@ def _overlapping(
 
 @dataclass(frozen=True)
 class Copied:
-    """A finished tar, its samples, and of each the member that is its row's image."""
+    """A finished tar, its samples, and for each the member that is its row's image."""
 
     nbytes: int
     sha256: str
@@ -106,8 +106,8 @@ class Source:
 
 def source_members(rows: list[dict[str, Any]], source_options: Mapping[str, Any]) -> Iterator[Source]:
     """Yield the members of each row's sample, opening a source once per run of rows that it holds."""
-    # An extent is read in one piece with everything in it. Where that would read others' members over and over (all
-    # images before all captions, say), members are read one by one, by an index of the source.
+    # An extent is read in one piece with everything in it. If that would read other samples' members over and over (for
+    # example, if all images come before all captions), members are read one by one, by an index of the source.
     wanted = _scattered(rows)
     known: dict[str, _Known] = {}
     start = 0
@@ -143,7 +143,7 @@ def _in_one_piece(url: str, rows: list[dict[str, Any]], source_options: Mapping[
     extents = [(row["sample_offset"], row["sample_nbytes"]) for row in rows]
     for row, data in zip(rows, read_extents(url, extents, source_options), strict=True):
         index = index_tar(io.BytesIO(data), extent=True)
-        # Behind the sample's first member, others' members may lie between.
+        # After the sample's first member, other samples' members may follow before its next one.
         sample = _checked(row, index.samples[0] if index.samples else None, index.error, row["sample_offset"])
         stored = [data[m.offset : m.offset + m.stored] for m in sample.members]
         yield _expanded(row, sample, stored, row["sample_offset"])
@@ -151,7 +151,7 @@ def _in_one_piece(url: str, rows: list[dict[str, Any]], source_options: Mapping[
 
 @dataclass(frozen=True)
 class _Known:
-    """What a source's index says of some of its samples, by offset."""
+    """What a source's index says about some of its samples, by offset."""
 
     samples: dict[int, Sample]
     error: str | None

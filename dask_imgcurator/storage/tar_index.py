@@ -21,7 +21,7 @@ BLOCK = 512
 SPARSE_LIMIT = 1 << 30
 
 
-#: No name or attribute has more bytes than this; extension headers can claim gigabytes, and tarfile would read them.
+#: Limit for names and attributes (bytes); extension headers can claim gigabytes, and tarfile would read them.
 HEADER_LIMIT = 1 << 20
 
 
@@ -37,12 +37,12 @@ def open_shard(url: str, storage_options: Mapping[str, Any] | None = None) -> IO
 
 
 def hold_shard(url: str, storage_options: Mapping[str, Any] | None = None) -> contextlib.AbstractContextManager[None]:
-    """Within this context, a remote shard is on this machine and read from there."""
+    """Within this context, a remote shard is copied to this machine and read from there."""
     return contextlib.nullcontext() if is_local(url) else hold_copy(url, storage_options)
 
 
 class _Headers:
-    """A tar as tarfile may read it: its headers. A header may say that the next one has gigabytes."""
+    """The headers of a tar, for tarfile to read. A header may claim that the next one has gigabytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -64,7 +64,7 @@ class _Entry:
     nbytes: int
     end: int
     pieces: tuple[tuple[int, int], ...] | None = None
-    left_out: str | None = None  # why it can be no member
+    left_out: str | None = None  # why it cannot be a member
 
 
 class _Grouper:
@@ -93,7 +93,7 @@ class _Grouper:
 
 
 def index_shard(url: str, storage_options: Mapping[str, Any] | None = None) -> ShardIndex:
-    """List the whole samples of a shard; `error` tells of damage or absence, nothing is raised."""
+    """List the whole samples of a shard; damage or absence is reported in `error`, never raised."""
     try:
         with hold_shard(url, storage_options), open_shard(url, storage_options) as file:
             return index_tar(file)
@@ -130,8 +130,8 @@ def entries(file: IO[bytes], extent: bool = False) -> Iterator[_Entry]:
     # tarfile reads special headers only: reading the ordinary ones with it takes most of the indexing time.
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    # On damaged headers tarfile raises not only its own errors, but ValueError, OverflowError, MemoryError and
-    # RecursionError too.
+    # On damaged headers, tarfile raises not only its own errors but also ValueError, OverflowError, MemoryError and
+    # RecursionError.
     try:
         tar = tarfile.open(fileobj=cast(IO[bytes], _Headers(file)), mode="r:")
     except Exception as err:
@@ -139,7 +139,7 @@ def entries(file: IO[bytes], extent: bool = False) -> Iterator[_Entry]:
         raise ShardError(f"not a tar that can be read: {what_is(file.read(HEAD)) or err}") from err
     position, name = 0, ""
     while position <= size:
-        # tarfile has the first header already; and a global header may change all that follow it.
+        # tarfile has already read the first header, and a global header may change all that follow.
         if position > 0 and not tar.pax_headers:
             entry = _ordinary_entry(file, position)
             if entry is not None:
@@ -196,7 +196,7 @@ def _sparse_problem(size: int, pieces: tuple[tuple[int, int], ...], room: int) -
     return "a sparse member whose map is damaged: pack the shard without --sparse"
 
 
-# What tar writers put into an ordinary header: numbers in octal, a name that fits its field and so no prefix.
+# The usual header that tar writers make: numbers in octal, and a name that fits its field, hence no prefix.
 # Groups: name, size, checksum, type (file or pax extension).
 _NUMBER = rb"(?:[0-7]{7}\0|[0-7]{6} \0|\0{8})"
 _ORDINARY = re.compile(
@@ -238,7 +238,7 @@ def _ordinary_header(block: bytes) -> re.Match[bytes] | None:
 
 def _check_end(file: IO[bytes], position: int) -> str | None:
     """Tell a finished tar from a damaged one: tarfile stops silently at either."""
-    # Where headers stop there must be zeros, and only zeros: a tar cut between two members is otherwise intact.
+    # After the last header come zeros and nothing else: a tar cut between two members is otherwise intact.
     if file.seek(0, io.SEEK_END) == position:
         return (
             f"the tar has no end mark: it may have been cut at byte {position:,}; all members before are whole, but "

@@ -14,10 +14,10 @@ from .remote import hold_copy, read_ranges
 from .samples import Member, split_name
 from .tar_index import ShardError, entries, open_shard
 
-#: Bytes above which text and JSON members are left unread: no caption has gigabytes, and no worker room for them.
+#: Larger text and JSON members (bytes) are left unread: no caption has gigabytes, and no worker has room for them.
 TEXT_LIMIT = 64 << 20
 
-#: The marks of UTF-32 go first: that of UTF-16 begins one of them.
+#: The UTF-32 marks come first, because one of them begins with a UTF-16 mark.
 _BOMS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -48,7 +48,7 @@ def read_extents(
 
 
 def read_text(file: IO[bytes], member: Member) -> str | None:
-    """Read a text member: in UTF-8, or as its BOM says; what cannot be read is U+FFFD; None if over `TEXT_LIMIT`."""
+    """Read a text member as UTF-8, or as its BOM says; invalid bytes become U+FFFD; None if over `TEXT_LIMIT`."""
     if member.nbytes > TEXT_LIMIT:
         return None
     file.seek(member.offset)

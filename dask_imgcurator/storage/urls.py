@@ -1,4 +1,4 @@
-"""URLs of shards, what their files are, and what identifies their versions."""
+"""URLs of shards, what their files contain, and what identifies their versions."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _braces(text: str) -> list[str]:
 
 
 def _expand_local(path: Path) -> list[str]:
-    # What exists is no pattern: names may have braces and brackets.
+    # An existing path is not a pattern: names may contain braces and brackets.
     if _exists(path):
         return _expand_folder(str(path)) if path.is_dir() else [str(path)]
     folder, rest = _split(path)
@@ -90,7 +90,7 @@ def _expand_remote(name: str, storage_options: dict[str, Any]) -> list[str]:
     fs, path = file_system(name, storage_options)  # raises for a protocol or options that cannot be used here
     if name.endswith("/"):
         return _expand_folder(name, storage_options)
-    # The question mark of an http address begins its query (a signature, say).
+    # The question mark of an http URL begins its query (such as a signature).
     magic = glob.has_magic(name.partition("?")[0] if name.startswith("http") else name)
     if not magic or exists(name, storage_options):
         return [name]
@@ -107,7 +107,7 @@ _PACKED = re.compile(r"\.(tar\.\w+|t[gx]z|tbz2?|tzst)$", re.IGNORECASE)
 
 
 def packed_beside(urls: Sequence[str]) -> list[str]:
-    """Compressed tars in the local folders of some shards: they are no shards, as nothing in them can be found."""
+    """Compressed tars in the local folders of some shards; without random access, they cannot be shards."""
     folders = dict.fromkeys(str(local_path(url).parent) for url in urls if is_local(url))
     return [f for folder in folders if Path(folder).is_dir() for f in list_files(folder, "") if _PACKED.search(f)]
 
@@ -126,7 +126,7 @@ def _expand_folder(folder: str, storage_options: Mapping[str, Any] | None = None
 
 # --- what a file is -------------------------------------------------------------------------------
 
-#: How files begin that are taken for others, what they are, and what to do.
+#: How files begin that are mistaken for shards, what they are, and what to do.
 _BEGINNINGS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for: fetch that with git lfs pull"),
     (b"/annex/objects/", "a git-annex pointer, not the file that it stands for: fetch that with git annex get"),
@@ -150,18 +150,18 @@ _PAGES = (
     (rb"[{\[]\s*[\"{\[\]}]", "a JSON document, such as a server's error"),
 )
 
-#: From so many files of a remote folder on, the folder is listed instead of asking for each.
+#: From this many files of a remote folder on, the folder is listed instead of requesting each.
 _MANY = 64
 
-#: Bytes that tell what a file is.
+#: Bytes that identify a file's type.
 HEAD = 512
 
-#: Shards that are looked at, if every one is something else.
+#: Shards to check, as long as none is a tar.
 _LOOKS = 64
 
 
 def what_is(head: bytes) -> str | None:
-    """Say what a file is, by its first `HEAD` bytes, and what to do; None for a tar and whatever is not known."""
+    """Say what a file is, by its first `HEAD` bytes, and what to do; None for tars and anything unknown."""
     with contextlib.suppress(Exception):  # tarfile raises many kinds
         tarfile.TarInfo.frombuf(head[:HEAD], tarfile.ENCODING, "surrogateescape")
         return None
@@ -174,7 +174,7 @@ def what_is(head: bytes) -> str | None:
 
 
 def first_bytes(url: str, storage_options: Mapping[str, Any] | None = None) -> bytes:
-    """Read the first `HEAD` bytes of a file; none where it cannot be read, which is for others to tell."""
+    """Read the first `HEAD` bytes of a file; none if it cannot be read, which others report."""
     try:
         if is_local(url):
             with open_local(url) as file:
@@ -189,7 +189,7 @@ def first_bytes(url: str, storage_options: Mapping[str, Any] | None = None) -> b
 
 
 def check_shards(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> None:
-    """Raise ValueError if the first shards can be read, and are no tars; one among others is reported in its row."""
+    """Raise ValueError if the first shards are readable but not tars; one among others is reported in its row."""
     wrong = {}
     for url in urls[:_LOOKS]:
         head = first_bytes(url, storage_options)
@@ -205,7 +205,7 @@ def check_shards(urls: Sequence[str], storage_options: Mapping[str, Any] | None 
 
 
 def find_version(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
-    """Identify a shard's version without reading it: size, and ETag or modification time; OSError where it cannot."""
+    """Identify a shard's version without reading it: size, and ETag or modification time; OSError on failure."""
     if is_local(url):
         return _describe_stat(local_path(url).stat())
     return version(url, storage_options)
@@ -216,7 +216,7 @@ def _describe_stat(found: os.stat_result) -> str:
 
 
 def find_versions(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[str | None]:
-    """Versions of many files, as `find_version` has them; None: it cannot be found out now."""
+    """Versions of many files, as from `find_version`; None if unknown at present."""
     listed: dict[str, str] = {}
     for folder, n in Counter(parent(url) for url in urls if not is_local(url)).items():
         if n >= _MANY and not folder.startswith("http"):
@@ -232,10 +232,10 @@ def find_versions(urls: Sequence[str], storage_options: Mapping[str, Any] | None
 
 
 def _listed_versions(folder: str, storage_options: Mapping[str, Any] | None) -> dict[str, str]:
-    """Versions of a remote folder's files, by its listing: a request per thousand of them."""
+    """Versions of a remote folder's files, from its listing: one request per thousand files."""
     try:
         found = versions_in(folder, "", storage_options)
-        # Some stores tell less in a listing, or write it otherwise.
+        # Some stores give less in a listing, or in another form.
         alike = all(find_version(url, storage_options) == found[url] for url in [*found][:1])
     except OSError:
         return {}
@@ -243,7 +243,7 @@ def _listed_versions(folder: str, storage_options: Mapping[str, Any] | None) -> 
 
 
 def versions_in(folder: str, suffix: str, storage_options: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Versions of the files in a folder with this ending, by name, as the folder's listing tells them."""
+    """Versions of the files in a folder with this ending, by name, from the folder's listing."""
     if not is_local(folder):
         fs, path = file_system(folder, storage_options)
         pattern = f"{glob.escape(path.rstrip('/'))}/*{suffix}"
@@ -253,13 +253,13 @@ def versions_in(folder: str, suffix: str, storage_options: Mapping[str, Any] | N
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(local_path(folder)) as entries:
         for entry in entries:
             if entry.name.endswith(suffix) and not entry.name.startswith("."):
-                with contextlib.suppress(FileNotFoundError):  # since it was listed
+                with contextlib.suppress(FileNotFoundError):  # removed since it was listed
                     out[entry.path] = _describe_stat(entry.stat())
     return dict(sorted(out.items()))
 
 
 def marks_changes(version: str) -> bool:
-    """Whether a version is known, and tells more than a file's size."""
+    """Whether a version is known and includes more than the file's size."""
     return version.rpartition("=")[2] != ""
 
 
@@ -269,7 +269,7 @@ def parent(url: str) -> str:
 
 
 def folders_of(urls: Iterable[str]) -> tuple[str, ...]:
-    """Folders of files; of very many, folders of these folders."""
+    """Folders of files; if there are very many, their parents."""
     folders = {parent(url) or "/" for url in urls}
     while len(folders) > _MANY:
         folders = {parent(folder) or "/" for folder in folders}
@@ -277,9 +277,9 @@ def folders_of(urls: Iterable[str]) -> tuple[str, ...]:
 
 
 def lies_in(url: str, folders: Iterable[str]) -> bool:
-    """Whether a file lies in or below one of some folders, or is one of them."""
+    """Whether a file is in or below one of some folders, or is one of them."""
     name = absolute(url)
-    if "/../" in name:  # some web servers follow it
+    if "/../" in name:  # some web servers resolve it
         return False
     return any(name == folder or name.startswith(f"{folder.rstrip('/')}/") for folder in folders)
 

@@ -117,7 +117,7 @@ def hanging(made: SampleShards, tmp_path: Path) -> Iterator[Run]:
 def test_a_run_that_stands_still_says_where_and_ends(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watch, "_STANDS", 1)
+    monkeypatch.setattr(watch, "_STALLED", 1)
     alive = time.monotonic() + 4  # until then it makes progress
     with (
         dask.config.set({"imgcurator.stall-timeout": "3s"}),

@@ -179,7 +179,7 @@ def test_curated_shards_of_other_sources_are_not_replaced(scored: Path, shards: 
     out = tmp_path / "out"
     dic.write_selection(scored / "a", out, client=1)
     before = tree(out)
-    with pytest.raises(FileExistsError, match=r"curated shards of others \(.*a/0000\d\.tar\).*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"shards made from other shards \(.*a/0000\d\.tar\).*--overwrite"):
         dic.write_selection(scored / "b", out, client=1)
     assert tree(out) == before
     dic.write_selection(scored / "b", out, client=1, overwrite=True)

@@ -137,7 +137,7 @@ def test_memory_that_runs_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(tower, "_forward", small)
     texts = ["a", "b", "c", "d", "e"]
-    with pytest.warns(UserWarning, match="memory ran out at .* texts a batch"):
+    with pytest.warns(UserWarning, match="out of memory with .* texts per batch"):
         found = tower.encode_texts(texts, 8)
     assert seen == [4, 2, 2, 1]
     torch.testing.assert_close(found, load_text_encoder(SPEC).encode_texts(texts), rtol=0, atol=1e-5)
