@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def measure(url: str, rounds: int) -> dict[str, float]:
             stream._digest = digest
 
     def threads() -> Any:
-        return list(stream._decoded(stream._ahead(pieces()), [lambda some: nothing[len(some)]], "cpu"))
+        lend = nullcontext(lambda some: nothing[len(some)])
+        return list(stream._decoded(stream._ahead(pieces()), lambda: lend, 1, "cpu"))
 
     def geometry() -> None:
         for start in range(0, n, BATCH):

@@ -151,6 +151,16 @@ def test_the_host_s_cost_is_measured_by_stage() -> None:
     assert 1 < found["inspect"] < 10_000
 
 
+def test_a_card_s_idle_share_is_that_of_the_encoder() -> None:
+    options = ["--per-shard", "24", "--shards", "2", "--encode", "5000", "--decode", "100"]
+    command = [sys.executable, str(SCRIPT.with_name("idle.py")), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    found = json.loads(done.stdout)["shards"]
+    assert list(found) == ["24 images a shard, one at a time", "24 images a shard, two"]
+    for one in found.values():  # 5 ms an image are 200 a second
+        assert one["images_per_s"] == pytest.approx(200 * (1 - one["idle"]), rel=0.02)
+
+
 @pytest.mark.slow
 def test_a_peer_on_the_same_shards(gpu: Any, tmp_path: Path) -> None:
     import made_shards

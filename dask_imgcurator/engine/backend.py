@@ -33,6 +33,7 @@ class Backend(Protocol):
     device: str
     decoder_device: str
     decoders: int
+    overlaps: bool
 
     def from_arrow(self, table: pa.Table) -> Any:
         """Make a frame with this library's dtypes from an Arrow table."""

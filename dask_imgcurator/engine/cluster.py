@@ -143,9 +143,9 @@ def log_event(topic: str, message: Mapping[str, Any]) -> None:
 
 @contextmanager
 def turn(needed: bool) -> Iterator[None]:
-    """Let only as many tasks compute as the worker has threads; those that wait have already read their input."""
-    # A computing task gives up its slot on the worker, which then receives the next task; that one streams its shard
-    # in the meantime and waits here.
+    """Let only as many tasks compute as the worker has threads, while as many others prepare and then wait here."""
+    # A computing task gives up its slot on the worker, which then receives the next task; that one reads its shard in
+    # the meantime and waits here.
     worker = _worker() if needed else None
     if worker is None:
         yield

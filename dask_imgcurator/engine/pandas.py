@@ -76,6 +76,7 @@ class PandasBackend:
     device = "cpu"
     decoder_device = "cpu"
     decoders = 1  # it uses all threads
+    overlaps = False  # the encoder keeps all cores busy
 
     def from_arrow(self, table: pa.Table) -> pd.DataFrame:
         return from_arrow(table)

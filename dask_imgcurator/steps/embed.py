@@ -23,7 +23,7 @@ from ..images.pillow import is_deep
 from ..models.encoders import EncoderSpec, load_encoder, resolve_encoder
 from ..schema import MEASURES, arrow_schema, columns_of
 from ..storage.files import is_local
-from .stream import Decoded, batch_size_of, stream_images
+from .stream import Decoded, batch_size_of, begun, stream_images
 
 if TYPE_CHECKING:
     import torch
@@ -75,10 +75,13 @@ def embed_partition(frame: Any, spec: EmbedSpec) -> Any:
     if todo:
         encoder = load_encoder(spec.encoder, backend.device)
         batch_size = batch_size_of(spec, backend)
-        # A remote shard was streamed when it was indexed; the next one is streamed while this one is computed.
+        # Of the next shard, a remote one is streamed while this one is computed, and what a fast encoder would wait for
+        # is done: its index, and its first batches.
         remote = not all(is_local(url) for url in set(host["shard"]))
-        with turn(remote), _telling_where(spec.strict):
-            for decoded in stream_images(host, todo, spec, encoder.preprocess, backend):
+        with _telling_where(spec.strict):
+            images = begun(stream_images(host, todo, spec, encoder.preprocess, backend))
+        with turn(remote or backend.overlaps), _telling_where(spec.strict):
+            for decoded in images:
                 rows.note(decoded)
                 if decoded.batch.good:
                     embedded.add(decoded, encoder.encode(decoded.batch.pixels, batch_size))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import islice
-from queue import SimpleQueue
+from itertools import chain, islice
+from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..engine.backend import Backend
@@ -54,14 +56,13 @@ def stream_images(
     locators: Mapping[str, list[Any]], todo: list[int], spec: EmbedSpec, preprocess: Preprocess, backend: Backend
 ) -> Iterator[Decoded]:
     """Yield the images of the rows `todo` in batches; the next ones are read and decoded meanwhile."""
-    batch_size = batch_size_of(spec, backend)
-    with contextlib.ExitStack() as stack:
-        decoders = [
-            stack.enter_context(_lend_decoder(spec, preprocess, backend, batch_size))
-            for _ in range(1 if spec.isolate else backend.decoders)
-        ]
-        pieces = _ahead(_read(locators, todo, batch_size, spec))
-        yield from _decoded(pieces, decoders, backend.device)
+    lend = functools.partial(_lend_decoder, spec, preprocess, backend, batch_size_of(spec, backend))
+    pieces = _ahead(_read(locators, todo, batch_size_of(spec, backend), spec))
+    if spec.isolate:
+        with lend() as decoder:
+            yield from _decoded(pieces, lambda: contextlib.nullcontext(decoder), 1, backend.device)
+    else:
+        yield from _decoded(pieces, lend, backend.decoders, backend.device)
 
 
 def batch_size_of(spec: EmbedSpec, backend: Backend) -> int:
@@ -127,21 +128,22 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _decoded(pieces: Iterator[Piece], decoders: Sequence[Any], device: str) -> Iterator[Decoded]:
-    """Decode ahead of the caller, one thread per decoder, and yield in order."""
-    free: SimpleQueue[Any] = SimpleQueue()
-    for decoder in decoders:
-        free.put(decoder)
+def begun(items: Iterator[T]) -> Iterator[T]:
+    """Make the first item now."""
+    return chain(list(islice(items, 1)), items)
+
+
+def _decoded(
+    pieces: Iterator[Piece], lend: Callable[[], AbstractContextManager[Any]], threads: int, device: str
+) -> Iterator[Decoded]:
+    """Decode ahead of the caller, in some threads, and yield in order."""
 
     def decode(piece: Piece) -> tuple[Piece, list[Batch]]:
-        decoder = free.get()
-        try:
+        with lend() as decoder:
             return piece, _decode_in_parts(decoder, piece.data, device)
-        finally:
-            free.put(decoder)
 
-    with ThreadPoolExecutor(len(decoders), thread_name_prefix="decode") as pool:
-        running = deque(pool.submit(decode, piece) for piece in islice(pieces, len(decoders)))
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        running = deque(pool.submit(decode, piece) for piece in islice(pieces, threads))
         while running:
             piece, batches = running.popleft().result()
             running.extend(pool.submit(decode, piece) for piece in islice(pieces, 1))
@@ -168,7 +170,7 @@ def _decode_in_parts(decoder: Any, data: Sequence[bytes | BadImage], device: str
 def _lend_decoder(
     spec: EmbedSpec, preprocess: Preprocess, backend: Backend, batch_size: int
 ) -> Iterator[Decoder | IsolatedDecoder]:
-    """Lend one of this process's decoders: building a pipeline costs more than a small partition."""
+    """Lend one of this process's decoders, once it is free: partitions share them, since each takes much memory."""
     import torch
 
     kind = settle_decoder(spec.decoder, backend.decoder_device)
@@ -189,7 +191,8 @@ def _lend_decoder(
             isolated.close()
         return
     key = (preprocess, batch_size, *options.values())
-    with cache.lend("decoder", key, lambda: Decoder(preprocess, batch_size, **options)) as decoder:
+    free = cache.get("turn", f"{backend.name} decoders", lambda: BoundedSemaphore(backend.decoders))
+    with free, cache.lend("decoder", key, lambda: Decoder(preprocess, batch_size, **options)) as decoder:
         yield decoder
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tarfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -210,12 +213,14 @@ def embed(
     encoder = make_encoder(forward)
     monkeypatch.setattr("dask_imgcurator.steps.embed.load_encoder", lambda *_: encoder)
     if decoders is not None:
-        waiting = iter(decoders)
+        free: SimpleQueue[Any] = SimpleQueue()
+        deque(map(free.put, decoders), maxlen=0)
 
-        def lend(*_: Any) -> Any:
-            import contextlib
-
-            return contextlib.nullcontext(next(waiting))
+        @contextlib.contextmanager
+        def lend(*_: Any) -> Iterator[Any]:
+            decoder = free.get()
+            yield decoder
+            free.put(decoder)
 
         monkeypatch.setattr("dask_imgcurator.steps.stream._lend_decoder", lend)
         monkeypatch.setattr("dask_imgcurator.engine.pandas.PandasBackend.decoders", len(decoders))

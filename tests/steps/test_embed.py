@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import dask
@@ -22,12 +24,15 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from distributed import Client, LocalCluster
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 import dask_imgcurator as dic
+from dask_imgcurator.engine.pandas import PandasBackend
 from dask_imgcurator.images.dali import dali_problem
-from dask_imgcurator.models.encoders import resolve_encoder
+from dask_imgcurator.images.decoder import Decoder
+from dask_imgcurator.models.encoders import Encoder, resolve_encoder
 from dask_imgcurator.steps.embed import EmbedSpec, embed_partition, embed_spec
 from dask_imgcurator.steps.read import ReadSpec, index_partition
 
@@ -69,6 +74,11 @@ def write_tar(path: Path, samples: dict[str, tuple[str, bytes | None]]) -> None:
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
+
+
+def members_of(url: str) -> list[bytes]:
+    with tarfile.open(url) as tar:
+        return [tar.extractfile(member).read() for member in tar]  # type: ignore[union-attr]
 
 
 def samples_of(shard: int) -> dict[str, tuple[str, bytes | None, str]]:
@@ -393,6 +403,47 @@ def test_through_dask(scheduler: str, made: Shards, settings_of_spec: dask.confi
     pd.testing.assert_series_equal(lazy.dtypes, out.dtypes)
     for part in lazy.partitions:
         pd.testing.assert_series_equal(part.compute(scheduler=scheduler).dtypes, lazy.dtypes)
+
+
+def test_the_next_shard_is_decoded_while_one_is_in_the_encoder(
+    made: Shards, settings_of_spec: dask.config.set, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card, in a worker of one thread: two shards at a time, and no more decoders for it."""
+    shard_of = {data: url for url in made.urls for data in members_of(url)}
+    decoded: set[str] = set()
+    at_work: list[int] = []
+    second, during = Event(), []
+    decode, encode = Decoder.__call__, Encoder.encode
+
+    def decoding(self: Decoder, blobs: Any) -> Any:
+        at_work.append(1)
+        try:
+            assert len(at_work) == 1, "two decoders"
+            decoded.update(shard_of[blob] for blob in blobs if isinstance(blob, bytes))
+            if len(decoded) > 1:
+                second.set()
+            return decode(self, blobs)
+        finally:
+            at_work.pop()
+
+    def encoding(self: Encoder, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
+        if not during:
+            during.append(second.wait(20))
+            time.sleep(0.3)  # in which a third could begin
+            during.append(len(decoded) == 2)
+        return encode(self, pixels, batch_size)
+
+    monkeypatch.setattr(PandasBackend, "overlaps", True)
+    monkeypatch.setattr(Decoder, "__call__", decoding)
+    monkeypatch.setattr(Encoder, "encode", encoding)
+    with settings_of_spec:
+        read = dic.read_webdataset(made.urls, backend="pandas")
+        lazy = dic.embed(read, TINY, "random:0", dtype="float32", batch_size=3)
+    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    with LocalCluster(**options) as cluster, Client(cluster, set_as_default=False) as client:
+        out, source = client.compute([lazy, read], sync=True)
+    assert during == [True, True]
+    check(out, source, made)
 
 
 def test_partitions_dropped_filtered_and_merged(made: Shards, settings_of_spec: dask.config.set) -> None:
