@@ -1,9 +1,9 @@
 """Finding the bounds of a selection's steps that rank or draw.
 
-A row's part in a selection is small: whether it is readable, whether it meets each expression, and a 64-bit key for
-each step that ranks. One pass over the table makes these digests, which stay in memory where the partitions are; all
-bounds are found on them, the kept rows are counted on them, and of a score table they tell which rows to read. Where a
-bound falls among equals, those rows alone are looked at once more, for the order that breaks ties.
+A selection needs little of each row: whether it is readable, whether it meets each expression, and a 64-bit key per
+step that ranks. One pass over the table makes these digests, which stay in memory where the partitions are. They
+suffice to find all bounds, to count the kept rows, and to know which rows of a score table to read. If rows tie at a
+bound, only those are read once more, for the order that breaks ties.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from .where import Where
 
 @dataclass
 class Settling:
-    """A selection being settled on a frame's digests: pandas frames here, or a persisted Dask frame on a cluster."""
+    """A selection in the making, on digests: pandas frames here, or a persisted Dask frame on a cluster."""
 
     df: Any
     settled: Settled
     digests: Any = None
-    source: tuple[Reader, list[Sequence[Any]]] | None = None  # what the frame is read by, and its partitions' items
+    source: tuple[Reader, list[Sequence[Any]]] | None = None  # the frame's reader, and its partitions' items
 
     @property
     def groups(self) -> list[list[Any]]:
-        """What each partition of the digests was read from, if there is a source."""
+        """The items from which each partition of the digests was read, if there is a source."""
         return grouped(*self.source) if self.source is not None else []
 
     def add(self, condition: Condition) -> None:
@@ -73,12 +73,12 @@ class Settling:
             meta["item"] = np.empty(0, np.int32)
             with objects_stay():
                 lazy = from_map(_digest_items, self.groups, "digest", meta, args=[self.source[0], names, self.settled])
-        # Dask would hash frames that it persists in this process.
+        # Dask would hash frames persisted in this process.
         self.digests = lazy.persist() if current_client() is not None else list(dask.compute(*lazy.to_delayed()))
         return self.digests
 
     def run(self, alone: bool) -> Settling:
-        """Find all bounds, also each alone if `alone`; reads the needed columns once."""
+        """Find all bounds, with `alone` also those of each condition by itself; reads the needed columns once."""
         if any(c.order is not None for c in self.settled.conditions):
             self.digest()
             conditions = self.settled.conditions
@@ -94,7 +94,7 @@ class Settling:
         return self
 
     def count(self) -> Counts:
-        """Count what the settled selection keeps."""
+        """Count the rows that the selection keeps."""
         if self.digests is not None:
             found: Counts = reduce(self.digests, _count_digests, Counts.sum, self.settled)
             return found
@@ -103,7 +103,7 @@ class Settling:
         return counts
 
     def filter(self) -> Any:
-        """Keep the selected rows of the frame; lazily, if it is."""
+        """Keep the selected rows of the frame; lazily, if it is lazy."""
         if self.source is None or self.source[0].filters:
             return self.settled.filter(self.df)
         (reader, items), sizes = self.source, [len(group) for group in self.groups]
@@ -144,7 +144,7 @@ class Settling:
         return Bound(place.key, second.key)
 
     def _break_ties(self, before: Settled, i: int, key: int, text: str) -> None:
-        """Add the keys that break ties to the digests of the rows that have a key, reading those rows' identity."""
+        """Add tie-breaking keys to the digests of the rows with a key, reading those rows' identity."""
         order = random_order(self.df, 0, f"`{text}` has ties to break and")
         self.settled = replace(self.settled, tied=order)
         which = partial(_tied, before=before, i=i, key=key)
@@ -166,7 +166,7 @@ class Settling:
         assert step.n is not None
         if step.n == 0:
             return Bound(NONE)
-        # One row more than is kept, to see that it is another one.
+        # One row more than is kept, to check that it differs.
         first = reduce(self.digests, _first_of_groups, partial(_merge_groups, n=step.n + 1), before, i, step.n + 1)
         place = first.groupby("group", sort=False).cumcount().to_numpy()
         keys = first["key"].to_numpy()
@@ -190,7 +190,7 @@ class Settling:
 
 def begin(df: Any, steps: Sequence[Step], ok_only: bool, planned: pa.Schema | None = None) -> Settling:
     """Prepare a selection on a frame; mistakes are reported now."""
-    backend_of(df)  # raises for anything that is no frame
+    backend_of(df)  # raises for anything but a frame
     conditions = []
     for step in steps:
         if isinstance(step, Where | Listed):
@@ -235,7 +235,7 @@ def _tied_keys(digests: pd.DataFrame, before: Settled, i: int, key: int) -> np.n
 
 
 def _tied(digests: pd.DataFrame, before: Settled, i: int, key: int) -> np.ndarray:
-    """Which of the rows left by the conditions before a ranking step have a key: (n,) bool."""
+    """The rows left by the conditions before a ranking step that have a key: (n,) bool."""
     return _eligible(digests, before, i) & (digests[f"{i}"].to_numpy() == np.uint64(key))
 
 
@@ -271,7 +271,7 @@ def _count_digests(digests: pd.DataFrame, settled: Settled) -> Counts:
 
 
 def _kept_by_item(digests: pd.DataFrame, items: int, settled: Settled) -> list[np.ndarray]:
-    """Which rows of each item are kept: (n,) bool."""
+    """The kept rows of each item: (n,) bool."""
     ends = np.searchsorted(digests["item"].to_numpy(), np.arange(1, items))
     return np.split(settled.judge_digest(digests).kept, ends)
 
@@ -292,6 +292,6 @@ def _first_of_groups(digests: pd.DataFrame, before: Settled, i: int, n: int) -> 
 
 
 def _merge_groups(found: Sequence[pd.DataFrame], n: int) -> pd.DataFrame:
-    # Empty ones have a type of their own where all groups are missing.
+    # Empty ones have another type if all groups are missing.
     rows = pd.concat([f for f in found if len(f)] or list(found[:1]), ignore_index=True)
     return rows.sort_values(["group", "key"]).groupby("group", sort=False).head(n).reset_index(drop=True)

@@ -1,4 +1,4 @@
-"""What a ``--where`` expression means: evaluated on an Arrow table, so it is the same for every library."""
+"""Evaluate ``--where`` expressions on Arrow tables, hence alike for every library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .syntax import SIGNS, WhereError, clip, span
 _MAX_EXPONENT = 8
 
 
-# What errors call each kind of column, and a type that stands for all of the kind.
+# The name of each kind of column in errors, and a type that represents the kind.
 KINDS = {
     "number": ("a number", pa.float64()),
     "string": ("text", pa.string()),
@@ -32,7 +32,7 @@ KINDS = {
 
 
 def _numpy(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
-    """Compute what Arrow lacks (an exact remainder with the divisor's sign) or computes less exactly."""
+    """Compute operations that Arrow lacks (an exact remainder with the divisor's sign) or computes less exactly."""
     left, right = (np.float64(v) if isinstance(v, float) else v.to_numpy(zero_copy_only=False) for v in (left, right))
     with np.errstate(all="ignore"):
         result = operation(left, right)
@@ -47,7 +47,7 @@ _FUNCTIONS = (
 )
 
 
-# Arrow's regular expressions are RE2's, which take a time linear in the text whatever the pattern.
+# Arrow's regular expressions are RE2's, whose time is linear in the text, whatever the pattern.
 _TEXT_TESTS = {"contains": pc.match_substring, "matches": pc.match_substring_regex}
 
 
@@ -68,16 +68,16 @@ def _plain(type_: pa.DataType) -> pa.DataType:
 
 
 class Evaluator:
-    """Evaluates a tree on a table, which need not have rows to find mistakes."""
+    """Evaluates a tree on a table; to find mistakes, it needs no rows."""
 
-    # A value is an Arrow array, with NaN made null; of a constant, the number, text or truth value itself.
+    # A value is an Arrow array with NaN made null, or for a constant the number, text or truth value itself.
 
     def __init__(self, text: str, table: pa.Table) -> None:
         self.text, self.table, self.names = text, table, set(table.column_names)
         self.column = cache(partial(_column, table))
 
     def fail(self, message: str, at: ast.expr, sign: str = "", note: str = "") -> WhereError:
-        """Make an error at a part, or at an operator that follows it."""
+        """Create an error at a part, or at an operator after it."""
         start, end = span(at)
         start = self.text.index(sign, end) if sign else start
         return WhereError(message, self.text, start, start + 1 if sign else end, note)
@@ -153,7 +153,7 @@ class Evaluator:
         return self.fail("this is not allowed in an expression", node)
 
     def text_test(self, node: ast.Call, name: str) -> Any:
-        """Whether text contains other text, or something that a regular expression describes."""
+        """Whether text contains other text, or matches a regular expression anywhere."""
         match node.args:
             case [column, ast.Constant(value=str(pattern))] if not node.keywords:
                 value, kind = self.wanted(column, "string", f"`{name}(…)` wants text, but {{}} is {{}}")
@@ -163,7 +163,7 @@ class Evaluator:
         if _is_constant(value):
             raise self.fail(f"`{name}(…)` looks into a column, not into a constant", column)
         try:
-            _TEXT_TESTS[name](pa.array([""]), pattern)  # tells mistakes also where there is no row
+            _TEXT_TESTS[name](pa.array([""]), pattern)  # finds mistakes even without rows
         except pa.ArrowInvalid as err:
             raise self.fail(f"this is not a valid RE2 regular expression: {err}", node.args[1]) from None
         return value.cast(pa.bool_()) if kind == "unknown" else _TEXT_TESTS[name](value, pattern)
@@ -175,7 +175,7 @@ class Evaluator:
         return self.fail(f"unknown column {clip(node.id)!r}{hint}", node, note=note)
 
     def wanted(self, node: ast.expr, kinds: str, message: str) -> tuple[Any, str]:
-        """Evaluate a part that must be of one of some kinds, if its kind is known."""
+        """Evaluate a part that must be of one of the given kinds, if its kind is known."""
         value = self.value(node)
         kind = kind_of_value(value)
         if kind == "unknown" or kind in kinds.split():
@@ -188,7 +188,7 @@ class Evaluator:
         raise self.fail(message.format(self.shown(node), KINDS[kind][0]) + end, node)
 
     def truth(self, node: ast.expr, user: str = "") -> Any:
-        """Evaluate a part that `user`, or the whole expression, needs as true or false."""
+        """Evaluate a part that `user`, or the whole expression, needs as a condition."""
         whole = "the expression is {1}, but it must be true or false"
         value, kind = self.wanted(node, "boolean", f"{user} wants a condition, but {{}} is {{}}" if user else whole)
         if _is_constant(value):
@@ -247,7 +247,7 @@ class Evaluator:
         elements = listed.elts if isinstance(listed, ast.Tuple | ast.List) else [listed]
         if not elements:
             raise self.refused(listed)
-        # `in ('a')` is no tuple to Python; here the brackets make the list.
+        # To Python, `in ('a')` has no tuple; here the brackets make the list.
         if elements[0] is listed and not self.text[span(node)[1] : span(listed)[0]].endswith(("(", "( ")):
             raise self.fail("`in` needs a list of values in brackets, as in `in ('a', 'b')`", listed)
         value, kind = self.comparable(node, "`in`")
@@ -270,8 +270,8 @@ class Evaluator:
             return value.cast(pa.bool_())
         if kind == "number":
             scalars = [self.rounded(item, node) for item in items]
-            items = [scalar.as_py() for scalar in scalars if scalar.type == value.type]  # no other can be found
-            items += [-item for item in items if item == 0]  # -0.0, which Arrow would not find by 0.0
+            items = [scalar.as_py() for scalar in scalars if scalar.type == value.type]  # no other can be equal
+            items += [-item for item in items if item == 0]  # Arrow does not find -0.0 by 0.0
         among = pc.is_in(value, value_set=pa.array(items, value.type))
         return _null_where(pc.is_null(value), among)
 
@@ -288,7 +288,7 @@ class Evaluator:
         elif pa.types.is_integer(type_):
             limits = np.iinfo(type_.to_pandas_dtype())
             if not limits.min <= value <= limits.max:
-                value = math.copysign(math.inf, value)  # as far away as any: every value of the type lies on one side
+                value = math.copysign(math.inf, value)  # infinity works too: every value of the type is on one side
             elif value == int(value):
                 return pa.scalar(int(value), type_)
         return pa.scalar(float(value), pa.float64())
@@ -299,7 +299,7 @@ def _column(table: pa.Table, name: str) -> Any:
     type_ = _plain(column.type)
     if type_ != column.type:
         column = column.cast(type_)
-    # Arrow cannot compare the first two of these, nor look for the third in a list.
+    # Arrow can neither compare the first two of these nor find the third in a list.
     if pa.types.is_float16(type_):
         column = column.cast(pa.float32())
     elif pa.types.is_decimal(type_):
@@ -322,7 +322,7 @@ def _without_nan(values: Any) -> Any:
     """Replace NaN with null."""
     dtype = np.dtype(values.type.to_pandas_dtype())
     for chunk in values.chunks if isinstance(values, pa.ChunkedArray) else [values]:
-        # Looking at the bare numbers costs a fifth of what Arrow takes to find NaN, and there hardly ever is one.
+        # Checking the bare numbers takes a fifth of Arrow's time to find NaN, and NaN is rare.
         offset = chunk.offset * dtype.itemsize
         if len(chunk) and np.isnan(np.frombuffer(chunk.buffers()[1], dtype, len(chunk), offset)).any():
             return _null_where(pc.is_nan(values), values)

@@ -1,8 +1,8 @@
 """The row of a given rank in a distributed column, exactly, without sorting or shuffling: a radix select.
 
-Every row's value becomes a 64-bit unsigned key that sorts like the rows. A pass counts each partition's rows by the
-first 16 bits of their keys; the sums tell which bucket holds the wanted rank, and the next pass counts within it by the
-next bits, or by all that are left once few enough rows are in it. Only counts move between workers: at most 65,536 per
+Every row's value becomes a 64-bit unsigned key with the same order. A pass counts each partition's rows by the first 16
+bits of their keys; the sums show which bucket holds the wanted rank, and the next pass counts within that bucket by the
+next bits, or by all remaining bits once it holds few enough rows. Only counts move between workers: at most 65,536 per
 rank, or as many as there are rows in the last bucket.
 """
 
@@ -21,7 +21,7 @@ from ..engine.frames import meta_of
 from ..engine.run import reduce
 from ..schema import kind_of, suggest
 
-#: Columns that identify a row, whatever partition it is in: the key too, where one of the other two is missing.
+#: Columns that identify a row in any partition; the key is used if one of the other two is missing.
 IDENTITY = ("shard", "key", "sample_offset")
 _PLACE = ("shard", "sample_offset")
 
@@ -32,7 +32,7 @@ _ONES = np.uint64(2**64 - 1)
 
 
 class SelectionError(ValueError):
-    """A selection that cannot be made on these rows."""
+    """The selection is impossible on these rows."""
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ class SelectionError(ValueError):
 
 @dataclass(frozen=True)
 class ValueOrder:
-    """The order of a numeric column; null and NaN have no place in it, and -0.0 is 0.0."""
+    """The order of a numeric column; excludes null and NaN, and treats -0.0 as 0.0."""
 
     # Values are compared as `dtype` (``f8``, ``i8`` or ``u8``), which holds every value of the column exactly.
 
@@ -54,19 +54,19 @@ class ValueOrder:
         return (self.column,)
 
     def keys(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-        """Return the (n,) uint64 keys of rows, and which rows have one: (n,) bool."""
+        """Return the (n,) uint64 keys of rows, and which rows have a key: (n,) bool."""
         array = table[self.column]
-        if array.null_count == len(array):  # of whatever type
+        if array.null_count == len(array):  # whatever its type
             return np.zeros(len(array), np.uint64), np.zeros(len(array), bool)
         known = array.is_valid().to_numpy() if array.null_count else np.ones(len(array), bool)
         try:
             if kind_of(array.type) != "number":
                 raise pa.ArrowInvalid(f"a partition holds {array.type}")
             values = array.cast(pa.from_numpy_dtype(self.dtype)).fill_null(0).to_numpy()
-        except pa.ArrowInvalid as err:  # a partition of another type than the first
+        except pa.ArrowInvalid as err:  # a partition with another type than the first
             raise SelectionError(
-                f"column {self.column!r} has values that are not exact as {np.dtype(self.dtype)}, as which it is "
-                f"compared: {err}. Give it one type"
+                f"column {self.column!r} is compared as {np.dtype(self.dtype)}, which cannot hold its values exactly: "
+                f"{err}. Give it one type"
             ) from err
         if self.dtype == "f8":
             known &= ~np.isnan(values)
@@ -103,8 +103,8 @@ class RandomOrder:
         return self.identity
 
     def keys(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-        """Return the (n,) uint64 keys of rows, and which rows have one: all of them."""
-        # Of all the bits of a seed, however long or negative.
+        """Return the (n,) uint64 keys of rows, and which rows have a key: all of them."""
+        # Uses all bits of a seed, however long or negative.
         keys = np.zeros(len(table), np.uint64) ^ pd.util.hash_array(np.array([str(self.seed)], object))
         for name in self.identity:
             keys = _mix(keys ^ _hashes(table[name], repeated=name == "shard"))
@@ -115,23 +115,23 @@ Order = ValueOrder | RandomOrder
 
 
 def no_column(column: str, there: Iterable[Any], what: str = "") -> SelectionError:
-    """Make an error of a column that is not there."""
+    """Create the error for a missing column."""
     names = [str(name) for name in there]
     hint = suggest(column, names)
     return SelectionError(f"{what}no column {column!r}{hint} (available: {', '.join(names)})")
 
 
 def arrow_type(df: Any, column: str) -> pa.DataType:
-    """Arrow type of a column from a frame's dtypes; null if they do not tell (Python objects)."""
+    """Arrow type of a column, from a frame's dtypes; null if they do not determine it (Python objects)."""
     return backend_of(df).to_host(meta_of(df), [column]).schema.field(column).type
 
 
 def value_order(df: Any, column: str, largest: bool = False) -> ValueOrder:
-    """Resolve how a column's values are compared."""
+    """Resolve how to compare a column's values."""
     if column not in df.columns:
         raise no_column(column, df.columns)
     type_ = arrow_type(df, column)
-    long = pa.types.is_decimal(type_) and type_.precision > 15  # which float64 cannot tell apart
+    long = pa.types.is_decimal(type_) and type_.precision > 15  # float64 cannot distinguish its values
     if long or kind_of(type_) not in ("number", "unknown"):
         raise SelectionError(f"column {column!r} holds {type_}, which has no rank here: name a column of int or float")
     dtype = {pa.int64(): "i8", pa.uint64(): "u8"}.get(type_, "f8")  # shorter integers are exact in float64
@@ -159,7 +159,7 @@ def _hashes(array: pa.ChunkedArray, repeated: bool) -> np.ndarray:
 
 
 def by_value(coded: pa.ChunkedArray, function: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
-    """Apply a function to the values of dictionary-encoded text, once each; it is told of null too."""
+    """Apply a function once to each value of dictionary-encoded text, including null."""
     found = []
     for chunk in coded.chunks:
         values = chunk.dictionary
@@ -174,7 +174,7 @@ def _hashes_of(texts: pa.Array) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Finish like splitmix64 (Steele, Lea and Flood 2014): a bijection in which every bit depends on all."""
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014): a bijection in which every bit depends on all."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -191,32 +191,32 @@ class Bracket:
     rank: int
     key: int
     low: int
-    before: int  # rows whose keys come before
-    equal: int  # rows whose keys begin so
+    before: int  # rows with smaller keys
+    equal: int  # rows whose keys begin with `key`
 
     @property
     def question(self) -> tuple[int, int, int]:
-        """What to ask next: of the keys that begin with `key`, down to which bit."""
+        """The next question: the prefix `key`, and the bit down to which to count."""
         return self.key, self.low, 0 if self.equal <= _GATHER else max(0, self.low - _DIGIT)
 
     def narrowed(self, low: int, buckets: np.ndarray, counts: np.ndarray) -> Bracket:
-        """Return the bracket within the rows that begin with `key`, counted down to bit `low`."""
+        """Return the narrower bracket, from the counts of keys that begin with `key`, down to bit `low`."""
         ends = self.before + np.cumsum(counts)
         at = int(np.searchsorted(ends, self.rank))
         equal = int(counts[at])
         return Bracket(self.rank, int(buckets[at]), low, int(ends[at]) - equal, equal)
 
 
-#: Returns the keys of a partition's rows that take part: (m,) uint64.
+#: Returns the keys of a partition's participating rows: (m,) uint64.
 Keys = Callable[[Any], np.ndarray]
 
-#: For each question, the sorted beginnings of the keys that there are, and how many rows have them.
+#: For each question, the sorted prefixes of the keys that occur, and how many rows have them.
 _Counts = list[tuple[np.ndarray, np.ndarray]]
 
 
 def find_ranks(df: Any, keys: Keys, ranks_of: Callable[[int], Iterable[int]]) -> tuple[int, dict[int, Bracket]]:
-    """Find keys by rank; returns how many rows take part, and per rank its key and the rows up to that key."""
-    # `ranks_of` gets the number of rows that take part and returns the ranks to find, from 1 to that number.
+    """Find keys by rank; returns the number of participating rows, and per rank its key and the rows up to that key."""
+    # `ranks_of` gets the number of participating rows and returns the ranks to find, from 1 to that number.
     low = 64 - _DIGIT
     ((buckets, counts),) = _ask(df, keys, [(0, 64, low)])
     n = int(counts.sum())

@@ -5,25 +5,26 @@
     df = apply_steps(df, ["where aesthetic_score >= 5", "top 30% by clip_score", "sample 10000 seed 0"])
     funnel(df, ["aesthetic_score >= 5 and width >= 512", "top 30% by clip_score"])
 
-What is kept depends on the rows only: not on partitions, workers, threads or the order of the rows. The rules:
+The result depends only on the rows, not on partitions, workers, threads or the order of the rows. The rules:
 
-- **Shares are exact and rounded down.** A fraction is read as the decimal number that is written (0.3 is 3/10) and
-  taken of the rows that can be ranked: those for which `where` is true and whose value is neither null nor NaN. The top
-  0.3 of 10 rows are 3, of 9 rows 2, of 3 rows none. Infinities are values like others; -0.0 equals 0.0.
-- **Ties** at the last place: ``ties="exact"`` keeps exactly as many as were asked for, and among equals those that come
-  first in a fixed random order (a hash of ``shard`` and ``sample_offset``, so no shard is preferred);
-  ``"include"`` keeps all equals; ``"exclude"`` none of them, unless all fit.
-- **Quantiles are values that occur**: of n values the one of rank max(1, ⌈q n⌉) from below, which NumPy calls
-  ``inverted_cdf``. So the rows above `quantile(df, c, 0.7)` are, but for ties, `top_fraction(df, c, 0.3)`.
-- **Samples** are the first rows in a random order by the seed and the same hash. So a larger sample of the same seed
-  contains the smaller one, and new shards do not reshuffle the old. Shards under other URLs make another sample.
+- **Shares are exact and rounded down.** A fraction is the decimal number as written (0.3 is 3/10) and refers to the
+  rows that can be ranked: those for which `where` is true and whose value is neither null nor NaN. The top 0.3 of 10
+  rows is 3 rows, of 9 rows 2, of 3 rows none. Infinities count as values; -0.0 equals 0.0.
+- **Ties** at the last place: ``ties="exact"`` keeps exactly the requested number, breaking ties by a fixed random order
+  (a hash of ``shard`` and ``sample_offset``, so no shard is preferred); ``"include"`` keeps all tied rows,
+  ``"exclude"`` none of them, unless all fit.
+- **Quantiles are values that occur**: of n values the one of rank max(1, ⌈q n⌉) from below, NumPy's ``inverted_cdf``.
+  So the rows above `quantile(df, c, 0.7)` are, except for ties, `top_fraction(df, c, 0.3)`.
+- **Samples** are the first rows in a random order given by the seed and the same hash. A larger sample with the same
+  seed contains the smaller one, and new shards do not reshuffle the old. The same shards under other URLs give a
+  different sample.
 
-Rows that have ``shard`` and ``sample_offset`` in common are one row as far as this can tell; if a selection
-would have to keep one and drop the other, it raises `SelectionError`.
+Rows with the same ``shard`` and ``sample_offset`` are indistinguishable; a selection that would have to keep one and
+drop the other raises `SelectionError`.
 
-Functions here read the columns that they rank by when they are called, once; what they return is lazy where the input
-is. Give them a score table (`read_scores`, of which only those columns are read, and neighbouring partitions with few
-rows left are joined) or ``df.persist()``, not a lazy `embed` that would decode the images each time (they warn of it).
+Functions here read the columns that they rank by once, when called; the result is lazy if the input is. Pass a score
+table (`read_scores`: only those columns are read, and neighbouring partitions with few rows left are joined) or
+``df.persist()``, not a lazy `embed`, which would decode the images each time (they warn about it).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ Steps = str | Step | Iterable[str | Step]
 
 
 def check_steps(steps: Iterable[Step], kinds: Mapping[str, str]) -> None:
-    """Raise an error for a step that does not fit columns of such kinds."""
+    """Raise an error for a step that does not fit columns of these kinds."""
     empty = pa.schema({name: KINDS[kind][1] for name, kind in kinds.items()}).empty_table()
     begin(from_arrow(empty), list(steps), True)
 
@@ -60,7 +61,7 @@ def settle(
     df: Any, steps: Steps, *, ok_only: bool = True, alone: bool = False, planned: pa.Schema | None = None
 ) -> Settling:
     """Find the bounds of a selection on a frame, splitting expressions at ``and``; `alone`: also per step."""
-    # With `planned`, types by which JSON fields are judged, expressions were checked by those.
+    # With `planned`, expressions have been checked against those types of JSON fields.
     settling = begin(df, _conditions(steps), ok_only, planned)
     if any(condition.order is not None for condition in settling.settled.conditions):
         warn_of_decoding(df, settling.settled.columns, "This selection")
@@ -77,22 +78,22 @@ def apply_steps(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: b
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        The columns that steps rank by are read now.
+        Columns that steps rank by are read now.
     steps : str, Step, or iterable of them
-        Each works on what those before it left: ``"aesthetic_score >= 5"``, ``"top 30% by clip_score"``,
+        Each applies to the rows left by the ones before it: ``"aesthetic_score >= 5"``, ``"top 30% by clip_score"``,
         ``"sample 10000 seed 1"``.
     ok_only : bool
-        Whether rows whose ``status`` is not ``ok`` are dropped first, where there is a status.
+        Whether rows whose ``status`` is not ``ok`` are dropped first, if there is a ``status``.
 
     Returns
     -------
     the frame's type
-        The rows that are left, in their order; lazy, if `df` is.
+        The remaining rows, in their order; lazy if `df` is.
 
     Raises
     ------
     WhereError
-        Where a step or an expression has a mistake.
+        If a step or an expression has a mistake.
     SelectionError
         If a column is missing or has no order, an amount is out of range, or rows cannot be told apart.
 
@@ -117,22 +118,22 @@ def top_fraction(
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        With the column and, to break ties, ``shard``, ``key`` and ``sample_offset``, or what there is of them.
+        With the column and, to break ties, ``shard``, ``key`` and ``sample_offset``, as far as available.
     column : str
         A column of numbers. Rows where it is null or NaN are never kept.
     fraction : float, Fraction or Decimal
-        From 0 to 1; how many rows that is is rounded down.
+        From 0 to 1; the number of rows is rounded down.
     largest : bool
-        False keeps the smallest values.
+        If False, keep the smallest values.
     where : str or Where, optional
         Only rows for which this is true are ranked and kept.
     ties : {"exact", "include", "exclude"}
-        What happens to equal values at the last place, see `dask_imgcurator.select.selection`.
+        What to do with equal values at the last place, see `dask_imgcurator.select.selection`.
 
     Returns
     -------
     the frame's type
-        The rows that are kept, in their order; lazy, if `df` is.
+        The kept rows, in their order; lazy if `df` is.
 
     Raises
     ------
@@ -145,7 +146,7 @@ def top_fraction(
 def top_count(
     df: Any, column: str, n: int, *, largest: bool = True, where: str | Where | None = None, ties: Ties = "exact"
 ) -> Any:
-    """Keep the n rows with the largest values of a column; all that have one, where there are fewer.
+    """Keep the n rows with the largest values of a column, or all rows with a value if there are fewer.
 
     Parameters
     ----------
@@ -159,7 +160,7 @@ def top_count(
     Returns
     -------
     the frame's type
-        The rows that are kept, in their order; lazy, if `df` is.
+        The kept rows, in their order; lazy if `df` is.
 
     Raises
     ------
@@ -183,23 +184,23 @@ def sample(
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        With ``shard``, ``key`` and ``sample_offset``, or what there is of them, which are read now.
+        With ``shard``, ``key`` and ``sample_offset``, as far as available; they are read now.
     n : int, optional
-        How many rows; all, where there are fewer.
+        How many rows; all if there are fewer.
     fraction : float, Fraction or Decimal, optional
-        Their share, from 0 to 1; how many rows that is is rounded down.
+        Share of the rows, from 0 to 1; their number is rounded down.
     seed : int
-        Another seed, another sample.
+        Seed of the random order.
     by : str, optional
-        A column of groups (a k-means cell, say): n rows of each. Up to n + 1 rows a group are in memory at once, 16
-        bytes each and what the group's name takes. Rows without a group are dropped.
+        A column of groups (such as k-means cells), to keep n rows of each. Up to n + 1 rows per group are in memory at
+        once, 16 bytes each plus the group's name. Rows without a group are dropped.
     where : str or Where, optional
         Only rows for which this is true.
 
     Returns
     -------
     the frame's type
-        The rows that are kept, in their order; lazy, if `df` is.
+        The kept rows, in their order; lazy if `df` is.
 
     Raises
     ------
@@ -221,7 +222,7 @@ def quantile(df: Any, column: str, q: float | Sequence[float], *, where: str | W
     column : str
         A column of numbers; null and NaN are left out.
     q : float, or sequence of float
-        From 0 to 1. Several are answered in the same passes.
+        From 0 to 1. Several are found in the same passes.
     where : str or Where, optional
         Only rows for which this is true.
 
@@ -229,14 +230,14 @@ def quantile(df: Any, column: str, q: float | Sequence[float], *, where: str | W
     -------
     float or int, or a list of them
         Values that occur: of n, the one of rank max(1, ⌈q n⌉) from below (NumPy's ``inverted_cdf``). int for a column
-        of integers; None where there is no value.
+        of integers; None without values.
 
     Raises
     ------
     WhereError
-        Where the expression has a mistake.
+        If the expression has a mistake.
     SelectionError
-        If the column is missing or not of numbers, or a q is out of range.
+        If the column is missing or not numeric, or a q is out of range.
 
     References
     ----------
@@ -263,7 +264,7 @@ def quantile(df: Any, column: str, q: float | Sequence[float], *, where: str | W
 
 
 def funnel(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool = True) -> pd.DataFrame:
-    """Count how many rows each step of a selection keeps and removes, by itself and in its turn.
+    """Count how many rows each step of a selection keeps and removes, alone and in turn.
 
     Parameters
     ----------
@@ -273,9 +274,9 @@ def funnel(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool =
     Returns
     -------
     pandas.DataFrame
-        A row for all rows, then one for each condition: ``condition`` (its text), ``alone`` (rows that it keeps by
-        itself), ``left`` (rows after it and all before it), ``removed_alone`` and ``removed`` (rows that it takes away,
-        by itself and in its turn). By itself means of the rows that are ``ok``, if `ok_only`.
+        A row for all rows, then one per condition: ``condition`` (its text), ``alone`` (rows that it keeps by itself),
+        ``left`` (rows after it and all before it), ``removed_alone`` and ``removed`` (rows that it removes alone and in
+        turn). If `ok_only`, alone refers to the rows that are ``ok``.
 
     Raises
     ------
@@ -284,11 +285,11 @@ def funnel(df: Any, steps: str | Step | Iterable[str | Step], *, ok_only: bool =
 
     Notes
     -----
-    Conditions are counted in one pass over the columns that they use; steps that rank read theirs once before.
+    Conditions are counted in one pass over their columns; steps that rank read theirs once before that.
     """
     settling = settle(df, steps, ok_only=ok_only, alone=True)
     settled = settling.settled
-    if settling.digests is None:  # else it was told
+    if settling.digests is None:  # otherwise it has warned already
         warn_of_decoding(df, [name for name in settled.columns if name in df.columns], "This funnel")
     counts = settling.count()
     ok = [("status == 'ok'", counts.readable, counts.readable)] if settled.ok_only else []

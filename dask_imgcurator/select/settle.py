@@ -1,4 +1,4 @@
-"""A selection's conditions settled on rows: each row then passes or not by itself, in whatever partition it is."""
+"""A selection whose bounds are known: each row then passes or fails by itself, whatever its partition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .where import Where
 ALL = 2**64 - 1
 NONE = -1
 
-#: Keys that break ties among some of the rows that are judged: (n,) bool to (m,) uint64.
+#: Keys that break ties among some of the rows: (n,) bool to (m,) uint64.
 Ties = Callable[[np.ndarray], np.ndarray]
 
 
@@ -37,23 +37,23 @@ class Bound:
 
 @dataclass(frozen=True, eq=False)
 class GroupBounds:
-    """Bounds of a sample of each group: the last key kept, by group; groups not named are kept whole."""
+    """Bounds of a sample per group: the last key kept, by group; groups not listed are kept whole."""
 
     bounds: pd.Series
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition: an expression, or a step that ranks, with its bounds once settled."""
+    """One condition: an expression, or a step that ranks, with its bounds once known."""
 
     step: Step
     order: Order | None = None
-    bound: Bound | GroupBounds | None = None  # on what the conditions before left
+    bound: Bound | GroupBounds | None = None  # on the rows left by the conditions before
     alone: Bound | GroupBounds | None = None  # on all readable rows
 
     @property
     def text(self) -> str:
-        """What the user wrote."""
+        """Its text."""
         return self.step.text
 
     @property
@@ -67,11 +67,11 @@ class Condition:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A selection's verdict on some rows; each array is (n,) bool."""
+    """A selection's verdict on some rows, in arrays of (n,) bool."""
 
     ok: np.ndarray  # readable
-    passed: list[np.ndarray]  # for each condition, by its bound in its turn
-    alone: list[np.ndarray]  # by its bound on all readable rows
+    passed: list[np.ndarray]  # per condition, with its bound in turn
+    alone: list[np.ndarray]  # with its bound on all readable rows
 
     @property
     def kept(self) -> np.ndarray:
@@ -81,11 +81,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Settled:
-    """A selection with settled bounds; works on any part of the rows, and can be pickled."""
+    """A selection with known bounds; works on any part of the rows, and can be pickled."""
 
     conditions: tuple[Condition, ...] = ()
-    ok_only: bool = True  # rows whose ``status`` is not ``ok`` are dropped first, where there is a status
-    tied: RandomOrder | None = None  # breaks ties, where a bound needs it
+    ok_only: bool = True  # if there is a ``status``, rows that are not ``ok`` are dropped first
+    tied: RandomOrder | None = None  # breaks ties, if a bound needs it
     planned: pa.Schema | None = None  # types of JSON fields that the conditions expect; a shard's own may differ
 
     @property
@@ -95,7 +95,7 @@ class Settled:
 
     @property
     def first(self) -> list[str]:
-        """Columns needed to judge any row; others are needed where a bound falls among equals."""
+        """Columns needed to judge any row; others are needed only for ties at a bound."""
         names = [name for condition in self.conditions for name in condition.columns]
         return list(dict.fromkeys([*(["status"] if self.ok_only else []), *names]))
 
@@ -126,11 +126,11 @@ class Settled:
         return counts_of(self, self.judge(table), table)
 
     def kept(self, table: pa.Table, more: More | None = None) -> np.ndarray:
-        """Which rows of an Arrow table are kept: (n,) bool; `more` as for `judge`."""
+        """The kept rows of an Arrow table: (n,) bool; `more` as for `judge`."""
         return self.judge(table, more).kept
 
     def filter(self, df: Any) -> Any:
-        """Filter a Dask, pandas or cuDF frame, lazily if it is; of a score table, only what is needed is read."""
+        """Filter a Dask, pandas or cuDF frame, lazily if it is lazy; reads only the needed parts of a score table."""
         used = [name for name in self.columns if name in df.columns]
         if not used:
             return df
@@ -143,7 +143,7 @@ class Settled:
         return df[narrow.map_partitions(self.mask, meta=self.mask(meta_of(narrow)), enforce_metadata=False)]
 
     def mask(self, frame: Any) -> Any:
-        """Which rows of a partition are kept: a bool Series of its library and index."""
+        """The kept rows of a partition: a bool Series of its library and index."""
         schema = pa.schema([pa.field("keep", pa.bool_(), nullable=False)])
         rows = to_arrow(frame, [name for name in self.columns if name in frame.columns])
         table = pa.Table.from_arrays([pa.array(self.kept(rows))], schema=schema)
@@ -153,13 +153,13 @@ class Settled:
 
 
 def settled_where(where: Where | None, ok_only: bool = True, planned: pa.Schema | None = None) -> Settled:
-    """Return a selection by an expression alone, which needs no settling."""
+    """Return a selection by an expression alone, which has no bounds to find."""
     parts = where.conjuncts() if where is not None else []
     return Settled(tuple(Condition(part) for part in parts), ok_only, planned=planned)
 
 
 def _as_planned(table: pa.Table, planned: pa.Schema | None) -> pa.Table:
-    """Columns as the types that conditions expect; null where a value is of another kind, such as text for a number."""
+    """Convert columns to the types that conditions expect; values of another kind (text for a number) become null."""
     for field in planned or ():
         at = table.schema.get_field_index(field.name)
         if at >= 0 and kind_of(table.schema.field(at).type) not in ("unknown", kind_of(field.type)):
@@ -184,7 +184,7 @@ def counts_of(settled: Settled, verdict: Verdict, table: pa.Table) -> Counts:
 
 
 def digest(table: pa.Table, settled: Settled) -> pd.DataFrame:
-    """All that a selection needs to know of rows, in a few bytes each; but for what breaks ties."""
+    """Everything that a selection needs to know about rows, except to break ties, in a few bytes each."""
     table = _as_planned(table, settled.planned)
     ok = np.ones(len(table), bool)
     if settled.ok_only and "status" in table.column_names:
@@ -216,7 +216,7 @@ def _truth(where: Where | Listed, table: pa.Table) -> np.ndarray:
 
 
 def _groups(groups: pa.ChunkedArray, by: str) -> tuple[pd.Series, np.ndarray]:
-    """Groups of rows, and which rows have one: (n,) bool."""
+    """Groups of rows, and which rows have a group: (n,) bool."""
     groups = groups.cast(plain_type(groups.type))
     check_groups(by, groups.type)
     there = groups.is_valid().to_numpy()
@@ -226,13 +226,13 @@ def _groups(groups: pa.ChunkedArray, by: str) -> tuple[pd.Series, np.ndarray]:
 
 
 def check_groups(by: str, type_: pa.DataType) -> None:
-    """Raise `SelectionError` for a column that makes no groups."""
+    """Raise `SelectionError` for a column that cannot define groups."""
     if kind_of(type_) not in ("number", "string", "boolean") and not pa.types.is_null(type_):
         raise SelectionError(f"column {by!r} holds {type_}: groups are numbers, text or booleans")
 
 
 def _passed(digest: pd.DataFrame, i: int, condition: Condition, bound: Any, ties: Ties) -> np.ndarray:
-    """Which rows meet a condition: (n,) bool."""
+    """The rows that meet a condition: (n,) bool."""
     if condition.order is None:
         return digest[f"{i}"].to_numpy()
     keys, known = digest[f"{i}"].to_numpy(), digest[f"{i} known"].to_numpy()

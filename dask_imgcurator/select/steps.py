@@ -47,7 +47,7 @@ def _quoted(column: str) -> str:
 
 @dataclass(frozen=True)
 class Amount:
-    """A number of rows, or a share of them."""
+    """A number or a share of rows."""
 
     n: int | None = None
     fraction: Any = None
@@ -61,7 +61,7 @@ class Amount:
             raise SelectionError(f"n={self.n!r}: give a whole number of rows, 0 or more")
 
     def of(self, rows: int) -> int:
-        """The amount, of so many rows."""
+        """The number of rows to keep, out of `rows`."""
         return min(int(self.n), rows) if self.n is not None else math.floor(share(self.fraction) * rows)
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class Top:
-    """The rows with the largest (or smallest) values of a column; `among` are ranked and kept those it is true for."""
+    """The rows with the largest (or smallest) values of a column; with `among`, of the rows for which it is true."""
 
     column: str
     fraction: Any = None
@@ -88,7 +88,7 @@ class Top:
 
     @property
     def amount(self) -> Amount:
-        """How many of the rows that have a value."""
+        """How many of the rows with a value to keep."""
         return Amount(self.n, self.fraction)
 
     @property
@@ -101,7 +101,7 @@ class Top:
 
 @dataclass(frozen=True)
 class RandomSample:
-    """Rows at random, without replacement; with `by`, n of each group. Another seed, another sample."""
+    """Rows at random, without replacement; with `by`, n of each group."""
 
     n: int | None = None
     fraction: Any = None
@@ -117,7 +117,7 @@ class RandomSample:
 
     @property
     def amount(self) -> Amount:
-        """How many rows."""
+        """How many rows to keep."""
         return Amount(self.n, self.fraction)
 
     @property
@@ -129,12 +129,12 @@ class RandomSample:
 
 @dataclass(frozen=True)
 class Listed:
-    """A condition: the value of a column is, or is not, among those of a file. Make it by `only` or `exclude`."""
+    """A condition: a column's value is, or is not, listed in a file. Create it with `only` or `exclude`."""
 
     column: str
     values: pa.Array = field(repr=False, compare=False)
     keep: bool
-    text: str  # with a hash of the values, so that equal texts mean equal conditions
+    text: str  # with a hash of the values: equal texts mean equal conditions
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -147,7 +147,7 @@ class Listed:
             raise no_column(self.column, names, f"`{self.text}`: ")
 
     def evaluate(self, table: pa.Table) -> pa.ChunkedArray:
-        """Tell for each row of an Arrow table whether it is kept; one without a value is in no list."""
+        """Whether each row of an Arrow table is kept; a row without a value is in no list."""
         column = table[self.column]
         column = column.cast(plain_type(column.type))
         if kind_of(column.type) not in ("string", "number", "unknown"):
@@ -159,17 +159,17 @@ class Listed:
         return among if self.keep else pc.invert(among)
 
 
-#: One step of a selection. Where one is wanted, a string is read by `parse_step`.
+#: One step of a selection. Functions also accept a string, for `parse_step`.
 Step = Where | Listed | Top | RandomSample
 
 
 # --- text to steps --------------------------------------------------------------------------------
 
-# A column called `top` is still one where an operator follows.
+# `top` before an operator is a column of that name.
 _STEP = re.compile(r"(top|bottom|sample)\b(?!\s*(?:[=<>!+*/%)-]|(?:and|or|in|is|not)\b))", re.IGNORECASE)
 
-# What follows the first word, piece by piece, each with what to say where it is missing. Whether an optional piece is
-# there is asked by those after it: `(?(ties)…)`.
+# What follows the first word, piece by piece, each with the message if it is missing. Later pieces can depend on an
+# optional one: `(?(ties)…)`.
 _AMOUNT = (
     r" *(?P<number>[0-9][0-9_]*(?:\.[0-9]+)?)(?P<percent>\s*%)?(?=\s|:|$)",
     "expected a number of rows or a percentage, as in `{example}`",
@@ -200,7 +200,7 @@ _SAMPLE = (
 
 
 def parse_step(text: str) -> Step:
-    """Read a step of a selection: an expression (after ``where`` or alone), or what `parse_top`, `parse_sample` read.
+    """Parse a step of a selection: an expression (after ``where`` or alone), or text for `parse_top`, `parse_sample`.
 
     Examples
     --------
@@ -259,7 +259,7 @@ def _amount(found: re.Match[str]) -> dict[str, Any]:
 
 
 def expand_steps(steps: str | Step | Iterable[str | Step]) -> Iterator[Step]:
-    """Yield all steps, texts parsed, `among` as its own step."""
+    """Yield all steps, with texts parsed and `among` as a separate step."""
     for item in [steps] if isinstance(steps, str | Step) else steps:
         step = item if isinstance(item, Step) else parse_step(item)
         if isinstance(step, Top) and isinstance(step.among, Where):
@@ -274,15 +274,15 @@ def expand_steps(steps: str | Step | Iterable[str | Step]) -> Iterator[Step]:
 def only(
     path: str | os.PathLike[str], column: str = "key", *, storage_options: Mapping[str, Any] | None = None
 ) -> Listed:
-    """Keep only the rows that a file names: a step for `apply_steps` and `funnel`.
+    """Keep only the rows listed in a file: a step for `apply_steps` and `funnel`.
 
     Parameters
     ----------
     path : str or path
-        A Parquet file with a column of that name (or with one column), a ``.npy`` file (of text, of numbers, or of
-        DataComp's pairs of uint64, which are read as hexadecimal uids), or text with one value per line.
+        A Parquet file with a column of that name (or with a single column), a ``.npy`` file (text, numbers, or
+        DataComp's pairs of uint64, read as hexadecimal uids), or text with one value per line.
     column : str
-        The column that has the values: ``key``, or one of your own such as ``uid``.
+        The column with the values: ``key``, or one of your own such as ``uid``.
     storage_options : mapping, optional
         For the fsspec file system.
 
@@ -294,7 +294,7 @@ def only(
     Raises
     ------
     SelectionError
-        If the file holds nothing of the kind.
+        If the file holds no such values.
     FileNotFoundError
         If there is no such file.
 
@@ -308,7 +308,7 @@ def only(
 def exclude(
     path: str | os.PathLike[str], column: str = "key", *, storage_options: Mapping[str, Any] | None = None
 ) -> Listed:
-    """Drop the rows that a file names: a step for `apply_steps` and `funnel`.
+    """Drop the rows listed in a file: a step for `apply_steps` and `funnel`.
 
     Parameters
     ----------
@@ -318,7 +318,7 @@ def exclude(
     Returns
     -------
     Listed
-        The step. Rows without a value stay.
+        The step. Rows without a value are kept.
 
     Raises
     ------
@@ -329,7 +329,7 @@ def exclude(
 
 
 def parse_listed(text: str, keep: bool, storage_options: Mapping[str, Any] | None = None) -> Listed:
-    """Read ``FILE`` or ``COLUMN=FILE``, as the command line has it."""
+    """Parse ``FILE`` or ``COLUMN=FILE``, the form of the command line."""
     column, sign, path = text.partition("=")
     column, path = (column, path) if sign and column.isidentifier() else ("key", text)
     return _listed(path, column, keep, storage_options)

@@ -1,7 +1,7 @@
 """The ``--where`` language as text: an expression becomes a tree of Python's `ast`; mistakes are shown in place.
 
-Only the tree is Python's. Columns and constants reach its parser as blanks of the same length, so positions in the tree
-are positions in the text, no value is read by Python's rules, and messages do not change with its version.
+Only the tree is Python's. Its parser sees columns and constants as placeholders of the same length, so positions in the
+tree are positions in the text, Python's rules parse no value, and messages do not change with its version.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
-# Bounds. They leave room for a list of a thousand hashes, and keep every recursion far from Python's limit.
+# Limits. They leave room for a list of a thousand hashes, and keep every recursion far from Python's limit.
 MAX_CHARACTERS = 100_000
 _MAX_OPERATORS = 500
 _MAX_BRACKETS = 50
@@ -44,7 +44,7 @@ _LITERALS = {"true": True, "false": False, "null": None, "none": None, "nan": No
 _ESCAPE = re.compile(r"\\(.)")
 _ESCAPES = {"\\": "\\", "'": "'", '"': '"', "n": "\n", "t": "\t"}
 _PAIRS = {"(": ")", "[": "]"}
-# What other languages write, and what is written here.
+# Operators of other languages, and what to write instead.
 _FOREIGN = (
     {"=": "==", "===": "==", ":=": "==", "<>": "!=", "≠": "!=", "=>": ">=", "≥": ">=", "=<": "<=", "≤": "<="}
     | {"&": "and", "&&": "and", "|": "or", "||": "or", "~": "not", "!": "not"}
@@ -68,14 +68,14 @@ SIGNS: Mapping[type[ast.AST], str] = (
 
 
 class WhereError(ValueError):
-    """A mistake in an expression, shown with a caret under its place.
+    """A mistake in an expression, shown with carets below it.
 
-    `message` says what is wrong and what to do, `note` (perhaps) which columns there are; `text` is the expression on
-    one line, `start` and `end` the place in it.
+    `message` says what is wrong and what to do, `note` may list the columns; `text` is the expression on one line,
+    `start` and `end` the position in it.
     """
 
     def __init__(self, message: str, text: str = "", start: int = 0, end: int = 0, note: str = "") -> None:
-        # All of it in `args`, so that the error survives the way back from a Dask worker.
+        # All of it in `args`, so that the error can be pickled on a Dask worker.
         super().__init__(message, text, start, end, note)
         self.message, self.text, self.start, self.end, self.note = message, text, start, end, note
 
@@ -113,7 +113,7 @@ class _Token(NamedTuple):
     start: int
     end: int
     text: str
-    operand: ast.Name | ast.Constant | None  # of a column or a constant
+    operand: ast.Name | ast.Constant | None  # for a column or a constant
 
 
 @lru_cache(maxsize=64)
@@ -141,7 +141,7 @@ def parse(text: str) -> tuple[ast.expr, tuple[str, ...]]:
 
 
 class _Fill(ast.NodeTransformer):
-    """Puts columns and constants in place of blanks."""
+    """Replaces placeholders by columns and constants."""
 
     def __init__(self, operands: Mapping[int, ast.expr]) -> None:
         self.operands = operands
@@ -155,9 +155,9 @@ def _depth(node: ast.AST) -> int:
 
 
 def _tokens(text: str) -> list[_Token]:
-    """Tokenize an expression, and check whatever does not depend on the order of the parts."""
+    """Tokenize an expression, and check everything that does not depend on the order of the parts."""
     broken = re.search("[\ud800-\udfff]", text)
-    if broken:  # bytes of a command line that are not UTF-8 arrive as these, and Arrow cannot hold them
+    if broken:  # invalid UTF-8 on a command line becomes these, which Arrow cannot hold
         raise WhereError("this text is not valid UTF-8", text, *broken.span())
     tokens: list[_Token] = []
     brackets: list[_Token] = []
@@ -179,7 +179,7 @@ def _tokens(text: str) -> list[_Token]:
 
 
 def _operand(text: str, match: re.Match[str]) -> ast.Name | ast.Constant | None:
-    """Parse a column or constant; None for what stands between them, an error for neither."""
+    """Parse a column or constant; None for operators and brackets, an error for anything else."""
     raw, (start, end) = match[0], match.span()
     hint = _HINTS.get(raw, "")
     shown = f"`{clip(raw)}`" if len(raw) > 1 or raw.isprintable() else f"the character U+{ord(raw):04X}"
@@ -194,7 +194,7 @@ def _operand(text: str, match: re.Match[str]) -> ast.Name | ast.Constant | None:
         case "name" if not hint:
             return ast.Name(raw)
         case "number" if _NUMBER.fullmatch(raw):
-            # Longer integers would be slow to read and fit no column's type anyway.
+            # Longer integers would be slow to parse, and fit no column's type anyway.
             value = int(raw) if raw.isdigit() and len(raw) <= 30 else float(raw)
             if math.isfinite(value):
                 return ast.Constant(value)

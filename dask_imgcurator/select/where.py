@@ -1,7 +1,7 @@
 """The closed expression language of ``--where``: ``aesthetic_score >= 5 and width >= 512``.
 
-An expression is data, not code: nothing is called, only columns are looked up, and its size is bounded, so the worst
-that an untrusted one can do is be refused. docs/reference/where.md describes the language.
+An expression is data, not code: it can only read columns and call two text functions, and its size is bounded, so an
+untrusted one can at worst be rejected. docs/reference/where.md describes the language.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from .syntax import MAX_CHARACTERS, WhereError, fold, parse, span
 
 @dataclass(frozen=True)
 class Where:
-    """A parsed expression, on one line, and its columns in order of appearance. Make it by `parse_where`."""
+    """A parsed expression, on one line, and its columns in order of appearance. Create it with `parse_where`."""
 
     text: str
     columns: tuple[str, ...]
 
     def evaluate(self, table: pa.Table) -> pa.Array | pa.ChunkedArray:
-        """Tell for each row of an Arrow table whether the expression is true, false or (null) unknown."""
+        """Whether the expression is true, false or unknown (null), for each row of an Arrow table."""
         return Evaluator(self.text, table).truth(parse(self.text)[0])
 
     def check(self, kinds: Mapping[str, str]) -> None:
-        """Raise `WhereError` where the expression does not fit columns of such kinds (see `kinds_of`)."""
+        """Raise `WhereError` if the expression does not fit columns of these kinds (see `kinds_of`)."""
         fields = {name: KINDS[kind][1] for name, kind in kinds.items() if isinstance(name, str)}
         self.evaluate(pa.schema(fields).empty_table())
 
     def mask(self, frame: Any) -> Any:
-        """Tell which rows the expression is true for: a boolean Series of the frame's library and index, without nulls.
+        """The rows for which the expression is true: a boolean Series of the frame's library and index, without nulls.
 
-        Lazy for a Dask frame, whose columns are checked at once, as far as the types tell.
+        Lazy for a Dask frame, whose columns are checked now as far as their types are known.
         """
         if not set(self.columns) <= set(frame.columns):
             self.check(dict.fromkeys(frame.columns, "unknown"))
@@ -55,7 +55,7 @@ class Where:
         return mask
 
     def conjuncts(self) -> list[Where]:
-        """Split the expression at its top-level `and`, to show what each condition removes."""
+        """Split the expression at its top-level `and`, to count each condition."""
         texts = [self.text[slice(*span(node))] for node in _split(parse(self.text)[0])]
         return [Where(text, parse(text)[1]) for text in texts]
 
@@ -69,9 +69,9 @@ def _split(node: ast.expr) -> Iterator[ast.expr]:
 
 
 def parse_where(text: str, kinds: Mapping[str, str] | None = None) -> Where:
-    """Read an expression; `kinds` (see `kinds_of`) lets names and types be checked now and not only on a frame.
+    """Parse an expression; with `kinds` (see `kinds_of`), names and types are checked now, not only on a frame.
 
-    Raises `WhereError` where it has a mistake, with its place and the remedy.
+    Raises `WhereError` for a mistake, with its position and the remedy.
 
     Examples
     --------
@@ -91,7 +91,7 @@ def parse_where(text: str, kinds: Mapping[str, str] | None = None) -> Where:
 
 
 def combine(where: str | None = None, min_aesthetic: float | None = None, max_nsfw: float | None = None) -> str | None:
-    """Join an expression, ``aesthetic_score >= X`` and ``nsfw_score < X`` by `and`; None if none is given."""
+    """Join an expression, ``aesthetic_score >= X`` and ``nsfw_score < X`` by `and`; None if all are missing."""
     parts = []
     for condition, value in (("aesthetic_score >=", min_aesthetic), ("nsfw_score <", max_nsfw)):
         if value is not None and not math.isfinite(value):
@@ -125,23 +125,23 @@ def filter_frame(frame: Any, where: str | Where) -> Any:
     Returns
     -------
     DataFrame
-        Of the same type, with its columns and index.
+        Same type, columns and index.
 
     Raises
     ------
     WhereError
-        Where the expression has a mistake or does not fit the columns.
+        If the expression has a mistake or does not fit the columns.
     """
     parsed = parse_where(where) if isinstance(where, str) else where
     return frame[parsed.mask(frame)]
 
 
 def kinds_of(frame: Any) -> dict[str, str]:
-    """Kind of each column of a frame in an expression; of a Dask frame only the dtypes are looked at."""
-    # ``"unknown"`` for a column without a value to tell by (Arrow's null type, or an all-missing object column).
+    """Kind of each column of a frame in an expression; for a Dask frame, from the dtypes only."""
+    # ``"unknown"`` for a column without values (Arrow's null type, or an all-missing object column).
     names = [name for name in frame.columns if isinstance(name, str)]
     kinds = {name: kind_of_value(c) for name, c in zip(names, to_arrow(meta_of(frame), names).columns, strict=True)}
     for name, kind in kinds.items():
-        if kind == "unknown" and not is_dask(frame):  # objects have a type by their values only
+        if kind == "unknown" and not is_dask(frame):  # the type of objects depends on their values
             kinds[name] = kind_of_value(to_arrow(frame, [name])[name])
     return kinds

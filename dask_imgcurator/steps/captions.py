@@ -1,4 +1,4 @@
-"""Captions: as vectors, how well they fit their images, length and language. No image is decoded."""
+"""Captions: embeddings, similarity to their images, length and language. No image is decoded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCK = 65_536
 
 @dataclass(frozen=True)
 class TextUse:
-    """Which text is embedded by which model, and the output column."""
+    """Which text column is embedded by which model, and the output column."""
 
     encoder: EncoderSpec
     caption: str = "caption"
@@ -129,35 +129,35 @@ def embed_text(
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        With a column of
+        With a column of captions.
     model : str
-        open_clip's name of a model. The starter model has no text tower.
+        Name of an open_clip model. The starter model has no text tower.
     pretrained : str, optional
         open_clip's tag, a checkpoint's path, or ``random:SEED``.
     column : str
-        Column with the
+        Column with the captions.
     output : str
         Name of the new column.
     batch_size : int, optional
-        Texts a forward pass; by default 16 on a CPU and 512 on a GPU.
+        Texts per forward pass; by default 16 on a CPU and 512 on a GPU.
     dtype : {"auto", "float32", "bfloat16", "float16"}, optional
-        Of the encoder; ``auto`` is settled on the worker, by its processor.
+        Type of the encoder; each worker resolves ``auto`` for its processor.
 
     Returns
     -------
     the frame's type
-        With `output` (list of float32, unit length); null where there is no caption.
+        With `output` (list of float32, unit length); null without a caption.
 
     Raises
     ------
     ModelError
-        For a model or tag that does not exist, has no text tower, or whose weights or tokenizer cannot be had.
+        If the model or tag does not exist, has no text tower, or its weights or tokenizer are unavailable.
 
     Notes
     -----
-    The tokenizer is the model's own (`open_clip.get_tokenizer`), with its cleaning and its length of context; of a
-    caption the first 3,000 characters are read. Where the images are embedded by the same model in the same process,
-    the model is in memory once.
+    The tokenizer is the model's own (`open_clip.get_tokenizer`), with its text cleaning and context length; only the
+    first 3,000 characters of a caption are used. If the same process embeds images with the same model, the model is
+    in memory only once.
     """
     require_columns(df, [column], "embed_text", READ + "column=")
     _check_batch(batch_size)
@@ -181,35 +181,35 @@ def score_clip(
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        With embeddings of images and a column of
+        With embeddings of images and a column of captions.
     model : str
-        The open_clip model that made the embeddings; a frame does not tell it, only the width is checked.
+        The open_clip model that made the embeddings; a frame does not record it, so only the width is checked.
     pretrained : str, optional
         Its weights, as for `embed`.
     embedding : str
         Column with the images' embeddings.
     caption : str
-        Column with the
+        Column with the captions.
     output : str
         Name of the new column.
     batch_size : int, optional
-        Texts a forward pass; by default 16 on a CPU and 512 on a GPU.
+        Texts per forward pass; by default 16 on a CPU and 512 on a GPU.
     dtype : {"auto", "float32", "bfloat16", "float16"}, optional
-        Of the encoder; ``auto`` is settled on the worker, by its processor.
+        Type of the encoder; each worker resolves ``auto`` for its processor.
 
     Returns
     -------
     the frame's type
-        With `output` (float32, −1 to 1), null where there is no caption or no embedding.
+        With `output` (float32, −1 to 1), null without a caption or embedding.
 
     Raises
     ------
     ModelError
-        For a model that does not exist, has no text tower, cannot be loaded, or gives another width than the column's.
+        If the model does not exist, has no text tower, cannot be loaded, or has another width than the column.
 
     Notes
     -----
-    With OpenAI's ViT-L/14 it is DataComp's ``clip_l14_similarity_score``.
+    With OpenAI's ViT-L/14, this is DataComp's ``clip_l14_similarity_score``.
     """
     require_columns(df, [embedding], "score_clip", EMBED)
     require_columns(df, [caption], "score_clip", READ + "caption=")
@@ -227,7 +227,7 @@ _MAX_CHARS = 3_000
 
 @dataclass(frozen=True)
 class CaptionUse:
-    """What is measured of which text column."""
+    """Which measures of which text column."""
 
     caption: str = "caption"
     language: bool = False
@@ -244,7 +244,7 @@ class CaptionUse:
 
 
 def caption_stats_partition(frame: Any, use: CaptionUse) -> Any:
-    """Measure a partition's captions; all null where there is none."""
+    """Measure a partition's captions; null without one."""
     backend = backend_of(frame)
     texts = texts_of(backend, frame, use.caption)
     columns: list[Sequence[Any]] = [
@@ -258,7 +258,7 @@ def caption_stats_partition(frame: Any, use: CaptionUse) -> Any:
     table = pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
     added = backend.from_arrow(table)
     added.index = frame.index
-    # By place: an index may have one label twice.
+    # By position: labels of an index may repeat.
     return frame.assign(**{name: added[name] for name in schema.names})
 
 
@@ -271,7 +271,7 @@ def language_problem() -> str | None:
 
 def detect_languages(texts: Sequence[str | None], min_confidence: float = 0.2) -> list[tuple[str | None, float | None]]:
     """Detect each text's language (of py3langid's 140) and its probability; both None for missing or blank text."""
-    # The code (ISO 639-1, else 639-3) is None if undetermined: too short or too mixed to tell, or no language.
+    # The code (ISO 639-1, else 639-3) is None if undetermined: too short, too mixed, or not a language.
     classify = cache.get("language", None, _load_classifier)
     found: list[tuple[str | None, float | None]] = []
     for text in texts:
@@ -290,37 +290,37 @@ def _load_classifier() -> Callable[[str], tuple[str, float]]:
         raise ImportError(problem)
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    # Our own instance: the package's functions share one that any code may restrict to other languages.
+    # Our own instance, because the package's functions share one that any code may restrict to other languages.
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     classify: Callable[[str], tuple[str, float]] = identifier.classify
     return classify
 
 
 def caption_stats(df: Any, caption: str = "caption", *, language: bool = False, min_confidence: float = 0.2) -> Any:
-    """Add the length of captions and, if asked for, their language.
+    """Add the length of captions and, on request, their language.
 
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
         With a column of text.
     caption : str
-        Its name; new columns begin with it.
+        Name of the column; new columns begin with it.
     language : bool
         Whether the language is detected, by py3langid (``pip install "dask-imgcurator[text]"``).
     min_confidence : float
-        Least probability of a language, 0 to 1; below it, it is undetermined.
+        Minimum probability of a language, 0 to 1; below it, the language is undetermined.
 
     Returns
     -------
     the frame's type
         With ``caption_words`` (int32: runs between white space), ``caption_chars`` (int32: Unicode code points) and,
-        with `language`, ``caption_language`` (code of ISO 639-1, or 639-3 where there is no other; null where it is
-        undetermined) and ``caption_language_confidence`` (float32); null where there is no caption.
+        with `language`, ``caption_language`` (ISO 639-1 code, or 639-3 if there is none; null if undetermined) and
+        ``caption_language_confidence`` (float32); null without a caption.
 
     Raises
     ------
     ImportError
-        If languages are asked for and py3langid is not installed.
+        If `language` is set and py3langid is not installed.
     """
     require_columns(df, [caption], "caption_stats", READ + "caption=")
     if not 0 <= min_confidence <= 1:

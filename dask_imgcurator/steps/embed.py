@@ -33,10 +33,10 @@ _LOCATORS = ["shard", "offset", "nbytes", "status", "error_message"]
 
 @dataclass(frozen=True)
 class EmbedSpec:
-    """How rows get their embedding.
+    """How to embed rows.
 
-    `topic`: where progress events go, `isolate`: decode in another process, `strict`: a shard that cannot be read here
-    is a `WorkerFault`, not the state of its rows.
+    `topic`: where progress events go. `isolate`: decode in another process. `strict`: a shard that cannot be read here
+    is a `WorkerFault` instead of a status of its rows.
     """
 
     encoder: EncoderSpec
@@ -63,7 +63,7 @@ class EmbedSpec:
 
 def embed_partition(frame: Any, spec: EmbedSpec) -> Any:
     """Read, decode and embed the images of a partition's rows, in any order and number."""
-    # Each shard is read once, in byte order. Rows that were not ``ok`` keep what they had.
+    # Each shard is read once, in byte order. Rows that were not ``ok`` are left as they are.
     backend = backend_of(frame)
     notes = ["note"] if "note" in frame.columns else []
     host = backend.to_host(frame, [*_LOCATORS, *notes]).to_pydict()
@@ -75,8 +75,8 @@ def embed_partition(frame: Any, spec: EmbedSpec) -> Any:
     if todo:
         encoder = load_encoder(spec.encoder, backend.device)
         batch_size = batch_size_of(spec, backend)
-        # Of the next shard, a remote one is streamed while this one is computed, and what a fast encoder would wait for
-        # is done: its index, and its first batches.
+        # While this shard is computed, the next one is prepared: a remote one is streamed, and for a fast encoder it is
+        # indexed and its first batches are decoded.
         remote = not all(is_local(url) for url in set(host["shard"]))
         with _telling_where(spec.strict):
             images = begun(stream_images(host, todo, spec, encoder.preprocess, backend))
@@ -150,12 +150,12 @@ class _Embedded:
 
     @property
     def _kept(self) -> np.ndarray:
-        # What was computed in place of failed images is dropped here, once for all batches.
+        # Drop the results computed in place of failed images, once for all batches.
         return np.delete(np.arange(len(self._rows)), self._failed)
 
     @property
     def rows(self) -> np.ndarray:
-        """Numbers of the rows that have an embedding: (m,) int64."""
+        """Numbers of the rows with an embedding: (m,) int64."""
         return np.asarray(self._rows, np.int64)[self._kept]
 
     @property
@@ -207,7 +207,7 @@ def _columns(frame: Any, spec: EmbedSpec, rows: _Rows, embedded: _Embedded) -> d
 
 
 def _progress(topic: str | None, urls: list[str]) -> Callable[[int, int], None]:
-    """Return a function that reports finished rows to the client, and how many of them failed."""
+    """Return a function that reports finished and failed rows to the client."""
     if topic is None or not urls:
         return lambda done, errors: None
     counts: dict[str, Any] = {"shard": urls[0], "rows": len(urls), "done": 0, "errors": 0}
@@ -221,7 +221,7 @@ def _progress(topic: str | None, urls: list[str]) -> Callable[[int, int], None]:
 
 
 def warn_of_decoding(df: Any, columns: Iterable[str], who: str) -> None:
-    """Warn the caller of the library where columns that are read now, of a lazy frame, are made from its images."""
+    """Warn the library's caller if columns read now, of a lazy frame, are computed from its images."""
     names = list(columns)
     if not is_dask(df) or not _decodes(df[names]):
         return
@@ -250,7 +250,7 @@ def embed_spec(
     measures: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> EmbedSpec:
-    """Resolve, on the client, how rows get their embedding."""
+    """Resolve, on the client, how to embed rows."""
     batch_size = config.get("batch-size", batch_size)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: it must be at least 1")
@@ -280,21 +280,21 @@ def embed(
 ) -> Any:
     """Decode and embed the images of a DataFrame.
 
-    Each partition reads its shards once, in order; decoding of a batch runs while the batch before is in the encoder.
-    A bad image costs itself only: ``status`` and ``error_message`` say why, its embedding is null.
+    Each partition reads its shards once, in order, and decodes a batch while the encoder works on the previous one.
+    A bad image never affects the others: its embedding is null, and ``status`` and ``error_message`` say why.
 
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        From `read_webdataset`; rows may be filtered, shuffled or repartitioned.
+        From `read_webdataset`; may be filtered, shuffled or repartitioned.
     model : str
-        open_clip's name of a model, or ``starter`` (a preview that needs no download).
+        Name of an open_clip model, or ``starter`` (a preview that needs no download).
     pretrained : str, optional
         open_clip's tag, a checkpoint's path, or ``random:SEED``.
     batch_size : int, optional
-        Images a forward pass; by default 16 on a CPU and 512 on a GPU.
+        Images per forward pass; by default 16 on a CPU and 512 on a GPU.
     dtype : {"auto", "float32", "bfloat16", "float16"}, optional
-        Of the encoder; ``auto`` is settled on the worker, by its processor.
+        Type of the encoder; each worker resolves ``auto`` for its processor.
     column : str
         Name of the new column.
     measures : bool
@@ -311,11 +311,11 @@ def embed(
     Raises
     ------
     ModelError
-        For a model or tag that does not exist, or weights that cannot be loaded.
+        If the model or tag does not exist, or its weights cannot be loaded.
 
     Notes
     -----
-    Pixels are those of open_clip's own transform, see `docs/exactness.md`.
+    Pixels equal those of open_clip's own transform, see `docs/exactness.md`.
     """
     require_columns(df, _LOCATORS, "embed", "read the shards with read_webdataset")
     spec = embed_spec(

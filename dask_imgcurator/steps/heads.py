@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeadUse:
-    """Which published head is applied to which column; `round_to` as for `models.heads.load_head`."""
+    """Which published head to apply to which column; `round_to` as for `models.heads.load_head`."""
 
     kind: heads.Kind
     head: str = "auto"
@@ -39,7 +39,7 @@ class HeadUse:
 
 
 def score_partition(frame: Any, use: HeadUse) -> Any:
-    """Apply a published head to a partition's embeddings; null where there is none."""
+    """Apply a published head to a partition's embeddings; null without one."""
     import torch
 
     backend = backend_of(frame)
@@ -52,12 +52,12 @@ def score_partition(frame: Any, use: HeadUse) -> Any:
     return frame.assign(**{use.column: backend.float_column(scores, rows, frame.index)})
 
 
-#: Rows scored at a time, so that double precision costs little memory.
+#: Rows scored at a time; limits the memory for double precision.
 _BLOCK = 16_384
 
 
 def resolve_head(head: str | os.PathLike[str] | HeadFile) -> HeadFile:
-    """Find a head, on the client: a file, or what a package registered under a name."""
+    """Find a head, on the client: a file, or one that a package registered under a name."""
     if isinstance(head, HeadFile):
         return head
     name = os.fspath(head)
@@ -73,7 +73,7 @@ def resolve_head(head: str | os.PathLike[str] | HeadFile) -> HeadFile:
 
 @dataclass(frozen=True)
 class OwnHeadUse:
-    """Which user head is applied to which column."""
+    """Which user head to apply to which column."""
 
     head: HeadFile
     embedding: str
@@ -88,7 +88,7 @@ def _load(head: HeadFile, device: str) -> list[tuple[torch.Tensor, torch.Tensor]
     if found != head.sha256:
         raise HeadError(
             f"head {head.path} has sha256 {found} on {os.uname().nodename}, {head.sha256} when it was read first: "
-            "it was changed, or another file lies there; read it again"
+            "it was changed or replaced; read it again"
         )
     _, layers = parse(data, head.path)
     return [(torch.from_numpy(w).to(device), torch.from_numpy(b).to(device)) for w, b in layers]
@@ -120,7 +120,7 @@ def own_head_partition(frame: Any, use: OwnHeadUse) -> Any:
         parts = []
         with torch.inference_mode():
             for block in values.split(_BLOCK):
-                # In double precision: a row's score then depends neither on the batch it came in nor on TF32.
+                # In double precision, a row's score depends neither on its batch nor on TF32.
                 x = block.double()
                 for i, (weight, bias) in enumerate(layers):
                     x = torch.nn.functional.linear(activation(x) if i else x, weight, bias)
@@ -133,7 +133,7 @@ def _score(df: Any, use: HeadUse) -> Any:
     require_columns(df, [use.embedding], f"score_{use.kind}", "make it with embed, or name yours with embedding=")
     refuse_text(df, use.embedding)
     if use.head != "auto":
-        heads.named(use.kind, use.head)  # a wrong name is told at once, not by a worker
+        heads.named(use.kind, use.head)  # report a wrong name now, not on a worker
     return apply_step(df, score_partition, use, arrow_schema([use.column]), [use.embedding])
 
 
@@ -161,7 +161,7 @@ def score_aesthetic(
     Returns
     -------
     the frame's type
-        With ``aesthetic_score`` (float32), null where there is no embedding.
+        With ``aesthetic_score`` (float32), null without an embedding.
 
     Raises
     ------
@@ -194,13 +194,13 @@ def score_nsfw(
         Folder with the published files; else Dask config ``imgcurator.weights-dir``, the cache, their published
         address.
     round_to : {"float16", None}
-        The heads were trained on float16 embeddings and look some values up in a vocabulary of such: rounding comes
-        first. None takes embeddings as they are.
+        The heads were trained on float16 embeddings and look some values up in a vocabulary of such values, so
+        embeddings are rounded first. None uses them as they are.
 
     Returns
     -------
     the frame's type
-        With ``nsfw_score`` (float32), null where there is no embedding.
+        With ``nsfw_score`` (float32), null without an embedding.
 
     Raises
     ------
@@ -226,8 +226,7 @@ def score_head(
     df : dask, pandas or cuDF DataFrame
         With an embedding column of any origin.
     head : path, str, or HeadFile
-        A file that `head_files.save_head` or `head_files.convert_pth` wrote, or the name of one that a package
-        registered.
+        A file written by `head_files.save_head` or `head_files.convert_pth`, or the name of a registered head.
     embedding : str
         Column with the embeddings.
     column : str, optional
@@ -236,12 +235,12 @@ def score_head(
     Returns
     -------
     the frame's type
-        With the head's column (float32), null where there is no embedding.
+        With the head's column (float32), null without an embedding.
 
     Raises
     ------
     HeadError
-        If there is no such head, its file is damaged or was changed since, or it does not fit the embeddings.
+        If the head does not exist or does not fit the embeddings, or its file is damaged or has changed.
     """
     require_columns(df, [embedding], "score_head", "make it with embed, or name yours with embedding=")
     refuse_text(df, embedding)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Method = Literal["softmax", "margin"]
 
-#: What a set of prompts is compared with unless a negative set is given: an image, and nothing said of it.
+#: The default negative set: an image, without saying what it shows.
 NEGATIVE = ("a photo", "a picture", "an image")
 
 
@@ -45,7 +45,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptUse:
-    """Which prompts are scored, by which model and formula; see `score_prompts`."""
+    """Which prompts to score, by which model and formula; see `score_prompts`."""
 
     encoder: EncoderSpec
     prompts: tuple[Prompt, ...]
@@ -55,7 +55,7 @@ class PromptUse:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a score table records of them, besides the text tower's provenance."""
+        """What a score table records about the prompts, besides the text tower's provenance."""
         return {
             "method": self.method,
             "temperature": self.temperature,
@@ -66,7 +66,7 @@ class PromptUse:
 def parse_prompts(
     prompts: Mapping[str, Sequence[str] | Mapping[str, Sequence[str]]], negative: Sequence[str] = NEGATIVE
 ) -> tuple[Prompt, ...]:
-    """Validate and freeze prompts; `negative` is the set for those that name none."""
+    """Validate and freeze prompts; `negative` is the default negative set."""
     if not isinstance(prompts, Mapping) or not prompts:
         raise PromptError(f"prompts={prompts!r}: give a mapping, such as {{'watermark': ['a photo with a watermark']}}")
     parsed = []
@@ -120,7 +120,7 @@ def _prompt_embeddings(encoder: EncoderSpec, prompts: tuple[Prompt, ...], device
 
 
 def prompts_partition(frame: Any, use: PromptUse) -> Any:
-    """Score a partition's images against prompts; null where there is no embedding."""
+    """Score a partition's images against prompts; null without an embedding."""
     import torch
 
     backend = backend_of(frame)
@@ -129,10 +129,10 @@ def prompts_partition(frame: Any, use: PromptUse) -> Any:
         encoder = load_text_encoder(use.encoder, backend.device)
         check_width(values, encoder, use.embedding)
         positive, negative = prompt_embeddings(use.encoder, use.prompts, backend.device).double()
-        # In double precision: a row's score then depends neither on the batch it came in nor on TF32.
+        # In double precision, a row's score depends neither on its batch nor on TF32.
         direction = (positive - negative).T
         margins = torch.cat([torch.nn.functional.normalize(x.double(), dim=1) @ direction for x in values.split(BLOCK)])
-        # A softmax of two classes is the logistic function of their difference.
+        # The softmax of two classes is the logistic function of their difference.
         softmax = use.method == "softmax"
         scores = torch.sigmoid(margins * (use.temperature or encoder.logit_scale)) if softmax else margins
     else:
@@ -153,47 +153,47 @@ def score_prompts(
     embedding: str = "embedding",
     dtype: str | None = None,
 ) -> Any:
-    """Score images against prompts, without training: one column for each name.
+    """Score images against prompts, without training: one column per name.
 
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
         With embeddings of images.
     prompts : mapping
-        Name to its prompts: a list of texts that say what the score is for, or a mapping with the keys ``positive``
+        From names to prompts: a list of texts that describe what to look for, or a mapping with the keys ``positive``
         and ``negative``. The name ``watermark`` gives the column ``watermark_score``.
     model : str
-        The open_clip model that made the embeddings; a frame does not tell it, only the width is checked.
+        The open_clip model that made the embeddings; a frame does not record it, so only the width is checked.
     pretrained : str, optional
         Its weights, as for `embed`.
     negative : sequence of str
-        What is compared with, for those names that have no negative set of their own.
+        Negative set for names without their own.
     method : {"softmax", "margin"}
         ``softmax``: probability of the positive set, 0 to 1. ``margin``: difference of the two cosines, −2 to 2.
     temperature : float, optional
-        What cosines are multiplied with before the softmax; by default the model's own logit scale.
+        Factor for cosines before the softmax; by default the model's own logit scale.
     embedding : str
         Column with the images' embeddings.
     dtype : {"auto", "float32", "bfloat16", "float16"}, optional
-        Of the encoder; ``auto`` is settled on the worker, by its processor.
+        Type of the encoder; each worker resolves ``auto`` for its processor.
 
     Returns
     -------
     the frame's type
-        With a float32 column for each name, null where there is no embedding.
+        With a float32 column per name, null without an embedding.
 
     Raises
     ------
     PromptError
-        For prompts, a method or a temperature that make no sense.
+        If prompts, method or temperature are invalid.
     ModelError
-        For a model that does not exist, has no text tower, cannot be loaded, or gives another width than the column's.
+        If the model does not exist, has no text tower, cannot be loaded, or has another width than the column.
 
     Notes
     -----
-    A set's embedding p (or n, of the negative one) is the mean of its prompts' unit embeddings, at unit length again.
-    With the image's v and the temperature s, ``softmax`` is exp(s v·p) / (exp(s v·p) + exp(s v·n)) and ``margin`` is
-    v·p − v·n. Prompts are embedded once in each worker process.
+    The embedding of a set, p (n for the negative one), is the normalised mean of its prompts' unit embeddings. With the
+    image's v and the temperature s, ``softmax`` is exp(s v·p) / (exp(s v·p) + exp(s v·n)) and ``margin`` is v·p − v·n.
+    Prompts are embedded once per worker process.
 
     Examples
     --------

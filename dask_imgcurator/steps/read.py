@@ -38,7 +38,7 @@ class ReadSpec:
     """How a shard becomes rows; `image` lists preferred extensions."""
 
     # `strict`: a shard that cannot be opened here is a `WorkerFault`, not a row.
-    # With `notes`, the column ``note`` tells what was not taken as it is.
+    # With `notes`, the column ``note`` says what was not used as is.
     backend: str = "pandas"
     caption: str | None = None
     fields: tuple[JsonField, ...] = ()
@@ -46,7 +46,7 @@ class ReadSpec:
     image: tuple[str, ...] = ()
     notes: bool = False
     strict: bool = False
-    versions: str = ""  # of the shards: persisted rows of an older one have other keys
+    versions: str = ""  # of the shards, so that persisted rows of an older version have other keys
 
     @property
     def names(self) -> list[str]:
@@ -76,7 +76,7 @@ def index_partition(urls: Sequence[str], spec: ReadSpec) -> Any:
 
 
 def _convert(item: JsonField, rows: Sequence[dict[str, Any]]) -> JsonField:
-    """Convert the values of a field to its type, or to the one that loses none of them; returns the field with it."""
+    """Convert a field's values to its type, or to one that loses none of them; returns the field with its type."""
     name, values = item.column, [row.get(item.column) for row in rows]
     type_ = item.type or type_of(values) or item.likely
     for row, value in zip(rows, values, strict=True):
@@ -113,7 +113,7 @@ def _index_rows(url: str, spec: ReadSpec) -> Iterator[dict[str, Any]]:
             for sample in index.samples:
                 yield _row(url, sample, file, spec)
     if index.error is not None:
-        # No null: Dask's `set_index` does not take one.
+        # Not null, because Dask's `set_index` rejects nulls.
         blank: dict[str, Any] = {"key": "", "shard": url, **dict.fromkeys(_EXTENT_COLUMNS, 0)}
         if index.broken is not None:
             blank |= {"key": index.broken.key, "sample_offset": index.broken.offset}
@@ -135,7 +135,7 @@ def _row(url: str, sample: Sample, file: IO[bytes], spec: ReadSpec) -> dict[str,
         row |= {"status": "no_image", "error_message": sample.why_no_image(spec.image)}
     elif image.pieces is not None:
         name = as_utf8(image.name)
-        problem = f"{name} is a sparse member, whose bytes do not lie in one piece: pack the shard without --sparse"
+        problem = f"{name} is a sparse member, whose bytes are not contiguous: pack the shard without --sparse"
         row |= {"ext": image.ext, "status": "read_error", "error_message": problem}
     else:
         row |= {"offset": image.offset, "nbytes": image.nbytes, "ext": image.ext, "status": "ok"}
@@ -155,21 +155,21 @@ def _row(url: str, sample: Sample, file: IO[bytes], spec: ReadSpec) -> dict[str,
 def _caption(
     sample: Sample, document: Mapping[str, Any], file: IO[bytes], name: str | None, notes: list[str]
 ) -> str | None:
-    """Text of the caption: of a member ``.txt`` or ``.en.txt``, or of a JSON field."""
+    """Text of the caption: a member ``.txt`` or ``.en.txt``, or a JSON field."""
     if name is None or name.endswith(".txt"):
         member = sample.get(name.lower() if name else "txt")
         return None if member is None else read_text(file, member)
     value = document.get(name)
     if isinstance(value, list):
-        notes.append("the caption is a list, of which the first text is taken")
+        notes.append("the caption is a list, and its first text is used")
         value = next((item for item in value if isinstance(item, str)), None)
     text: str | None = as_type(value, "string")
     return text
 
 
 def peek(urls: Sequence[str], spec: ReadSpec, members: int = _PEEK_MEMBERS) -> dict[str, str | None]:
-    """Find types of JSON fields without one from the first samples; ValueError for a name that none of them has."""
-    # None: all values are null. Fields whose type was given may appear later.
+    """Infer missing types of JSON fields from the first samples; ValueError for a name that none of them has."""
+    # None if all values are null. Fields with a given type may appear later.
     values: dict[str, list[Any]] = {item.name: [] for item in spec.fields if item.type is None}
     caption = spec.caption.lower() if spec.caption and spec.caption.endswith(".txt") else spec.caption
     if not values and caption is None:
@@ -213,7 +213,7 @@ def read_webdataset(
 ) -> dd.DataFrame:
     """Read webdataset shards as a Dask DataFrame: a shard is a partition, a sample is a row.
 
-    Lazy: each tar is indexed by the task of its own partition. Image bytes are not read; rows say where they lie.
+    Lazy: each partition's task indexes its tars. Image bytes are not read; rows say where they are.
 
     Parameters
     ----------
@@ -221,31 +221,29 @@ def read_webdataset(
         Shards: a path, a glob, brace notation (``{00000..00127}``), a folder, any fsspec URL.
     columns : sequence of str, or mapping of str to {"string", "int64", "float64", "bool"}
         Fields of the samples' ``.json`` members to read as columns: ``"url"``; with a type, ``"score:float64"``; under
-        another name, ``"original_width=width"``. Without a type it is found from the first samples, and a later value
-        that does not fit is an error when it is read; with one, a value of another kind becomes null. Lists and objects
-        are text, as JSON.
+        another name, ``"original_width=width"``. Without a type, the first samples decide it, and a later value that
+        does not fit raises an error when read; with a type, a value of another kind becomes null. Lists and objects
+        become text, as JSON.
     caption : str, optional
-        What holds the caption: a JSON field, or a text member (``"en.txt"``); by default the ``.txt`` member. Of a
-        list, the first text.
+        Source of the caption: a JSON field, or a text member (``"en.txt"``); by default the ``.txt`` member. Of a list,
+        the first text is used.
     image : str or sequence of str
-        Extension of the member that is "the" image of a sample, as it stands after the key's dot (``"jpg"``,
-        ``"seg.png"``; in any case), or several, the preferred one first; a sample without any of them is
-        ``no_image``. By default the first member with an image's extension, a plain one (``jpg``) before one with a
-        prefix (``seg.png``).
+        Extension of the member to use as the sample's image, as written after the key's dot (``"jpg"``, ``"seg.png"``;
+        in any case), or several in order of preference; a sample without any of them is ``no_image``. By default the
+        first member with an image extension, a plain one (``jpg``) before a prefixed one (``seg.png``).
     shards_per_partition : int
-        More than 1 for many small shards.
+        Use more than 1 for many small shards.
     storage_options : mapping, optional
         For the fsspec file system.
     backend : {"auto", "cudf", "pandas"}, optional
-        Of the partitions; by default `imgcurator.backend`. Where only the workers of the current client have cards,
-        ``cudf`` must be asked for; ``dtypes`` are then told by pandas, and Dask's own shuffles and merges do not work.
+        Type of the partitions; by default `imgcurator.backend`. If only the workers of the current client have GPUs,
+        request ``cudf``; ``dtypes`` are then those of pandas, and Dask's own shuffles and merges do not work.
 
     Returns
     -------
     dask.dataframe.DataFrame
         With the columns ``key``, ``shard``, ``offset``, ``nbytes``, ``sample_offset``, ``sample_nbytes``, ``ext``,
-        ``caption``, the chosen fields, ``status`` and ``error_message``. A tar that is damaged or missing
-        adds one row with
+        ``caption``, the chosen fields, ``status`` and ``error_message``. A damaged or missing tar adds one row with
         ``status = "read_error"``.
 
     Raises
@@ -255,7 +253,7 @@ def read_webdataset(
     ValueError
         If the first samples have no such JSON field or caption.
     BackendError
-        If cudf is asked for, and neither this process nor the current client's workers can use it.
+        If ``cudf`` is requested, and neither this process nor the current client's workers can use it.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Score tables: a Parquet file per shard, with its provenance in the footer; `read_scores`."""
+"""Score tables: one Parquet file per shard, with its provenance in the footer; `read_scores`."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from ..storage import files
 from ..storage.urls import fingerprints, first_bytes, what_is
 from .read import URLPath
 
-#: Rows of a streamed table in memory at a time; and of a task that looks at a few columns only.
+#: Rows of a streamed table in memory at a time; and rows per task that reads only a few columns.
 _BATCH, _ROWS_AT_ONCE = 1 << 16, 1 << 20
 
-#: Rows that tell whether a column's text repeats.
+#: Rows sampled to find out whether a column's text repeats.
 _FIRST = 1000
 
-#: Column that `ScoreTable.batches` adds on request: the file's number and the row's in it, in 32 bits each.
+#: Column that `ScoreTable.batches` adds on request: numbers of the file and of the row in it, 32 bits each.
 PLACE = " place"
 
-#: Columns whose few texts are stored as a dictionary, which decides faster than its values.
+#: Columns with few distinct texts, read as a dictionary, on which conditions are faster.
 _REPEATED, _CODED = ("shard", "status"), pa.dictionary(pa.int32(), pa.string())
 
 
@@ -45,7 +45,7 @@ class ScoreFiles(Reader):
     schema: pa.Schema
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     filters: tuple[RowFilter, ...] = ()
-    versions: str = ""  # of the files: persisted rows of an older one have other keys
+    versions: str = ""  # of the files, so that persisted rows of an older version have other keys
     at_once: int = 1
 
     @property
@@ -71,8 +71,8 @@ class ScoreFiles(Reader):
         return pa.concat_tables([self.rows(item, names, _REPEATED)[0] for item in items])
 
     def rows(self, item: Any, names: Sequence[str], coded: Sequence[str] = ()) -> tuple[pa.Table, np.ndarray]:
-        """Read columns of a file's rows that are wanted, with its metadata; and which those are: (n,) bool."""
-        # Text of the columns in `coded` stays as it is stored, a dictionary and numbers.
+        """Read columns of a file's wanted rows, with its metadata; also returns which rows: (n,) bool."""
+        # Text of the columns in `coded` stays dictionary-encoded, as stored.
         url, picked = (item.item, item.mask) if isinstance(item, Picked) else (item, None)
         fields = {f.name: f.with_type(_CODED) if f.name in coded and f.type == pa.string() else f for f in self.schema}
         wanted = pa.schema([fields[name] for name in names])
@@ -111,8 +111,8 @@ def write_score_file(
     """Write a partition or an Arrow table as a score file, and return its schema."""
     table = frame if isinstance(frame, pa.Table) else get_backend(backend).to_arrow(frame)
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(provenance, sort_keys=True)})
-    # Bytes of vectors compress better by their place. A dictionary is for text that repeats: elsewhere it makes files
-    # larger, and costs a third of the time.
+    # Vectors compress better with their bytes grouped by significance. Dictionaries are for repeating text: otherwise
+    # they make files larger and cost a third of the time.
     vectors = [f.name for f in table.schema if f.type == pa.list_(pa.float32())]
     options = {
         "compression": "zstd",
@@ -126,12 +126,12 @@ def write_score_file(
 
 
 def _repeats(texts: pa.ChunkedArray) -> bool:
-    """Whether the first values of a column are mostly those that others have, too."""
+    """Whether most of a column's first values repeat."""
     first = texts.slice(0, _FIRST)
     return 2 * len(first.unique()) <= len(first)
 
 
-# --- what the files are ---------------------------------------------------------------------------
+# --- files and tables -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def look_at(url: str, storage_options: Mapping[str, Any] | None = None) -> Score
 
 
 def provenance_of(schema: pa.Schema) -> dict[str, Any]:
-    """Return what a file's schema says of its origin; empty for files of other origin."""
+    """Return the provenance in a file's schema; empty for files of other origin."""
     try:
         return dict(json.loads((schema.metadata or {})[METADATA_KEY.encode()]))
     except (KeyError, ValueError):
@@ -214,17 +214,17 @@ class ScoreTable:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What the provenance of all files has in common."""
+        """The provenance common to all files."""
         first, *others = (file.provenance for file in self.files)
         return {name: value for name, value in first.items() if all(made.get(name) == value for made in others)}
 
     @property
     def kinds(self) -> dict[str, str]:
-        """Kind of each column, as `parse_where` wants it."""
+        """Kind of each column, for `parse_where`."""
         return kinds_of_schema(self.schema)
 
     def batches(self, columns: Container[str]) -> Iterator[pa.Table]:
-        """Stream those of the columns that the table has, some ten thousand rows at a time."""
+        """Stream the given columns, as far as the table has them, some ten thousand rows at a time."""
         schema = pa.schema([field for field in self.schema if field.name in columns])
         some: list[pa.Table] = []
         for number, file in enumerate(self.files):
@@ -243,7 +243,7 @@ class ScoreTable:
             yield pa.concat_tables(some)
 
     def fetch(self, places: Iterable[int], columns: Container[str]) -> dict[int, dict[str, Any]]:
-        """Read columns of a few rows, by what `batches` gives them as `PLACE`."""
+        """Read columns of a few rows, given their `PLACE` from `batches`."""
         by_file: dict[int, list[int]] = {}
         for place in sorted(set(places)):
             by_file.setdefault(place >> 32, []).append(place)
@@ -256,7 +256,7 @@ class ScoreTable:
         return found
 
     def frame(self, backend: str, versions: str = "") -> dd.DataFrame:
-        """Make a lazy frame with a partition per file; `versions` of the files, where a user may persist it."""
+        """Make a lazy frame with a partition per file; pass the files' `versions` if users may persist it."""
         rows = max(1, sum(file.rows for file in self.files) // len(self.files))
         at_once = max(1, _ROWS_AT_ONCE // rows)
         read = ScoreFiles(backend, self.schema, self.storage_options, versions=versions, at_once=at_once)
@@ -265,23 +265,23 @@ class ScoreTable:
 
 # --- who made a column ----------------------------------------------------------------------------
 
-#: What tells one model from another.
+#: Fields that distinguish models.
 _MODEL = ("model", "pretrained", "weights_sha256", "backbone_sha256", "starter_sha256")
 
 
 class MixedModelsError(ValueError):
-    """A column of a table was made by several models, so that its values cannot be compared."""
+    """A column of a table was made by several models: its values cannot be compared."""
 
 
 def model_name(provenance: Mapping[str, Any]) -> str:
-    """The model of a score file, as people call it."""
+    """The readable name of a score file's model."""
     encoder = provenance.get("encoder", {})
     named = " of ".join(str(encoder[name]) for name in ("model", "pretrained") if encoder.get(name))
     return named or "an unknown model"
 
 
 def check_makers(table: ScoreTable, columns: Iterable[str]) -> dict[str, Any]:
-    """Raise `MixedModelsError` if several models made embeddings or scores that are used; returns a provenance."""
+    """Raise `MixedModelsError` if several models made the embeddings or scores in use; returns a provenance."""
     for column in columns:
         first: tuple[str, Mapping[str, Any]] | None = None
         for file in table.files:
@@ -300,7 +300,7 @@ def check_makers(table: ScoreTable, columns: Iterable[str]) -> dict[str, Any]:
 
 
 def _maker(column: str, provenance: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What made a column of a file; None if no model did."""
+    """The model and head that made a column of a file; None if no model did."""
     encoder = {name: provenance.get("encoder", {}).get(name) for name in _MODEL}
     if column == "embedding":
         return encoder
@@ -312,21 +312,21 @@ def _maker(column: str, provenance: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def open_scores(urlpath: URLPath, storage_options: Mapping[str, Any] | None = None) -> ScoreTable:
-    """Find the files of a score table, and look at each; ValueError for tables that are not of images."""
+    """Find the files of a score table and read their footers; ValueError for tables that do not describe images."""
     table = open_files(urlpath, storage_options)
-    # Tables of other origin may lack much, even keys; but they have samples to write or embeddings to compare.
+    # Tables of other origin may lack much, even keys, but they must have samples to write or embeddings to compare.
     if "shard" not in table.kinds and "list" not in table.kinds.values():
         first = table.urls[0]
         raise ValueError(
             f"{first} is not a score table: it has neither a column 'shard' nor embeddings (available: "
-            f"{', '.join(table.schema.names)}); if shards lie beside it, as img2dataset leaves them, score those "
+            f"{', '.join(table.schema.names)}); if there are shards beside it, as from img2dataset, score those "
             f"first: dask-imgcurator score '{first.rpartition('/')[0]}/*.tar' --out SCORES"
         )
     return table
 
 
 def open_files(urlpath: URLPath, storage_options: Mapping[str, Any] | None = None) -> ScoreTable:
-    """Find Parquet files, and look at each."""
+    """Find Parquet files and read their footers."""
     items = [urlpath] if isinstance(urlpath, str | os.PathLike) else list(urlpath)
     urls: list[str] = []
     for item in [os.fspath(i) for i in items]:
@@ -343,7 +343,7 @@ def open_files(urlpath: URLPath, storage_options: Mapping[str, Any] | None = Non
 
 
 def _instead(item: str, storage_options: Mapping[str, Any] | None) -> str:
-    """What to give instead of something that is no score table."""
+    """What to give instead of something that is not a score table."""
     inner = files.join(item, "scores")
     if files.list_files(inner, ".parquet", storage_options):
         return f"did you mean {inner}?"
@@ -353,7 +353,7 @@ def _instead(item: str, storage_options: Mapping[str, Any] | None) -> str:
 
 
 def scores_from_files(urls: Iterable[str | Sequence[str]], read: ScoreFiles) -> dd.DataFrame:
-    """Read score files as partitions, in the order given, one or several files each."""
+    """Read score files as partitions of one or several files, in the order given."""
     groups = [(item,) if isinstance(item, str) else tuple(item) for item in urls]
     return read.frame(groups, "read-scores")
 
@@ -361,7 +361,7 @@ def scores_from_files(urls: Iterable[str | Sequence[str]], read: ScoreFiles) -> 
 def read_scores(
     urlpath: URLPath, *, storage_options: Mapping[str, Any] | None = None, backend: str | None = None
 ) -> dd.DataFrame:
-    """Read a score table: the Parquet files that `score`, `select` or `to_webdataset` left.
+    """Read a score table: the Parquet files written by `score`, `select` or `to_webdataset`.
 
     Parameters
     ----------
@@ -370,20 +370,20 @@ def read_scores(
     storage_options : mapping, optional
         For the fsspec file system.
     backend : {"auto", "cudf", "pandas"}, optional
-        Of the partitions.
+        Type of the partitions.
 
     Returns
     -------
     dask.dataframe.DataFrame
-        One partition per file, with the columns of all files: null where a file lacks one. Files are ordered by the
-        shard that they describe (as its URL sorts), which is the order of the samples that `to_webdataset` writes.
+        One partition per file, with the columns of all files, null where a file lacks one. Files are sorted by the URL
+        of their shard, which is the order in which `to_webdataset` writes samples.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If a column is of types in two files that have no common one.
+        If a column has types in two files without a common type.
     """
     table = open_files(urlpath, storage_options)
     return table.frame(backend_for(backend), tokenize(fingerprints(table.urls, storage_options)))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: One core hashes about as many images of 2 megapixels as one card encodes.
+#: One core hashes about as many 2-megapixel images as one GPU encodes.
 _HASHERS = 4
 
 
@@ -55,7 +55,7 @@ class Decoded:
 def stream_images(
     locators: Mapping[str, list[Any]], todo: list[int], spec: EmbedSpec, preprocess: Preprocess, backend: Backend
 ) -> Iterator[Decoded]:
-    """Yield the images of the rows `todo` in batches; the next ones are read and decoded meanwhile."""
+    """Yield the images of the rows `todo` in batches, reading and decoding the next ones meanwhile."""
     lend = functools.partial(_lend_decoder, spec, preprocess, backend, batch_size_of(spec, backend))
     pieces = _ahead(_read(locators, todo, batch_size_of(spec, backend), spec))
     if spec.isolate:
@@ -77,7 +77,7 @@ def _read(locators: Mapping[str, list[Any]], todo: list[int], batch_size: int, s
         for start in range(0, len(todo), batch_size):
             numbers = todo[start : start + batch_size]
             data = [next(blobs) for _ in numbers]
-            share = -(-len(data) // _HASHERS)  # to hand over one by one costs half as much as to hash
+            share = -(-len(data) // _HASHERS)  # handing them over one by one costs half as much as hashing
             parts = [data[i : i + share] for i in range(0, len(data), share)]
             yield Piece(numbers, data, [digest for part in pool.map(_digests, parts) for digest in part])
 
@@ -114,12 +114,12 @@ def _blobs(locators: Mapping[str, list[Any]], todo: list[int], spec: EmbedSpec) 
 
 
 def _is_mostly_wanted(extents: Sequence[tuple[int, int]]) -> bool:
-    # For part of a shard (a filtered frame), ranges cost less than the whole.
+    # For part of a shard (a filtered frame), ranges are cheaper than the whole.
     return 2 * sum(nbytes for _, nbytes in extents) >= max(offset + nbytes for offset, nbytes in extents)
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """Make the next item in a second thread while the caller works on this one."""
+    """Produce the next item in a second thread while the caller works on this one."""
     done: Any = object()
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
         future = pool.submit(next, items, done)
@@ -197,7 +197,7 @@ def _lend_decoder(
 
 
 def settle_decoder(name: str, device: str) -> Literal["dali", "pillow"]:
-    """Resolve ``auto``: DALI on a card, Pillow on a CPU; `device` is the backend's `decoder_device`."""
+    """Resolve ``auto``: DALI on a GPU, Pillow on a CPU; `device` is the backend's `decoder_device`."""
     # On a CPU both take equally long (mostly libjpeg and resizing); Pillow's pixels are bit-identical to open_clip's,
     # and no native pipeline can crash the process.
     if name not in ("auto", "dali", "pillow"):

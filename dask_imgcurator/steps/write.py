@@ -1,9 +1,9 @@
 """Write kept samples as curated shards: `to_webdataset`.
 
 Samples keep row order. The client plans with a few numbers per partition: neighbouring partitions whose kept samples
-fit into one curated shard are one task and one shard; a larger partition is a task that splits its samples over
-several. A key is unique within a shard (webdataset readers would merge two neighbours with one key), so a task cuts
-before a repeated key.
+fit into one curated shard become one task and one shard; a larger partition becomes a task that splits its samples
+over several. A key is unique within a shard (webdataset readers would merge two adjacent samples with the same key),
+so a task begins a new shard before a repeated key.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def write_spec(
     source_options: Mapping[str, Any] | None,
     sources: tuple[str, ...] | None = None,
 ) -> WriteSpec:
-    """Validate, on the client, how curated shards are written."""
+    """Validate, on the client, how to write curated shards."""
     if max_count < 1:
         raise ValueError(f"max_count={max_count}: it must be at least 1")
     options = dict(storage_options or {}), dict(source_options or {})
@@ -78,23 +78,23 @@ class Kept:
 
     rows: int
     nbytes: int
-    tars: int  # when they are cut alone
-    first: str = ""  # in the order of strings
+    tars: int  # shards, if cut alone
+    first: str = ""  # by string order
     last: str = ""
-    overwritten: str | None = None  # a source that lies where curated shards go
-    outside: str | None = None  # a source that lies elsewhere than sources shall
+    overwritten: str | None = None  # a source in the output folder
+    outside: str | None = None  # a source outside the allowed folders
 
 
 @dataclass(frozen=True)
 class Group:
-    """Partitions whose samples one task writes, and the number of curated shards; None: not known yet."""
+    """Partitions whose samples one task writes, and the number of curated shards, None if not known yet."""
 
     partitions: tuple[int, ...]
     tars: int | None = 1
 
 
 def measure_partition(frame: Any, spec: WriteSpec) -> Kept:
-    """Measure a partition's rows, without those that stand for no sample."""
+    """Measure a partition's rows, without those that have no sample."""
     rows = _rows(frame)
     if not rows:
         return Kept(0, 0, 0)
@@ -131,22 +131,22 @@ def _known_tars(parts: Sequence[Kept]) -> int | None:
 
 
 def _rows(frame: Any) -> list[dict[str, Any]]:
-    """Locators of the rows that stand for a sample."""
+    """Locators of the rows that have a sample."""
     table = backend_of(frame).to_host(frame, list(LOCATORS))
     check_keys(table.schema)
     rows = [row for row in table.to_pylist() if (row["sample_nbytes"] or 0) > 0]
     if nameless := next((row for row in rows if not row["shard"] or row["sample_offset"] is None), None):
-        raise ValueError(f"the row {nameless['key']!r} does not say where its sample lies: no shard, or no offset")
+        raise ValueError(f"the row {nameless['key']!r} does not say where its sample is: no shard, or no offset")
     return rows
 
 
 def check_keys(schema: pa.Schema) -> None:
-    """Raise ValueError for keys that are no text: as numbers they have lost their leading zeros."""
+    """Raise ValueError for keys that are not text: numbers have lost their leading zeros."""
     type_ = schema.field("key").type
     if kinds_of_schema(schema)["key"] not in ("string", "unknown"):
         raise ValueError(
             f"the column 'key' holds {type_}, but keys are text ('000012345' and 12345 are two keys): "
-            'read them as text where they became numbers, for example pd.read_csv(…, dtype={"key": str})'
+            'read them as text, for example with pd.read_csv(…, dtype={"key": str})'
         )
 
 
@@ -193,7 +193,7 @@ def write_partition(frame: Any, first: tuple[int, int], spec: WriteSpec, resume:
 
 # --- the job --------------------------------------------------------------------------------------
 
-#: Makes a lazy frame with one partition per group of partitions; with some columns, or all.
+#: Makes a lazy frame with one partition per group of partitions, with some columns or all.
 Regroup = Callable[[Sequence[Group], Sequence[str] | None], dd.DataFrame]
 
 
@@ -208,7 +208,7 @@ class WritePlan:
 
     @property
     def firsts(self) -> list[int]:
-        """Number of the first curated shard of each group, and of those in all."""
+        """Number of the first curated shard of each group, then the total number."""
         return list(accumulate((group.tars or 0 for group in self.groups), initial=0))
 
     def frame(self, numbers: Sequence[int]) -> dd.DataFrame:
@@ -222,7 +222,7 @@ class WritePlan:
 def plan_write(
     client: Client | None, kept: Sequence[Kept], regroup: Regroup, spec: WriteSpec, resume: bool
 ) -> WritePlan:
-    """Plan the curated shards of measured partitions; locators are reread where a key may repeat."""
+    """Plan the curated shards of measured partitions; locators are reread if a key may repeat."""
     if clash := next((part.overwritten for part in kept if part.overwritten), None):
         check_sources(spec.folder, [clash])
     if outside := next((part.outside for part in kept if part.outside), None):
@@ -263,54 +263,54 @@ def to_webdataset(
     """Write the samples of a DataFrame as curated webdataset shards.
 
     All members of each sample are copied from its source, names and bytes unchanged, in the order of the rows. Rows
-    that stand for no sample (``read_webdataset`` adds one for a damaged tar) are left out.
+    without a sample (``read_webdataset`` adds one for a damaged tar) are left out.
 
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        With ``key``, ``shard``, ``sample_offset`` and ``sample_nbytes``. A Dask DataFrame is persisted first, since
-        where a shard begins depends on all rows before it.
+        With ``key``, ``shard``, ``sample_offset`` and ``sample_nbytes``. A Dask DataFrame is persisted first, because
+        the start of each shard depends on all rows before it.
     urlpath : str or path
         Folder for ``00000.tar``, ``00000.parquet`` (the rows, as a score table of the tar), ``00000.idx`` and
         ``00000_stats.json``.
     max_count : int
-        Samples per shard, at most.
+        Maximum number of samples per shard.
     max_size : int or str
-        Size of a shard, at most; bytes, or for example ``"500MB"``.
+        Maximum size of a shard: bytes, or for example ``"500MB"``.
     storage_options, source_options : mapping, optional
         For the fsspec file systems of the folder and of the source shards.
     overwrite : bool
-        Whether curated shards that are there already are replaced.
+        Whether existing curated shards are replaced.
     compute : bool
-        False: return the Dask Delayed that writes.
+        If False, return a Dask Delayed that writes.
 
     Returns
     -------
     list of dict, or dask.delayed.Delayed
-        For each shard what its ``_stats.json`` says.
+        The content of each shard's ``_stats.json``.
 
     Raises
     ------
     FileExistsError
-        If the folder holds curated shards, or files called like theirs, and `overwrite` is False.
+        If the folder holds curated shards, or files with their names, and `overwrite` is False.
     WriteError
-        If a source was changed after it was indexed, if it lies in the folder itself, or if a file in the way was not
+        If a source was changed after it was indexed, if it is in the output folder, or if a file in the way was not
         written by this library.
 
     Notes
     -----
-    Neighbouring partitions share a shard where their samples fit into one; a partition with more is cut into several.
-    A key stands once in a shard.
+    Neighbouring partitions share a shard if their samples fit into one; a larger partition is split into several. A key
+    is unique within a shard.
 
-    Names are copied as they are, also such as would lead out of a folder (``../x.jpg``): nothing is extracted here, but
-    extract tars of unknown origin with care.
+    Names are copied as they are, including ones that lead out of a folder (``../x.jpg``): nothing is extracted here,
+    but extract tars of unknown origin with care.
 
-    Rows may name shards anywhere, since it is your frame; `write_selection` takes only those that lie where the shards
-    of its table do. Of a sample, the image is compared with what was scored; a caption that was changed since is copied
-    as it is now, unless the sample's length changed.
+    Rows may name shards anywhere, because the frame is yours; `write_selection` accepts only shards in the folders of
+    its table's shards. Each image is compared with the scored one; a caption changed since then is copied as it is now,
+    unless the sample's length changed.
 
-    Hard and symbolic links of a source are no members of its samples, here as in webdataset: they are left out. Sparse
-    members (up to 1 GiB) are written expanded.
+    Hard and symbolic links in a source are left out, as in webdataset. Sparse members (up to 1 GiB) are written
+    expanded.
     """
     require_columns(df, LOCATORS, "to_webdataset", "read the shards with read_webdataset and keep these columns")
     spec = write_spec(urlpath, max_count, max_size, storage_options, source_options)

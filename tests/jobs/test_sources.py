@@ -106,10 +106,10 @@ def test_what_is_no_file_is_not_waited_for(rows: pd.DataFrame, made: SampleShard
         with pytest.raises((WriteError, OSError), match=words):
             dic.to_webdataset(mine, tmp_path / "out")
     mine["shard"] = None
-    with pytest.raises(ValueError, match="does not say where its sample lies"):
+    with pytest.raises(ValueError, match="does not say where its sample is"):
         dic.to_webdataset(mine, tmp_path / "out")
     null = table(rows, tmp_path / "scores", made, None)
-    with pytest.raises(JobError, match="does not say where its sample lies"):
+    with pytest.raises(JobError, match="does not say where its sample is"):
         write(null, tmp_path / "out")
     found = dic.read_webdataset(str(tmp_path / "pipe.tar"), backend="pandas").compute()
     assert (found["status"].tolist(), len(found)) == (["read_error"], 1)

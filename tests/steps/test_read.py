@@ -471,7 +471,7 @@ def test_what_is_not_taken_as_it_is_is_told_in_the_row(tmp_path: Path) -> None:
     table = rows(index_partition([url], ReadSpec(fields=fields, caption="c", notes=True)))
     assert [(r["n"], r["m"], r["caption"], r["note"]) for r in table] == [
         (1, None, "x", "several images: 01.05.jpg, 01.06.jpg"),
-        (None, "1", "first", "the caption is a list, of which the first text is taken; "
+        (None, "1", "first", "the caption is a list, and its first text is used; "
          "n is not of type int64 and so missing: \"a,b\"; m has values of several types, kept as text"),
         (None, "x", "2", None),
         (None, None, None, "the JSON is empty or not an object"),
