@@ -45,7 +45,7 @@ class CudfBackend:
     decoder_device = "mixed"
     # While one batch is on the GPU, the next one's headers are read and its JPEGs' Huffman codes decoded.
     decoders = 2
-    overlaps = True  # two shards: the card would wait while one is indexed and written
+    overlaps = True  # two shards: the GPU would wait while one is indexed and written
 
     def from_arrow(self, table: pa.Table) -> Any:
         return cudf.DataFrame.from_arrow(table.replace_schema_metadata(None))
