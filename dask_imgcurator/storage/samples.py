@@ -14,6 +14,9 @@ IMAGE_EXTENSIONS = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff avif h
 
 _NOTES = re.compile(r"__[^/]*__/")
 
+#: What a line of an index for DALI cannot hold.
+_NO_WORD = re.compile("[\\s\ud800-\udfff]")
+
 
 @dataclass(frozen=True)
 class Member:
@@ -133,7 +136,7 @@ def format_idx(samples: Iterable[Sample]) -> str | None:
             # DALI expects the extension exactly as in the name.
             ext = m.name.rpartition("/")[2].partition(".")[2]
             parts += [ext, str(m.offset), str(m.nbytes), m.name]
-        if any(not part or any(c.isspace() or "\ud800" <= c <= "\udfff" for c in part) for part in parts):
+        if not all(parts) or any(map(_NO_WORD.search, parts)):
             return None
         if any(m.pieces is not None for m in sample.members):
             return None

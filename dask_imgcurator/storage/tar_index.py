@@ -129,30 +129,27 @@ def entries(file: IO[bytes], extent: bool = False) -> Iterator[_Entry]:
     """Yield each file and link; raise `ShardError` where the tar is damaged."""
     # tarfile reads special headers only: reading the ordinary ones with it takes most of the indexing time.
     size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    # On damaged headers, tarfile raises not only its own errors but also ValueError, OverflowError, MemoryError and
-    # RecursionError.
-    try:
-        tar = tarfile.open(fileobj=cast(IO[bytes], _Headers(file)), mode="r:")
-    except Exception as err:
-        file.seek(0)
-        raise ShardError(f"not a tar that can be read: {what_is(file.read(HEAD)) or err}") from err
+    tar: tarfile.TarFile | None = None
     position, name = 0, ""
     while position <= size:
-        # tarfile has already read the first header, and a global header may change all that follow.
-        if position > 0 and not tar.pax_headers:
+        if tar is None or not tar.pax_headers:  # a global header may change all that follow
             entry = _ordinary_entry(file, position)
             if entry is not None:
                 position, name = entry.end, entry.name
                 yield entry
                 continue
-            tar.offset = position
+            if extent and 0 < position == size:
+                return
+            if tar is None:
+                tar = _open_tar(file)
+            if position > 0:
+                tar.offset, tar.firstmember = position, None  # type: ignore[attr-defined]
         try:
             info = tar.next()
-        except Exception as err:
+        except Exception as err:  # see `_open_tar`
             raise ShardError(f"the tar is damaged at byte {position:,}: {err}") from err
         if info is None:
-            problem = None if extent and position == size else _check_end(file, position)
+            problem = _check_end(file, position)
             if problem is not None:
                 raise ShardError(problem)
             return
@@ -165,6 +162,17 @@ def entries(file: IO[bytes], extent: bool = False) -> Iterator[_Entry]:
         if info.isreg() or info.issym() or info.islnk():
             yield _special_entry(info, position)
     raise ShardError(f"the tar ends at byte {size:,}, inside {name!r} (which goes to byte {position:,})")
+
+
+def _open_tar(file: IO[bytes]) -> tarfile.TarFile:
+    # On damaged headers, tarfile raises not only its own errors but also ValueError, OverflowError, MemoryError and
+    # RecursionError.
+    file.seek(0)
+    try:
+        return tarfile.open(fileobj=cast(IO[bytes], _Headers(file)), mode="r:")
+    except Exception as err:
+        file.seek(0)
+        raise ShardError(f"not a tar that can be read: {what_is(file.read(HEAD)) or err}") from err
 
 
 def _special_entry(info: tarfile.TarInfo, end: int) -> _Entry:
