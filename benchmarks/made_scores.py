@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dask_imgcurator.schema import COLUMNS, arrow_schema
+from dask_imgcurator.steps.score_table import write_score_file
 
 ROWS = 10_000  # a file
 WIDTH = 512
@@ -54,4 +54,4 @@ def write_file(folder: Path, part: int, rows: int, vectors: np.ndarray | None = 
         for name in names
     ]
     table = pa.Table.from_arrays(arrays, schema=arrow_schema(names))
-    pq.write_table(table, folder / f"{part:05d}.parquet", compression="zstd")
+    write_score_file(table, str(folder / f"{part:05d}.parquet"), {}, "pandas", {})

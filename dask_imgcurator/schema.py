@@ -235,9 +235,11 @@ def _floats(type_: pa.DataType) -> bool:
 
 def conform(table: pa.Table, schema: pa.Schema, file: str) -> pa.Table:
     """Convert a file's columns to a table's schema: missing ones are null; ValueError if a value would change."""
-    columns = []
+    if table.schema.equals(schema):
+        return table
+    columns, there = [], set(table.column_names)
     for field in schema:
-        if field.name not in table.column_names:
+        if field.name not in there:
             columns.append(pa.nulls(len(table), field.type))
             continue
         try:

@@ -7,8 +7,6 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from ..steps.score_table import file_provenance
 from ..storage import files, tar_copy
 from ..storage.curated import LOCATORS, written_shards
@@ -49,8 +47,8 @@ def _shard_problem(url: str, sha256: str | None, options: Options, source_option
         digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     if digest != sha256:
         return f"sha256 is {digest}, its _stats.json says {sha256}"
-    with files.opened(url.removesuffix(".tar") + ".parquet", options) as file:
-        rows = pq.read_table(file).to_pylist()
+    with files.opened_parquet(url.removesuffix(".tar") + ".parquet", options) as parquet:
+        rows = parquet.read().to_pylist()
     index = index_shard(url, options)
     if index.error is not None:
         return index.error
@@ -89,8 +87,7 @@ def _record_problem(folder: str, record: Mapping[str, Any], kept: int, options: 
             continue
         if shard not in by_shard:
             return f"there are no scores of {shard}"
-        with files.opened(by_shard[shard], options) as file:
-            samples += pq.read_metadata(file).num_rows
+        samples += files.parquet_footer(by_shard[shard], options).num_rows
     if samples != record.get("samples"):
         return f"it says that there are {record.get('samples')} samples, the score table holds {samples}"
     return None

@@ -142,6 +142,9 @@ class Picked:
     kept: int
     bits: bytes
 
+    def __dask_tokenize__(self) -> Any:
+        return self.item, self.rows, self.bits
+
     @property
     def mask(self) -> np.ndarray:
         """The wanted rows: (n,) bool."""

@@ -13,7 +13,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..engine.run import Place, place, run, tasks, waves
 from ..images.formats import format_of
@@ -246,8 +245,7 @@ def _parts_of_tables(
 ) -> list[Part]:
     parts: list[Part] = []
     for url in tables:
-        with files.opened(url, options) as file:
-            parquet = pq.ParquetFile(file)
+        with files.opened_parquet(url, options) as parquet:
             _image_column(parquet.schema_arrow, image, url)  # raises
             rows = parquet.metadata.num_rows
         for start in range(0, rows, max_count):
@@ -258,8 +256,7 @@ def _parts_of_tables(
 
 def _rows(part: Part, image: str | None, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Samples of the rows of a table: a key, and what its members hold."""
-    with files.opened(part.table, options) as file:
-        parquet = pq.ParquetFile(file)
+    with files.opened_parquet(part.table, options) as parquet:
         column = _image_column(parquet.schema_arrow, image, part.table)
         key = next((name for name in _KEYS if name in parquet.schema_arrow.names), None)
         stem, at = PurePosixPath(part.table).stem.replace(".", "_"), 0

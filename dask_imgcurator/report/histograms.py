@@ -147,14 +147,16 @@ class Histogram:
     def add(self, values: np.ndarray, fates: np.ndarray) -> None:
         """Count values, (n,) float64, by the fate of their images, (n,) of 0, 1, 2 as in `counts`."""
         finite = np.isfinite(values)
-        self.missing += int((~finite).sum())
-        if not finite.any():
+        if not finite.all():
+            values, fates = values[finite], fates[finite]
+            self.missing += len(finite) - len(values)
+        if not len(values):
             return
-        values, fates = values[finite], fates[finite]
-        self.extremes = (min(self.extremes[0], float(values.min())), max(self.extremes[1], float(values.max())))
+        ends = values.min(), values.max()
+        self.extremes = (min(self.extremes[0], float(ends[0])), max(self.extremes[1], float(ends[1])))
+        least, most = self.scale.forward(np.array(ends)).tolist()  # no scale falls
         x = self.scale.forward(values)
         bins = self.counts.shape[1]
-        least, most = float(x.min()), float(x.max())
         if not self.step:
             self.step = max(most - least, abs(least) * 1e-9, 1e-9) / (bins // 2)
             self.low = least - self.step * (bins // 4)
@@ -164,8 +166,11 @@ class Histogram:
             self.counts = np.hstack([empty, pairs] if down else [pairs, empty])
             self.low -= self.step * bins * down
             self.step *= 2
-        place = np.clip((x - self.low) / self.step, 0, bins - 1).astype(np.int64)
-        self.counts += np.bincount(fates * bins + place, minlength=3 * bins).reshape(3, bins)
+        x = x - self.low
+        x /= self.step
+        place = np.clip(x, 0, bins - 1, out=x).astype(np.int64)
+        place += np.multiply(fates, bins, dtype=np.int64)
+        self.counts += np.bincount(place, minlength=3 * bins).reshape(3, bins)
 
     def median(self) -> float:
         """Return the middle value, to the width of a bin."""

@@ -22,7 +22,7 @@ from ..select.ranks import ValueOrder
 from ..select.settle import Bound, Condition, Settled, counts_of
 from ..select.where import Where
 from ..steps.score_table import PLACE, ScoreTable
-from .histograms import KEPT, LOWER_IS_BETTER, OTHER, OWN, Histogram, Mark, scale_of
+from .histograms import KEPT, LOWER_IS_BETTER, OWN, Histogram, Mark, scale_of
 from .render import ROW, number
 
 _WALL = 12  # pictures of a wall
@@ -134,11 +134,12 @@ def texts_of(table: ScoreTable) -> list[str]:
 
 def _add_texts(counts: Counter[tuple[str | None, bool]], texts: pa.ChunkedArray, kept: np.ndarray) -> None:
     """Count texts by whether their rows are kept."""
-    coded = texts.cast(pa.string()).combine_chunks().dictionary_encode(null_encoding="encode")
-    values, codes = coded.dictionary.to_pylist(), coded.indices.to_numpy(zero_copy_only=False)
-    for is_kept in (False, True):
-        found = np.bincount(codes[kept == is_kept], minlength=len(values)).tolist()
-        counts.update({(value, is_kept): n for value, n in zip(values, found, strict=True) if n})
+    coded = texts if pa.types.is_dictionary(texts.type) else texts.cast(pa.string()).dictionary_encode()
+    coded = coded.unify_dictionaries().combine_chunks()
+    values = [*coded.dictionary.to_pylist(), None]
+    codes = 2 * coded.indices.fill_null(len(values) - 1).to_numpy().astype(np.int64) + kept
+    found = np.bincount(codes, minlength=2 * len(values)).tolist()
+    counts.update({(values[code // 2], bool(code % 2)): n for code, n in enumerate(found) if n})
 
 
 # --- the pass -------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ class Survey:
         values = {name: floats(table, name) for name in self.histograms}
         for name, histogram in self.histograms.items():
             own = others([m.part for m in self.marks if m.column == name])
-            histogram.add(values[name], np.where(kept, KEPT, np.where(own, OWN, OTHER)))
+            histogram.add(values[name], own.astype(np.int8) * OWN + kept * (KEPT - OWN))  # the kept are among the own
         if self.rank is not None:
             order = self.rank.order(values[self.rank.column])
             self.walls["best"].offer(order, kept, row)
@@ -214,18 +215,22 @@ class Survey:
         chance = self._random.random(table.num_rows)
         self.walls["kept"].offer(chance, kept, row)
         self.walls["dropped"].offer(chance, ok & ~kept, row)
-        for i in np.flatnonzero(~ok):
-            shown = self.examples.setdefault(str(table["status"][int(i)]), [])
-            if len(shown) < _EXAMPLES:
-                shown.append(row(int(i)))
+        if not ok.all():
+            failed = np.flatnonzero(~ok)
+            statuses = table["status"].take(pa.array(failed)).cast(pa.string())
+            for status in statuses.unique().to_pylist():
+                shown = self.examples.setdefault(str(status), [])
+                if len(shown) < _EXAMPLES:
+                    same = failed[np.asarray(pc.equal(statuses, status).fill_null(status is None))]
+                    shown.extend(row(int(i)) for i in same[: _EXAMPLES - len(shown)])
 
     def _note_failures(self, ok: np.ndarray, passed: Sequence[np.ndarray]) -> None:
         """Count the readable rows by what they fail."""
         bits = np.zeros(len(ok), np.int64)
         for i, mask in enumerate(passed):
             bits |= (~mask).astype(np.int64) << min(i, 62)  # those beyond the 63rd are told as one
-        found, counts = np.unique(bits[ok], return_counts=True)
-        self.failed.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+        found = pa.array(bits[ok]).value_counts().to_pylist()
+        self.failed.update({item["values"]: item["counts"] for item in found})
 
     def texts(self) -> dict[str, dict[str | None, tuple[int, int]]]:
         """Return readable rows by the texts of each column that has few, and how many of them are kept."""
@@ -262,8 +267,9 @@ def floats(table: pa.Table, name: str) -> np.ndarray:
 
 def survey(table: ScoreTable, settled: Settled) -> Survey:
     """Stream once through a score table, and read what is shown of the few rows that are."""
-    found = Survey(table.schema, settled, texts_of(table))
-    for batch in table.batches(found.wanted):
+    texts = texts_of(table)
+    found = Survey(table.schema, settled, texts)
+    for batch in table.batches(found.wanted, texts):
         found.add(batch)
     shown = [*chain.from_iterable(wall.shown for wall in found.walls.values()), *chain(*found.examples.values())]
     rows = table.fetch((row[PLACE] for row in shown), {*ROW, "sample_offset", *found.scores})

@@ -55,27 +55,34 @@ class ValueOrder:
 
     def keys(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         """Return the (n,) uint64 keys of rows, and which rows have a key: (n,) bool."""
-        array = table[self.column]
-        if array.null_count == len(array):  # whatever its type
-            return np.zeros(len(array), np.uint64), np.zeros(len(array), bool)
-        known = array.is_valid().to_numpy() if array.null_count else np.ones(len(array), bool)
+        keys, known = np.zeros(len(table), np.uint64), np.zeros(len(table), bool)
+        at = 0
+        for chunk in table[self.column].chunks:  # one after the other: they fit in the cache
+            if chunk.null_count < len(chunk):  # else whatever its type
+                keys[at : at + len(chunk)], known[at : at + len(chunk)] = self._keys(chunk)
+            at += len(chunk)
+        return keys, known
+
+    def _keys(self, array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         try:
             if kind_of(array.type) != "number":
                 raise pa.ArrowInvalid(f"a partition holds {array.type}")
-            values = array.cast(pa.from_numpy_dtype(self.dtype)).fill_null(0).to_numpy()
+            array = array.cast(pa.from_numpy_dtype(self.dtype))
         except pa.ArrowInvalid as err:  # a partition with another type than the first
             raise SelectionError(
                 f"column {self.column!r} is compared as {np.dtype(self.dtype)}, which cannot hold its values exactly: "
                 f"{err}. Give it one type"
             ) from err
         if self.dtype == "f8":
-            known &= ~np.isnan(values)
+            values = array.to_numpy(zero_copy_only=False)  # null is NaN
+            known = values == values
             bits = (values + 0.0).view(np.int64)
             keys = bits >> 63  # all ones if negative
             keys |= np.int64(-(2**63))
             keys ^= bits
         else:
-            keys = values.view(np.int64) ^ np.int64(-(2**63) if self.dtype == "i8" else 0)
+            known = array.is_valid().to_numpy(zero_copy_only=False)
+            keys = array.fill_null(0).to_numpy().view(np.int64) ^ np.int64(-(2**63) if self.dtype == "i8" else 0)
         return np.invert(keys, out=keys).view(np.uint64) if self.largest else keys.view(np.uint64), known
 
     def value(self, key: int) -> float | int:
@@ -105,9 +112,13 @@ class RandomOrder:
     def keys(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         """Return the (n,) uint64 keys of rows, and which rows have a key: all of them."""
         # Uses all bits of a seed, however long or negative.
-        keys = np.zeros(len(table), np.uint64) ^ pd.util.hash_array(np.array([str(self.seed)], object))
-        for name in self.identity:
-            keys = _mix(keys ^ _hashes(table[name], repeated=name == "shard"))
+        (seed,) = pd.util.hash_array(np.array([str(self.seed)], object))
+        keys, at = np.full(len(table), seed, np.uint64), 0
+        for batch in table.select(list(self.identity)).to_batches():  # one after the other: they fit in the cache
+            some = keys[at : at + len(batch)]
+            for name in self.identity:
+                some[:] = _mix(some ^ _hashes(batch[name], repeated=name == "shard"))
+            at += len(batch)
         return keys, np.ones(len(table), bool)
 
 
@@ -149,23 +160,20 @@ def random_order(df: Any, seed: int, why: str) -> RandomOrder:
     return RandomOrder(_PLACE if set(_PLACE) <= set(identity) else identity, int(seed))
 
 
-def _hashes(array: pa.ChunkedArray, repeated: bool) -> np.ndarray:
+def _hashes(array: pa.Array, repeated: bool) -> np.ndarray:
     """Hash numbers or text: (n,) uint64, the same in every process and for every storage type."""
     if pa.types.is_integer(array.type):
         return array.fill_null(-1).cast(pa.int64()).to_numpy().view(np.uint64)
     if repeated or pa.types.is_dictionary(array.type):
         return by_value(array if pa.types.is_dictionary(array.type) else array.dictionary_encode(), _hashes_of)
-    return _hashes_of(array.combine_chunks())
+    return _hashes_of(array)
 
 
-def by_value(coded: pa.ChunkedArray, function: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
+def by_value(coded: pa.DictionaryArray, function: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
     """Apply a function once to each value of dictionary-encoded text, including null."""
-    found = []
-    for chunk in coded.chunks:
-        values = chunk.dictionary
-        of = function(pa.concat_arrays([values, pa.nulls(1, values.type)]))
-        found.append(of[chunk.indices.fill_null(len(values)).to_numpy()])
-    return np.concatenate(found) if found else function(pa.array([], pa.string()))
+    values = coded.dictionary
+    of = function(pa.concat_arrays([values, pa.nulls(1, values.type)]))
+    return of[coded.indices.fill_null(len(values)).to_numpy()]
 
 
 def _hashes_of(texts: pa.Array) -> np.ndarray:
@@ -239,7 +247,9 @@ def _count(frame: Any, keys_of: Keys, questions: list[tuple[int, int, int]]) -> 
         inside = keys if top == 64 else keys[keys >> np.uint64(top) == np.uint64(key)]
         if top - low <= _DIGIT:
             start = np.uint64(key << (top - low))
-            counts = np.bincount(((inside >> np.uint64(low)) - start).astype(np.int64))
+            digits = inside >> np.uint64(low)
+            digits -= start
+            counts = np.bincount(digits.view(np.int64))
             there = np.flatnonzero(counts)
             out.append((there.astype(np.uint64) + start, counts[there]))
         else:

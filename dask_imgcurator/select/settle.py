@@ -175,7 +175,7 @@ def counts_of(settled: Settled, verdict: Verdict, table: pa.Table) -> Counts:
     for condition, passed, alone in zip(settled.conditions, verdict.passed, verdict.alone, strict=True):
         left = left & passed
         funnel.append(ConditionCount(condition.text, int((verdict.ok & alone).sum()), int(left.sum())))
-    statuses = pc.value_counts(table["status"].cast(pa.string())).to_pylist() if "status" in table.column_names else []
+    statuses = table["status"].unify_dictionaries().value_counts().to_pylist() if "status" in table.column_names else []
     by_status = {str(item["values"]): item["counts"] for item in statuses}
     return Counts(len(verdict.ok), int(verdict.ok.sum()), int(left.sum()), by_status, funnel)
 
@@ -203,7 +203,7 @@ def digest(table: pa.Table, settled: Settled) -> pd.DataFrame:
 
 def _is_ok(status: pa.ChunkedArray) -> np.ndarray:
     if pa.types.is_dictionary(status.type):
-        return by_value(status, _is_ok_text)
+        return np.concatenate([np.zeros(0, bool), *(by_value(chunk, _is_ok_text) for chunk in status.chunks)])
     return _is_ok_text(status)
 
 

@@ -25,7 +25,7 @@ from ..storage.urls import fingerprints, first_bytes, what_is
 from .read import URLPath
 
 #: Rows of a streamed table in memory at a time; and rows per task that reads only a few columns.
-_BATCH, _ROWS_AT_ONCE = 1 << 16, 1 << 20
+_BATCH, _ROWS_AT_ONCE = 1 << 15, 1 << 20
 
 #: Rows sampled to find out whether a column's text repeats.
 _FIRST = 1000
@@ -74,18 +74,17 @@ class ScoreFiles(Reader):
         """Read columns of a file's wanted rows, with its metadata; also returns which rows: (n,) bool."""
         # Text of the columns in `coded` stays dictionary-encoded, as stored.
         url, picked = (item.item, item.mask) if isinstance(item, Picked) else (item, None)
-        fields = {f.name: f.with_type(_CODED) if f.name in coded and f.type == pa.string() else f for f in self.schema}
-        wanted = pa.schema([fields[name] for name in names])
+        wanted = _schema_of(self.schema, names, coded)
         if isinstance(item, Picked) and not item.kept:
             return wanted.empty_table(), item.mask
-        with files.opened(url, self.storage_options) as file:
-            parquet = files.persist(url, lambda: pq.ParquetFile(file, read_dictionary=list(coded)))
-            schema, names_there = parquet.schema_arrow, set(parquet.schema_arrow.names)
+        with files.opened_parquet(url, self.storage_options, coded) as parquet:
+            schema = parquet.schema_arrow
+            names_there = set(schema.names)
 
             def read(names: Iterable[str]) -> pa.Table:
                 there = [name for name in names if name in names_there]
                 table = files.persist(url, lambda: parquet.read(there, use_threads=False))
-                return conform(table, pa.schema([fields[name] for name in names]), url)
+                return conform(table, _schema_of(self.schema, names, coded), url)
 
             kept = np.ones(parquet.metadata.num_rows, bool) if picked is None else picked
             if picked is None and not self.filters:
@@ -103,6 +102,12 @@ class ScoreFiles(Reader):
         columns = [(table if name in table.column_names else rest)[name] for name in names]
         found = pa.Table.from_arrays(columns, schema=wanted.with_metadata(schema.metadata))
         return (found if kept.all() else found.filter(pa.array(kept))), kept
+
+
+def _schema_of(schema: pa.Schema, names: Iterable[str], coded: Container[str]) -> pa.Schema:
+    """Choose columns; text columns in `coded` become dictionaries."""
+    fields = [schema.field(name) for name in names]
+    return pa.schema([f.with_type(_CODED) if f.name in coded and f.type == pa.string() else f for f in fields])
 
 
 def write_score_file(
@@ -151,13 +156,8 @@ class ScoreFile:
 
 def look_at(url: str, storage_options: Mapping[str, Any] | None = None) -> ScoreFile:
     """Read a score file's footer."""
-
-    def read() -> pq.FileMetaData:
-        with files.opened(url, storage_options) as file:
-            return pq.read_metadata(file)
-
     try:
-        footer = files.persist(url, read)
+        footer = files.parquet_footer(url, storage_options)
         schema = footer.schema.to_arrow_schema()
     except pa.ArrowException as err:
         words = what_is(first_bytes(url, storage_options))
@@ -223,14 +223,15 @@ class ScoreTable:
         """Kind of each column, for `parse_where`."""
         return kinds_of_schema(self.schema)
 
-    def batches(self, columns: Container[str]) -> Iterator[pa.Table]:
+    def batches(self, columns: Container[str], coded: Iterable[str] = ()) -> Iterator[pa.Table]:
         """Stream the given columns, as far as the table has them, some ten thousand rows at a time."""
-        schema = pa.schema([field for field in self.schema if field.name in columns])
+        coded = {*_REPEATED, *coded}
+        schema = _schema_of(self.schema, [name for name in self.schema.names if name in columns], coded)
         some: list[pa.Table] = []
         for number, file in enumerate(self.files):
             names, row = [name for name in schema.names if name in file.schema.names], number << 32
-            with files.opened(file.url, self.storage_options) as opened:
-                for batch in pq.ParquetFile(opened).iter_batches(_BATCH, columns=names):
+            with files.opened_parquet(file.url, self.storage_options, coded) as parquet:
+                for batch in parquet.iter_batches(_BATCH, columns=names):
                     table = conform(pa.Table.from_batches([batch]), schema, file.url)
                     if PLACE in columns:
                         table = table.append_column(PLACE, pa.array(np.arange(row, row + len(batch))))

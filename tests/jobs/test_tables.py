@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
 from dask_imgcurator.cli.main import cli
 from dask_imgcurator.select.ranks import SelectionError
 from dask_imgcurator.select.syntax import WhereError
-from dask_imgcurator.steps import score_table
 from dask_imgcurator.steps.score_table import file_provenance
+from dask_imgcurator.storage import files
 
 
 @pytest.fixture(scope="module")
@@ -173,16 +175,21 @@ def test_a_selection_of_many_steps_reads_each_column_at_most_twice(
     """Once to find all bounds, once to apply them; the rest of a file only where it keeps something."""
     reads: list[tuple[str, str]] = []
 
-    class Counted(pq.ParquetFile):  # type: ignore[misc, unused-ignore]
-        def __init__(self, file: Any, **options: Any) -> None:
-            super().__init__(file, **options)
-            self.name = Path(file.name).name
+    class Counted:
+        def __init__(self, name: str, file: pq.ParquetFile) -> None:
+            self.name, self.schema_arrow, self.metadata, self._file = name, file.schema_arrow, file.metadata, file
 
-        def read(self, names: list[str], **options: Any) -> Any:  # type: ignore[override, unused-ignore]
+        def read(self, names: list[str], **options: Any) -> pa.Table:
             reads.extend((self.name, name) for name in names)
-            return super().read(names, **options)
+            return self._file.read(names, **options)
 
-    monkeypatch.setattr(score_table.pq, "ParquetFile", Counted)
+    @contextlib.contextmanager
+    def counted(url: str, *args: Any) -> Iterator[Counted]:
+        with opened(url, *args) as file:
+            yield Counted(Path(url).name, file)
+
+    opened = files.opened_parquet
+    monkeypatch.setattr(files, "opened_parquet", counted)
     first = str(sorted(table.glob("*.parquet"))[0])
     shard = pq.read_table(first, columns=["shard"])["shard"][0].as_py()
     counts = dic.select_rows(
