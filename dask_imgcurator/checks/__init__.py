@@ -1,1 +1,1 @@
-"""Is it right, is it installed, does it work."""
+"""Checks of results and of the installation, and sample data."""

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-#: Pixels of a resized image above which open_clip's way is not tried: Pillow takes 4 bytes for each, and open_clip
-#: resizes the whole image before it cuts (1 x 65,500 pixels would take 13 GB at size 224).
+#: Pixels of a resized image above which open_clip's way is not tried: Pillow needs 4 bytes per pixel, and open_clip
+#: resizes the whole image before cropping (1 x 65,500 pixels would take 13 GB at size 224).
 RESIZED_PIXELS = 1 << 28
 
 
@@ -49,7 +49,7 @@ class OpenClip:
 
     @classmethod
     def load(cls, spec: EncoderSpec, device: str) -> OpenClip:
-        """Load a model; the starter, which open_clip lacks, is ours behind open_clip's transform."""
+        """Load a model; for the starter, which open_clip lacks, combine open_clip's transform with our model."""
         import torch
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -91,7 +91,7 @@ class Decisions:
 
     def __init__(self, plan: ScorePlan, expressions: Sequence[str], width: int) -> None:
         self.uses, self.backend = plan.heads, get_backend(plan.read.backend)
-        for use in self.uses:  # What is missing is told now, not after the first batch.
+        for use in self.uses:  # Report what is missing now, not after the first batch.
             heads.load_head(
                 heads.resolve(use.kind, use.head, width), use.weights_dir, self.backend.device, use.round_to
             )
@@ -103,7 +103,7 @@ class Decisions:
             self.columns.append(set().union(*self.columns))
 
     def of(self, rows: Any, embedding: torch.Tensor) -> tuple[dict[str, list[float | None]], list[np.ndarray]]:
-        """Scores by column, and which rows each decision keeps."""
+        """Scores by column, and the rows that each decision keeps."""
         frame = rows.assign(embedding=self.backend.matrix_column(embedding, np.arange(len(rows)), rows.index))
         for use in self.uses:
             frame = score_partition(frame, use)
@@ -117,7 +117,7 @@ class Decisions:
 
 
 class BothWays:
-    """Sends batches of rows both ways and compares; of the images it keeps nothing."""
+    """Sends batches of rows both ways and compares the results; keeps no images."""
 
     def __init__(self, plan: ScorePlan, expressions: Sequence[str]) -> None:
         import torch
@@ -181,7 +181,7 @@ class BothWays:
         self._others(names, expected.double(), result)
         pixels = ((mine.cpu() - reference) * self.std).abs() * 255
         cosine = torch.nn.functional.cosine_similarity(embedding.double(), expected.double())
-        cosine = cosine.nan_to_num(0.0)  # float16 can overflow: such an embedding is like no other.
+        cosine = cosine.nan_to_num(0.0)  # float16 can overflow: such an embedding matches nothing.
         result.add(
             [
                 ImageDifference(
@@ -217,7 +217,7 @@ class BothWays:
         return rows.assign(**{name: added[name] for name in details})
 
     def _flips(self, names: Sequence[str], scores: Any, kept: Any, result: Parity) -> None:
-        """Count what each decision keeps by `scores` and `kept`, each ours and theirs."""
+        """Count what each decision keeps, from `scores` and `kept`, each ours and theirs."""
         for decision, columns, mine, theirs in zip(result.decisions, self.decisions.columns, *kept, strict=True):
             decision.kept += int(mine.sum())
             decision.kept_by_open_clip += int(theirs.sum())
@@ -236,7 +236,7 @@ class BothWays:
 
 
 def _decodable(names: Sequence[str], ours: Batch, theirs: Sequence[torch.Tensor | str], result: Parity) -> list[int]:
-    """Count who can decode what; returns the positions of images that both can."""
+    """Count which ways can decode which images; returns the positions of images that both can."""
     both = []
     for i, (name, info, pixels) in enumerate(zip(names, ours.infos, theirs, strict=True)):
         bad, failed = isinstance(info, BadImage), isinstance(pixels, str)

@@ -16,7 +16,7 @@ State = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding; `problem`: the main job does not work; `note`: something is unavailable."""
+    """A finding; `problem`: the main job does not work; `note`: something is unavailable."""
 
     topic: str
     value: str
@@ -24,7 +24,7 @@ class Finding:
     remedy: str = ""
 
 
-#: Extras that add something for users: the packages that they bring, and what for.
+#: Extras for users: their packages and purposes.
 EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "remote": (("s3fs", "aiohttp"), "shards and tables on s3:// and https://"),
     "formats": (("pillow-heif", "pillow-jxl-plugin"), "HEIC and JPEG XL"),
@@ -51,7 +51,7 @@ def examine() -> Iterator[Finding]:
 def _torchvision() -> Iterator[Finding]:
     try:
         import torchvision
-    except Exception as err:  # A torchvision made for another torch fails with a RuntimeError.
+    except Exception as err:  # A torchvision built for another torch raises a RuntimeError.
         remedy = "install torch and torchvision of one release: pip install -U torch torchvision"
         yield Finding("torchvision", f"{type(err).__name__}: {err}", "problem", remedy)
     else:
@@ -97,7 +97,7 @@ def _decoder() -> Iterator[Finding]:
     names = GPU_PACKAGES["DALI"].values()
     dali = next((f"{name} {found}" for name in names if (found := version_of(name))), "DALI")
     if gpu_problem():
-        yield Finding("decoder", f"{pillow}; {dali} is there for decoder: dali and for parity")
+        yield Finding("decoder", f"{pillow}; {dali} is available for decoder: dali and for parity")
     else:
         yield Finding("decoder", f"DALI ({dali}) on the card (mixed) for JPEG, Pillow for everything else")
 
@@ -110,12 +110,12 @@ def _model() -> Iterator[Finding]:
     if open_clip.can_have(name, tag):
         yield Finding("default model", f"{name} ({tag})")
     else:
-        remedy = "bring them (docs/howto/air_gapped.md), or name a checkpoint: --model ViT-L-14 --pretrained FILE"
+        remedy = "copy them here (docs/howto/air_gapped.md), or name a checkpoint: --model ViT-L-14 --pretrained FILE"
         yield Finding("default model", f"starter: the weights of {name} ({tag}) are not available here", "note", remedy)
 
 
 def _extras() -> Iterator[Finding]:
-    """What each extra brings, so far as it is for users."""
+    """Installed and missing extras."""
     for extra, (names, purpose) in EXTRAS.items():
         missing = [name for name in names if version_of(name) is None]
         if missing:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-#: What the GPU path is made of, and under which names it is published for which CUDA (0: for any).
+#: Libraries of the GPU path, and their package names per CUDA version (0: any).
 GPU_PACKAGES: Mapping[str, Mapping[int, str]] = {
     "cudf": {12: "cudf-cu12", 13: "cudf-cu13"},
     "dask-cudf": {12: "dask-cudf-cu12", 13: "dask-cudf-cu13"},
@@ -19,13 +19,13 @@ GPU_PACKAGES: Mapping[str, Mapping[int, str]] = {
     "dask-cuda": {0: "dask-cuda"},
 }
 
-#: What the GPU path imports.
+#: Modules that the GPU path imports.
 MODULES = ("cudf", "dask_cudf", "dask_cuda", "nvidia.dali")
 
 
 @dataclass(frozen=True)
 class Card:
-    """One NVIDIA card; memory in bytes, `jpeg_engine` None where the driver was not asked."""
+    """An NVIDIA GPU; memory in bytes, `jpeg_engine` None if the driver was not asked."""
 
     name: str
     capability: tuple[int, int]
@@ -36,16 +36,16 @@ class Card:
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """What a machine has for the GPU path; the doctor judges it."""
+    """What a machine has for the GPU path; `doctor` judges it."""
 
     driver: str | None = None  # None: no driver, or not asked
-    driver_cuda: tuple[int, int] | None = None  # the newest CUDA that the driver runs
-    cards: tuple[Card, ...] = ()  # also those that this process may not use
+    driver_cuda: tuple[int, int] | None = None  # the newest CUDA that the driver supports
+    cards: tuple[Card, ...] = ()  # including those that this process may not use
     torch_cuda: str | None = None  # None: torch was built for the CPU
     torch_sees: int = 0  # cards that torch can use here
-    packages: Mapping[str, str] = field(default_factory=dict)  # versions of the installed ones of `GPU_PACKAGES`
+    packages: Mapping[str, str] = field(default_factory=dict)  # versions of installed `GPU_PACKAGES`
     visible: str | None = None  # the environment's CUDA_VISIBLE_DEVICES
-    broken: Mapping[str, str] = field(default_factory=dict)  # errors of modules that are installed but do not import
+    broken: Mapping[str, str] = field(default_factory=dict)  # errors of installed modules that fail to import
 
 
 def gpu_facts() -> GpuFacts:
@@ -66,7 +66,7 @@ def gpu_facts() -> GpuFacts:
 
 
 def broken_modules(names: Iterable[str]) -> dict[str, str]:
-    """Import modules, and report those installed but failing: one NumPy release too new suffices."""
+    """Import modules, and report installed ones that fail, for example because NumPy is too new."""
     failed = {}
     for name in names:
         try:

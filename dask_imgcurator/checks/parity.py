@@ -19,16 +19,16 @@ from ..storage.urls import check_shards, expand
 from .both_ways import BothWays
 from .parity_record import Parity
 
-#: Shards over which the images are spread, unless these hold too few.
+#: Number of shards over which images are spread, unless they hold too few.
 SHARDS = 32
 
-#: Thresholds that are looked at when none is given, by the score that they need.
+#: Default thresholds, by the score that they need.
 DEFAULTS = {"aesthetic_score": "aesthetic_score >= 5", "nsfw_score": "nsfw_score < 0.5"}
 
 
 @dataclass(frozen=True)
 class ParityOptions(ScoreOptions):
-    """What `compare` compares, as the options of ``dask-imgcurator parity``."""
+    """What to compare: the options of ``dask-imgcurator parity``."""
 
     dtype: str | None = "float32"  # of our encoder; open_clip's is always float32
     measures: bool = False
@@ -59,7 +59,7 @@ def compare(urlpath: URLPath, options: ParityOptions | None = None, *, monitor: 
 
 
 def _expressions(options: ParityOptions, kinds: Mapping[str, str]) -> list[str]:
-    """Thresholds as expressions, checked against the columns there will be."""
+    """Thresholds as expressions, checked against the future columns."""
     given = [options.where] if isinstance(options.where, str) else list(options.where)
     shorthands = combine(min_aesthetic=options.min_aesthetic), combine(max_nsfw=options.max_nsfw)
     given += [expression for expression in shorthands if expression is not None]
@@ -114,7 +114,7 @@ def _spread(count: int, wanted: int) -> list[int]:
 def _shares(counts: Sequence[int], limit: int) -> list[int]:
     """Share `limit` among shards as evenly as their counts allow."""
     shares = [0] * len(counts)
-    # The small ones first: what they lack goes to those that have more.
+    # The small ones first: what they lack goes to the larger ones.
     for done, i in enumerate(sorted(range(len(counts)), key=counts.__getitem__)):
         shares[i] = min(counts[i], -(-limit // (len(counts) - done)))
         limit -= shares[i]

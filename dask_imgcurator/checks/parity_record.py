@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Images that are named in each list.
+#: Images named in each list.
 EXAMPLES = 5
 
-#: Name of the decision in which all expressions are joined.
+#: Name of the decision that joins all expressions.
 ALL = "all of these"
 
-#: A score by our way and by open_clip's; None where the head gave none.
+#: A score by our way and by open_clip's; None if the head gave none.
 Pair = tuple[float | None, float | None]
 
 
@@ -29,7 +29,7 @@ class Measure:
     max_image: str = ""
 
     def add(self, value: float, image: str) -> None:
-        """Take one image in."""
+        """Add an image."""
         self.mean = (self.mean * self.count + value) / (self.count + 1) if self.count else value
         self.count += 1
         self.min = min(self.min, value)
@@ -60,7 +60,7 @@ class Difference:
     scores: dict[str, Measure] = field(default_factory=dict)
 
     def add(self, one: ImageDifference) -> None:
-        """Take one image in."""
+        """Add an image."""
         self.images += 1
         self.pixel_mean.add(one.pixel_mean, one.image)
         self.pixel_max.add(one.pixel_max, one.image)

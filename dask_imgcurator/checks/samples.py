@@ -13,7 +13,7 @@ from typing import Any
 from .pictures import BROKEN_KINDS, KINDS, Maker, SampleImage
 
 _UNUSUAL = tuple(kind for kind in KINDS if kind != "crop")
-# One round: every kind once, then more of what a curator meets most.
+# One round: every kind once, then more of the most common ones.
 _ROUND = (*_UNUSUAL, "near_duplicate", "blurred", "duplicate", "dark", "near_duplicate")
 _UNUSUAL_SHARE = 0.28
 
@@ -22,7 +22,7 @@ _MTIME = 1_700_000_000  # any constant will do: the same call must give the same
 
 @dataclass(frozen=True)
 class SampleShards:
-    """What `make_sample_shards` wrote.
+    """The result of `make_sample_shards`.
 
     Attributes
     ----------
@@ -31,8 +31,8 @@ class SampleShards:
     shards : tuple of pathlib.Path
         The tars, in order.
     manifest : mapping of str to dict
-        As in `manifest.json`: for each key its `shard` (file name), `kind`, `of` (key of the crop that it copies, or
-        None), `source` (name of a picture, or ``generated``) and `decodable`.
+        As in `manifest.json`: by key, `shard` (file name), `kind`, `of` (key of the crop that it copies, or None),
+        `source` (name of a picture, or ``generated``) and `decodable`.
     """
 
     folder: Path
@@ -46,14 +46,13 @@ def make_sample_shards(out: str | Path, count: int = 320, per_shard: int = 64, s
     Parameters
     ----------
     out : str or pathlib.Path
-        Folder for ``00000.tar`` ... and ``manifest.json``; made if it is not there. Files of these names are
-        replaced.
+        Folder for ``00000.tar`` ... and ``manifest.json``; created if necessary. Files with these names are replaced.
     count : int, default 320
-        Samples in all. From 63 on, every kind is there.
+        Number of samples. From 63 on, every kind occurs.
     per_shard : int, default 64
         Samples per tar, at most 10,000.
     seed : int, default 0
-        Of the crops. The same arguments give the same bytes with the same versions of Pillow, scikit-image and
+        Seed of the crops. The same arguments give the same bytes with the same versions of Pillow, scikit-image and
         scikit-learn.
 
     Returns
@@ -68,7 +67,7 @@ def make_sample_shards(out: str | Path, count: int = 320, per_shard: int = 64, s
     ModuleNotFoundError
         If scikit-image or scikit-learn is not installed.
     FileExistsError
-        If `out` holds tars that this call would not replace: they would be taken for samples.
+        If `out` holds tars that this call would not replace, because they would be mistaken for samples.
     """
     if count < 1:
         raise ValueError(f"count={count}: give at least 1")
@@ -80,7 +79,7 @@ def make_sample_shards(out: str | Path, count: int = 320, per_shard: int = 64, s
     strangers = sorted({path.name for path in folder.glob("*.tar")} - {path.name for path in shards})
     if strangers:
         raise FileExistsError(
-            f"{folder} holds tars that are not of these samples ({', '.join(strangers[:3])}): "
+            f"{folder} holds tars that are not part of these samples ({', '.join(strangers[:3])}): "
             "remove them or choose another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,8 @@ def verify(
     folder: str, *, storage_options: Options = None, source_options: Options = None
 ) -> Iterator[tuple[str, str | None]]:
     """Compare curated shards with their source tars, byte for byte, and the score table with both."""
-    # `folder` is `curate`'s, or holds curated shards; the options are for its file system and for the sources'. Yields
-    # what was checked, and what is wrong with it: None if nothing.
+    # `folder` is the output of `curate`, or holds curated shards; the options are for its file system and the sources'.
+    # Yields what was checked, and what is wrong with it, or None.
     record = files.read_text(files.join(folder, "run.json"), storage_options)
     curated = files.join(folder, "shards") if record is not None else folder
     stems = written_shards(curated, storage_options)
@@ -57,7 +57,7 @@ def _shard_problem(url: str, sha256: str | None, options: Options, source_option
     try:
         copied_from = [{"key": row["key"], **{name: row[f"source_{name}"] for name in LOCATORS[1:]}} for row in rows]
     except KeyError:
-        return "its Parquet file does not say where its samples come from: an earlier version wrote it, write it anew"
+        return "its Parquet file does not say where its samples come from: an earlier version wrote it; write it again"
     sources = tar_copy.source_members(copied_from, dict(source_options or {}))
     for row, sample, source in zip(rows, index.samples, sources, strict=True):
         pieces = read_extents(url, [(m.offset, m.nbytes) for m in sample.members], options, whole=True)
@@ -65,7 +65,7 @@ def _shard_problem(url: str, sha256: str | None, options: Options, source_option
         if copied != source.members:
             return f"sample {row['key']!r} differs from its source in {row['source_shard']}"
         if (row["sample_offset"], row["sample_nbytes"]) != (sample.offset, sample.end - sample.offset):
-            return f"sample {row['key']!r} does not lie where its Parquet file says"
+            return f"sample {row['key']!r} is not where its Parquet file says"
         known, image = row.get("sha256"), sample.get(row.get("ext") or "")
         if known and image is not None and hashlib.sha256(dict(copied)[image.name]).hexdigest() != known:
             return f"the image of sample {row['key']!r} is not the one that was scored"
@@ -74,7 +74,7 @@ def _shard_problem(url: str, sha256: str | None, options: Options, source_option
 
 def _record_problem(folder: str, record: Mapping[str, Any], kept: int, options: Options) -> str | None:
     if record.get("kept") != kept:
-        return f"it says that {record.get('kept')} samples were kept, the curated shards hold {kept}"
+        return f"it counts {record.get('kept')} kept samples, the curated shards hold {kept}"
     by_shard: dict[str, str] = {}
     for url in files.list_files(files.join(folder, "scores"), ".parquet", options):
         provenance = file_provenance(url, options)
@@ -89,5 +89,5 @@ def _record_problem(folder: str, record: Mapping[str, Any], kept: int, options: 
             return f"there are no scores of {shard}"
         samples += files.parquet_footer(by_shard[shard], options).num_rows
     if samples != record.get("samples"):
-        return f"it says that there are {record.get('samples')} samples, the score table holds {samples}"
+        return f"it counts {record.get('samples')} samples, the score table holds {samples}"
     return None

@@ -86,7 +86,7 @@ def verify(folder: str, storage_options: dict[str, Any] | None, out_options: dic
         wrong += problem is not None
         click.echo(f"{what}: {problem or 'ok'}")
     if wrong:
-        raise Failure(f"{wrong} of what was looked at differ{'s' * (wrong == 1)} from the inputs", FAILED)
+        raise Failure(f"{count(wrong, 'check')} found differences from the inputs", FAILED)
 
 
 @click.command()
@@ -106,7 +106,7 @@ def status(out: str, storage_options: dict[str, Any] | None) -> None:
     console = make_console()
     for found in find_status(out, storage_options):
         console.print(f"{found.folder}: {count(found.files, 'file')} of `{found.command}`")
-        for job in found.jobs or ("finished, or not begun: no run is at work there",):
+        for job in found.jobs or ("finished, or not begun: no active run",):
             console.print(f"  {job}")
 
 
@@ -131,5 +131,5 @@ def doctor() -> None:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines beside a column of topics; paths and names stay in one piece."""
+    """Lines beside a column of topics; paths and names are never split."""
     return textwrap.wrap(text, max(20, width - _INDENT), break_long_words=False, break_on_hyphens=False)

@@ -1,4 +1,4 @@
-"""Errors as the user sees them: a line and an exit code."""
+"""Errors for the user: one line and an exit code."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ USAGE, FAILED = 2, 1
 
 _PACKAGE = Path(__file__).parents[1]
 
-#: Commands that take over what an earlier run finished.
+#: Commands that reuse completed work of an earlier run.
 _RESUMING = ("curate", "score", "write", "demo")
 
 
 class Failure(click.ClickException):
-    """An error as the user sees it: what failed and what to do; no traceback, no usage text."""
+    """An error for the user: what failed and what to do, without traceback or usage text."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -41,7 +41,7 @@ class Failure(click.ClickException):
 
 @contextlib.contextmanager
 def _plain_errors(resumes: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Turn errors that a user can fix into a line and an exit code; `resumes`: rerunning the command resumes."""
+    """Turn errors that a user can fix into one line and an exit code; `resumes`: rerunning the command resumes."""
 
     def kept(space: str) -> str:
         return f"{space}Completed work is saved; rerun the same command to resume." if resumes() else ""
@@ -62,12 +62,12 @@ def _plain_errors(resumes: Callable[[], bool] = lambda: False) -> Iterator[None]
 
 
 def _failure(err: Exception, kept: Callable[[str], str]) -> Failure:
-    # Imported here: an error is rare, and these take seconds.
+    # Imported here because errors are rare and these imports take seconds.
     from ..clusters.faults import JobError
     from ..models.weights import WeightsError
     from ..storage.tar_copy import WriteError
 
-    if isinstance(err, WriteError) or isinstance(err.__cause__, WriteError):  # which the same command would meet again
+    if isinstance(err, WriteError) or isinstance(err.__cause__, WriteError):  # which would occur again
         return Failure(_text(err), FAILED)
     if isinstance(err, JobError | WeightsError):
         return Failure(f"{_text(err)}{kept(chr(10))}", FAILED)
@@ -91,14 +91,14 @@ def _is_told(err: BaseException) -> bool:
         return err.__cause__ is None or _is_told(err.__cause__)
     if isinstance(err, BackendError | WeightsError | WriteError | ArrowException | OSError | ImportError | MemoryError):
         return True
-    # Anyone may raise a ValueError; this library's are raised in its own files.
+    # Any code may raise a ValueError; this library's own come from its files.
     frames = traceback.extract_tb(err.__traceback__)
     own = not frames or "dask_imgcurator" in Path(frames[-1].filename).parts
     return (own and isinstance(err, ValueError)) or (isinstance(err, RuntimeError) and is_out_of_memory(err))
 
 
 def _text(err: BaseException) -> str:
-    """An error in words; the traceback of an unexpected one is saved."""
+    """The text of an error; the traceback of an unexpected one is saved."""
     from pyarrow import ArrowException
 
     from ..clusters.faults import JobError
@@ -109,12 +109,12 @@ def _text(err: BaseException) -> str:
     if known and not isinstance(err, ArrowException) and not isinstance(err.__cause__, ArrowException):
         return str(err) or type(err).__name__
     name = "" if known or isinstance(err, JobError) else f"{type(err).__name__}: "
-    line = textwrap.shorten(str(err), 500, placeholder=" …")  # some of Arrow's messages hold whole schemas
+    line = textwrap.shorten(str(err), 500, placeholder=" …")  # some of Arrow's messages contain whole schemas
     return f"{name}{line}{'' if known else _reported(err)}"
 
 
 def _reported(err: BaseException) -> str:
-    """Save a traceback, and say where and what for."""
+    """Save a traceback, and say where and why."""
     lines = [f"dask_imgcurator {__version__}, Python {sys.version}, {platform.platform()}\n"]
     lines += traceback.format_exception(err)
     try:
@@ -122,19 +122,19 @@ def _reported(err: BaseException) -> str:
             file.writelines(lines)
     except OSError:
         return f"; this is unexpected: please report it with these lines:\n{''.join(lines)}"
-    return f"; this is unexpected: please report it with {file.name}, which holds the traceback"
+    return f"; this is unexpected: please report it with {file.name}, which contains the traceback"
 
 
 class PlainGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args and not ctx.resilient_parsing:  # asked for nothing: what there is, as an answer and not as an error
+        if not args and not ctx.resilient_parsing:  # without a command, help is the answer, not an error
             click.echo(ctx.get_help())
             ctx.exit()
         with _plain_errors():
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a name may hold what the terminal cannot show
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names may contain characters that the terminal cannot show
             sys.stdout.reconfigure(errors="backslashreplace")
         with _stoppable(), _plain_errors(lambda: ctx.invoked_subcommand in _RESUMING):
             return super().invoke(ctx)
@@ -142,7 +142,7 @@ class PlainGroup(click.Group):
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Stop in an orderly way at the first Ctrl-C or SIGTERM, and at once at the second, whatever hangs."""
+    """Stop cleanly at the first Ctrl-C or SIGTERM, and at once at the second, whatever hangs."""
 
     def stop(*_: object) -> None:
         _set_handlers(dict.fromkeys(before, at_once))
@@ -150,7 +150,7 @@ def _stoppable() -> Iterator[None]:
 
     def at_once(*_: object) -> None:
         os.write(2, b"dask-imgcurator: stopped at once.\n")
-        os._exit(FAILED)  # workers that this process started end with it
+        os._exit(FAILED)  # ends its workers too
 
     try:
         signals = (signal.SIGINT, signal.SIGTERM)
@@ -159,7 +159,7 @@ def _stoppable() -> Iterator[None]:
     except ValueError:  # only the main thread may set them
         before = {}
     yield
-    _set_handlers(before)  # what was stopped stays so while Python ends
+    _set_handlers(before)  # further signals are ignored while Python shuts down
 
 
 def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:

@@ -26,19 +26,19 @@ from ..results import count, visible
 if TYPE_CHECKING:
     from distributed import Client
 
-#: Seconds from one line of progress in a log to the next.
+#: Seconds between progress lines in a log.
 _EVERY = 10.0
 
 
 class _Console(Console):
-    """A console on which nothing but Rich's own styles acts."""
+    """A console on which only Rich's own styles have an effect."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)
 
 
 def make_console(stderr: bool = False, quiet: bool = False) -> Console:
-    """Make a console that prints text as it is: file names, keys and expressions may look like Rich's markup."""
+    """Make a console that prints text literally: file names, keys and expressions may look like Rich's markup."""
     return _Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
@@ -58,7 +58,7 @@ def make_monitor(console: Console) -> Iterator[monitor.Monitor]:
         yield _Live(console, progress)
 
 
-#: Where there is no terminal, a line says how far a run is at every twentieth, or after so many seconds.
+#: Without a terminal, progress is printed at every twentieth of a run, or after this many seconds.
 _STEPS, _SILENCE = 20, 30
 
 
@@ -171,8 +171,8 @@ def _told(state: monitor.Progress, seconds: float) -> str:
 
 
 def _has_dashboard(link: str) -> bool:
-    """Whether a page is there; Dask gives a link also to a scheduler without dashboard, or without bokeh."""
-    # A page that cannot be asked for from here (a relative link, a firewall) may still open elsewhere.
+    """Whether the dashboard exists; Dask returns a link even for schedulers without dashboard or bokeh."""
+    # A page that cannot be reached from here (a relative link, a firewall) may still open elsewhere.
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(link, timeout=3) as page:
             return b"Dask needs bokeh" not in page.read(4096)
@@ -189,7 +189,7 @@ def _clock(seconds: float) -> str:
 
 
 class _Logged(monitor.Monitor):
-    """Hands everything on to a display, and writes it to a file, an object of JSON a line."""
+    """Passes everything on to a display, and writes it to a file, one JSON object per line."""
 
     def __init__(self, shown: monitor.Monitor, file: IO[str]) -> None:
         self.notes, self._shown, self._file, self._told = shown.notes, shown, file, 0.0
@@ -233,7 +233,7 @@ class _Logged(monitor.Monitor):
 
 
 class _Notes(logging.Handler):
-    """Makes notes of what this library warns of while a run goes on."""
+    """Turns this library's warnings during a run into notes."""
 
     def __init__(self, to: monitor.Monitor) -> None:
         super().__init__(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Groups of options that several commands share, and what commands make of them."""
+"""Groups of options that several commands share, and their conversion to arguments."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Json(click.ParamType):
         except (OSError, ValueError) as err:
             self.fail(f"cannot be read as JSON ({err}): write for example '{{\"anon\": true}}', or @FILE", param, ctx)
         if not isinstance(parsed, dict):
-            self.fail(f"{value!r} is no JSON object: write for example '{{\"anon\": true}}'", param, ctx)
+            self.fail(f"{value!r} is not a JSON object: write for example '{{\"anon\": true}}'", param, ctx)
         return parsed
 
 
@@ -147,7 +147,7 @@ _where = _group(
 
 
 def where_options(command: Any) -> Any:
-    """Options for which images to keep; the command gets them as one expression, `where`."""
+    """Options for which images to keep; the command receives one expression, `where`."""
 
     @functools.wraps(command)
     def combined(
@@ -228,32 +228,32 @@ _steps = _group(
     _step(
         "--top",
         "STEP",
-        "Keep the best of what is left: '30% by clip_score', '10000 by aesthetic_score'; repeatable.",
+        "Keep the best remaining rows: '30% by clip_score', '10000 by aesthetic_score'; repeatable.",
         _ranked("top"),
     ),
     _step(
         "--sample",
         "STEP",
-        "Keep a random sample of what is left: '10000', '10% seed 1', '20 by cluster'; repeatable.",
+        "Keep a random sample of the remaining rows: '10000', '10% seed 1', '20 by cluster'; repeatable.",
         _ranked("sample"),
     ),
     _step(
         "--only",
         "[COLUMN=]FILE",
-        "Keep only the rows whose key (or COLUMN) FILE lists; repeatable.",
+        "Keep only the rows whose key (or COLUMN) is listed in FILE; repeatable.",
         _listed_step(True),
     ),
     _step(
         "--exclude",
         "[COLUMN=]FILE",
-        "Drop the rows whose key (or COLUMN) FILE lists; repeatable.",
+        "Drop the rows whose key (or COLUMN) is listed in FILE; repeatable.",
         _listed_step(False),
     ),
 )
 
 
 def steps_options(command: Any) -> Any:
-    """Options for which rows to keep; the command gets them as `steps`, in the order in which they first appear."""
+    """Options for which rows to keep; the command receives `steps`, in the order of their first appearance."""
 
     @functools.wraps(command)
     def ordered(*args: Any, **rest: Any) -> Any:
@@ -354,7 +354,7 @@ scores_argument = click.argument("scores", nargs=-1, required=True, metavar="SCO
 
 
 def given_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that were given, with where to run as `client`; the functions have their own defaults."""
+    """The given options, with where to run as `client`; the functions have their own defaults."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
     address, file, n_workers = (given.pop(name, None) for name in ("scheduler", "scheduler_file", "n_workers"))
     scheduler = address or file
@@ -379,5 +379,5 @@ def _use_certificates(tls: Mapping[str, str], scheduler: str | None) -> None:
 
 
 def asked_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The same without flags that were not set."""
+    """The given options without unset flags."""
     return {name: value for name, value in given_of(options).items() if value is not False}

@@ -33,7 +33,7 @@ from .options import (
 
 @contextlib.contextmanager
 def _shown_all_the_same(quiet: bool) -> Iterator[None]:
-    """Show what was done where shards are missing, too."""
+    """Print the summary even if shards are missing."""
     from ..jobs.score import MissingShardsError
     from . import summary
 
@@ -107,18 +107,18 @@ def score(shards: tuple[str, ...], out: str, log: str | None, quiet: bool, **opt
 @click.command()
 @click.argument("source")
 @click.option("--out", required=True, metavar="DIR", help="Folder for the shards.")
-@click.option("--image", metavar="COLUMN", help="Column of the images, for tables with several columns of binary data.")
+@click.option("--image", metavar="COLUMN", help="Image column, if a table has several columns of binary data.")
 @pack_options
 @light_options
 @remote_options
 @overwrite_option
 @quiet_option
 def pack(source: str, out: str, quiet: bool, **options: Any) -> None:
-    """Pack pictures into webdataset shards: a folder of files, or Parquet with the bytes of images.
+    """Pack pictures into webdataset shards, from a folder of files or from Parquet with image bytes.
 
     \b
     dask-imgcurator pack photos --out shards            photos/cat.jpg, photos/cat.txt, photos/2020/dog.png …
-    dask-imgcurator pack train.parquet --out shards     an image dataset of Hugging Face
+    dask-imgcurator pack train.parquet --out shards     an image dataset from Hugging Face
 
     Files with the same name as a picture belong to its sample. Bytes are not changed.
     """
@@ -140,7 +140,7 @@ def pack(source: str, out: str, quiet: bool, **options: Any) -> None:
     "--allow-shards",
     metavar="PREFIX",
     multiple=True,
-    help="Copy from shards in this folder too; repeatable. [default: the folders of the shards that the table is of]",
+    help="Copy from shards in this folder too; repeatable. [default: the folders of the table's own shards]",
 )
 @where_options
 @pack_options
@@ -214,7 +214,7 @@ def demo(out: str, count: int, quiet: bool, **options: Any) -> None:
             where=where,
             model="starter",
             columns=["kind"],
-            overwrite=True,  # of an earlier demo with other samples
+            overwrite=True,  # replaces an earlier demo with other samples
             monitor=monitor,
             **given_of(options),
         )

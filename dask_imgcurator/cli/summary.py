@@ -1,4 +1,4 @@
-"""What the command line prints at the end of a run."""
+"""Summaries that the command line prints at the end of a run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _numbers(*columns: str) -> Table:
 
 
 def _inside(text: str) -> Padding:
-    """A cell that belongs to the row above, also where it takes several lines."""
+    """A cell indented below the row above, even if it takes several lines."""
     return Padding(Text(visible(text)), (0, 0, 0, 2))
 
 
@@ -112,7 +112,7 @@ def print_selection(selection: Counts, out: str) -> None:
 
 
 def print_kinds(result: RunResult, manifest: Mapping[str, Mapping[str, Any]]) -> None:
-    """Show, for the demo, what became of each kind of planted image."""
+    """Show, for the demo, how each kind of planted image fared."""
     import pyarrow.parquet as pq
 
     from ..checks.pictures import KINDS
@@ -238,7 +238,7 @@ def _pair(ours: float | None, theirs: float | None) -> str:
 
 
 def print_duplicates(found: Deduplicated, out: str | None) -> None:
-    """Show what each tier finds."""
+    """Show how many duplicates each tier finds."""
     console = make_console()
     table = _numbers("tier", "groups", "dropped", "left")
     for step in found.counts:
@@ -249,11 +249,11 @@ def print_duplicates(found: Deduplicated, out: str | None) -> None:
         cells = found.cells
         known = [f"{a:,} of {b:,} at {1 - eps:g}" for eps, (a, b) in cells.recall.items()]
         words = (
-            f"semantic: {cells.cells:,} cells of {cells.median:,} rows (the largest {cells.largest:,}), each row looks "
-            f"into {cells.probe}; of the near pairs of 512 rows, these were compared: {', '.join(known)}"
+            f"semantic: {cells.cells:,} cells of {cells.median:,} rows (largest: {cells.largest:,}), "
+            f"{cells.probe} searched per row; near pairs of 512 rows that were compared: {', '.join(known)}"
         )
         console.print(words)
-    where = f": {out}" if out is not None else " would be left (name a folder with --out to write them)"
+    where = f": {out}" if out is not None else " would remain (name a folder with --out to write them)"
     console.print(f"{found.kept:,} of {found.rows:,} rows{where}")
 
 

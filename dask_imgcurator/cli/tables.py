@@ -39,9 +39,9 @@ def select(scores: tuple[str, ...], out: str, quiet: bool, steps: list[Any], **o
     dask-imgcurator select run/scores --min-aesthetic 5 --top '30% by clip_score' --out run/selected
     dask-imgcurator select run/scores --exclude seen.txt --only uid=subset.npy --out run/selected
 
-    The expression knows the table's columns, numbers, 'text', + - * / %, comparisons, and, or, not, in (…), is null.
-    A row for which the result is unknown (a missing score) is dropped. Steps are applied in the order given: --top
-    before --where takes the best of all rows, and then those that match.
+    Expressions can use the table's columns, numbers, 'text', + - * / %, comparisons, and, or, not, in (…), is null. A
+    row with an unknown result (a missing score) is dropped. Steps are applied in the order given: --top before --where
+    takes the best of all rows, then those of them that match.
     """
     from ..jobs.tables import select_rows as run
     from . import summary
@@ -60,7 +60,7 @@ def select(scores: tuple[str, ...], out: str, quiet: bool, steps: list[Any], **o
     "tiers",
     multiple=True,
     type=click.Choice(["exact", "perceptual", "semantic"]),
-    help="Kind of duplicates; repeatable. [default: all whose column the table has]",
+    help="Kind of duplicates to drop; repeatable. [default: all whose column exists]",
 )
 @click.option(
     "--eps",
@@ -132,7 +132,7 @@ def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[floa
 
 @click.command()
 @scores_argument
-@click.option("--out", required=True, metavar="DIR", help="Folder for the larger table.")
+@click.option("--out", required=True, metavar="DIR", help="Folder for the extended table.")
 @click.option("--head", "heads", metavar="FILE|NAME", multiple=True, help="Your own head; repeatable.")
 @click.option("--clip-score", is_flag=True, help="Add clip_score: the cosine of caption and image.")
 @click.option(
@@ -146,9 +146,7 @@ def dedup(scores: tuple[str, ...], out: str | None, quiet: bool, eps: tuple[floa
 @click.option("--language", is_flag=True, help="Add the language of the caption (needs the extra 'text').")
 @click.option("--aesthetic-head", metavar="NAME", help="Published head for aesthetic_score, if the table lacks it.")
 @click.option("--nsfw-head", metavar="NAME", help="Published head for nsfw_score, if the table lacks it.")
-@click.option(
-    "--clusters", metavar="K", type=click.IntRange(1), help="Find K clusters of the embeddings (needs FAISS)."
-)
+@click.option("--clusters", metavar="K", type=click.IntRange(1), help="Add K clusters of the embeddings (needs FAISS).")
 @click.option(
     "--reference", metavar="SCORES", help="With --clusters: count the rows of another score table in each cluster."
 )
@@ -186,7 +184,7 @@ def add(scores: tuple[str, ...], out: str, quiet: bool, prompts: tuple[str, ...]
 
 
 class _Formats(click.Choice):
-    """The export formats, looked up lazily: that imports a lot."""
+    """The export formats, looked up lazily because that imports a lot."""
 
     def __init__(self) -> None:
         self.case_sensitive = True
@@ -200,7 +198,7 @@ class _Formats(click.Choice):
 
 @click.command("export")
 @scores_argument
-@click.option("--out", required=True, metavar="PATH", help="Folder; a file for datacomp-subset and list.")
+@click.option("--out", required=True, metavar="PATH", help="Output folder; a file for datacomp-subset and list.")
 @click.option(
     "--format",
     "format_",
@@ -246,8 +244,8 @@ def export_(scores: tuple[str, ...], out: str, format_: str, where: str | None, 
 @where_options
 @click.option("--html", metavar="FILE", help="HTML page to write, with the pictures.")
 @click.option("--out", metavar="FILE", help="Write the rows, in the format of its extension: .parquet, .csv or .json.")
-@click.option("--index", metavar="DIR", help="Search by an index of this table: faster for millions of rows.")
-@click.option("--build-index", metavar="DIR", help="Build such an index first, and search by it (needs FAISS).")
+@click.option("--index", metavar="DIR", help="Search with an index of this table: faster for millions of rows.")
+@click.option("--build-index", metavar="DIR", help="Build such an index first, then search with it (needs FAISS).")
 @click.option("--model", metavar="NAME", help="Model of the queries. [default: the model recorded in the table]")
 @click.option("--pretrained", metavar="TAG|PATH", help="Its weights; a path for your own checkpoint.")
 @light_options
@@ -269,7 +267,7 @@ def search(
     dask-imgcurator search run/scores --like 000123456
     dask-imgcurator search run/scores --build-index run/index
 
-    Several queries are answered in turn. Text queries need a model with a text tower, which the starter lacks.
+    Several queries give one result each. Text queries need a model with a text tower, which the starter lacks.
     """
     from ..jobs.search import search as run
     from ..similarity.index import build_search_index
@@ -282,7 +280,7 @@ def search(
         raise click.BadParameter(f"{out!r} must end in .parquet, .csv or .json", param_hint="--out")
     if build_index is not None:
         if options["index"] is not None:
-            raise click.UsageError("--index and --build-index: give the one for an index that is there, or the other")
+            raise click.UsageError("give --index for an existing index or --build-index for a new one, not both")
         built = build_search_index(list(scores), build_index, storage_options=options["storage_options"])
         options["index"] = build_index
         if not quiet:
@@ -313,12 +311,12 @@ def _write_rows(found: Any, out: str, storage_options: dict[str, Any] | None) ->
 @click.argument("scores", nargs=-1, metavar="[SCORES...]")
 @click.option("--out", default="report.html", show_default=True, metavar="FILE", help="The page.")
 @steps_options
-@click.option("--groups", metavar="FILE", help="Duplicates to show side by side: the file that dedup --groups wrote.")
+@click.option("--groups", metavar="FILE", help="Duplicates to show side by side: a file written by dedup --groups.")
 @click.option(
     "--compare",
     nargs=2,
     metavar="A B",
-    help="Instead, show what only one of two selections keeps: folders that select or dedup wrote, or expressions "
+    help="Instead, show what only one of two selections keeps: folders written by select or dedup, or expressions "
     "on SCORES.",
 )
 @light_options
@@ -354,9 +352,9 @@ def report_(
         raise click.UsageError("name a score table, or two selections with --compare A B")
     with display(quiet) as monitor:
         given = asked_of(options)
-        given.pop("backend", None)  # pages are made of a few rows, in pandas
+        given.pop("backend", None)  # pages are made from a few rows, in pandas
         if compare:
-            given.pop("client", None)  # nothing is computed that needs a cluster
+            given.pop("client", None)  # nothing here needs a cluster
             found = compare_selections(*compare, out, list(scores) or None, **given)
             words = f"{found.both:,} in both, {found.only_a:,} only in A, {found.only_b:,} only in B: {out}"
         else:

@@ -1,8 +1,8 @@
-"""k-means cells: rows that may be near each other meet in one and are compared there; how well that works is measured.
+"""k-means cells: rows that may be near each other share a cell and are compared there; recall is measured.
 
-Products of matrices are made in blocks, so that memory grows with no square of anything, and each on one thread, of
-rows in the order of their ids: what they come to in their last digit depends neither on how many threads there are nor
-on partitions. Cells are what is shared out.
+Matrix products are computed in blocks, so memory never grows quadratically, and each on one thread, with rows in the
+order of their ids: their last digits depend neither on the number of threads nor on partitions. Threads share the
+cells.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: Up to so many rows all pairs are compared: it takes seconds, and its recall is 1.
+#: Up to this many rows, all pairs are compared: it takes seconds, and recall is 1.
 BRUTE_FORCE_ROWS = 20_000
 
-_SAMPLE_PER_CELL = 32  # rows that k-means sees for each cell
-_TOO_LARGE = 4.0  # times the mean: cells of more rows are split
-_ASKED, _K = 512, 20  # rows that are compared with all others to estimate recall, and how many next to them count
+_SAMPLE_PER_CELL = 32  # training rows of k-means per cell
+_TOO_LARGE = 4.0  # times the mean: larger cells are split
+_ASKED, _K = 512, 20  # to estimate recall: rows compared with all others, and how many neighbours of each count
 
 #: Rounding of a cosine in float32: with eps = 0, rows of the same direction still count as duplicates.
 TOLERANCE = 1e-6
 
-#: Rows on a side of a product, at most.
+#: Maximum number of rows on each side of a product.
 BLOCK = 2048
 
-#: Gives the unit vectors of rows, on the device that computes.
+#: Returns the unit vectors of rows, on the computing device.
 Take: TypeAlias = "Callable[[np.ndarray], torch.Tensor]"
 
 
 def on_threads(function: Callable[[T], R], items: Iterable[T], device: str) -> Iterator[R]:
-    """Apply a function to items, each on one thread, and yield the results in order; on a card one after another."""
+    """Apply a function to items, each on one thread, and yield the results in order; on a GPU one after another."""
     import torch
 
     if device != "cpu":
@@ -61,20 +61,20 @@ def on_threads(function: Callable[[T], R], items: Iterable[T], device: str) -> I
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
-    torch.set_num_threads(before)  # threads that start later have as many as were set last
+    torch.set_num_threads(before)  # threads that start later inherit the last setting
 
 
 def blocks(start: int, stop: int, size: int = 0) -> list[slice]:
-    """Cut a stretch of rows into blocks."""
+    """Cut a range of rows into blocks."""
     return [slice(s, min(s + (size or BLOCK), stop)) for s in range(start, stop, size or BLOCK)]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Numbers of the rows that meet in a cell: first the reference's, then those that live there, then visitors.
+    """Numbers of the rows in a cell: first the reference's, then those that live there, then visitors.
 
-    Two of them are compared where at least one lives there and at least one is not of the reference, or one is of the
-    reference and the other visits. The rows that live there stand in the order in which they are compared.
+    Two rows are compared if at least one lives there and at least one is not of the reference, or if one is of the
+    reference and the other visits. The rows that live there are in the order of comparison.
     """
 
     rows: np.ndarray
@@ -82,7 +82,7 @@ class Cell:
     homes: int
 
     def tasks(self) -> Iterator[tuple[Cell, slice, list[slice]]]:
-        """Blocks of rows, each with the blocks of rows that it is compared with."""
+        """Blocks of rows, each with the blocks to compare it with."""
         apart, n = self.reference + self.homes, len(self.rows)
         for left in blocks(self.reference, apart):
             yield self, left, blocks(0, self.reference) + blocks(left.start, n)
@@ -93,9 +93,9 @@ class Cell:
 def near_pairs(
     cell: Cell, left: slice, right: Sequence[slice], take: Take, threshold: float, sequential: bool
 ) -> Pairs:
-    """Find the pairs of a cosine of at least `threshold` that a block of a cell has.
+    """Find the pairs in a block of a cell with a cosine of at least `threshold`.
 
-    They are thinned out by a `Forest`; or, if `sequential`, to the most similar row b before each row a.
+    A `Forest` thins them out; or, if `sequential`, only the most similar row b before each row a is kept.
     """
     import torch
 
@@ -117,7 +117,7 @@ def near_pairs(
 
 
 def most_similar(asked: np.ndarray, rows: np.ndarray, take: Take, device: str, k: int) -> Pairs:
-    """Find the k rows most similar to each row asked, by comparing all."""
+    """Find the k rows most similar to each query row, by comparing all."""
     import torch
 
     queries = take(asked)
@@ -146,8 +146,8 @@ def default_cells(n: int) -> int:
 def train(rows: Rows, there: np.ndarray, backend: Backend, n_cells: int | None, seed: int) -> np.ndarray:
     """Return the centroids of cells, (k, d) float32, of rows sorted by id, of which the first are a random sample.
 
-    There are more of them than `n_cells` where some are far too large: a centroid amid several crowds, which none of
-    their own stands for, is the next one to rows of all others too.
+    There are more than `n_cells` if some cells are far too large: a centroid between several dense groups without their
+    own centroids also attracts rows from everywhere else.
     """
     import torch
 
@@ -169,7 +169,7 @@ def train(rows: Rows, there: np.ndarray, backend: Backend, n_cells: int | None, 
 
 
 def nearest(vectors: torch.Tensor, centres: torch.Tensor, squares: torch.Tensor, n: int) -> Any:
-    """The n nearest centroids of each vector, by the square of the distance less that of the vector: (m, n) each."""
+    """The n nearest centroids of each vector, by squared distance minus the vector's squared norm: (m, n) each."""
     import torch
 
     return torch.addmm(squares, vectors, centres.T, alpha=-2).topk(n, largest=False)
@@ -204,12 +204,12 @@ class CellCheck:
     cells : int
         Number of cells.
     median, largest : int
-        Rows that live in a cell: the median, and the most.
+        Rows that live in a cell: the median and the maximum.
     probe : int
         Cells in which a row looks for neighbours.
     recall : dict of float to (int, int)
-        For each eps, of the near pairs among 512 rows and the 20 rows most similar to each: how many are compared, and
-        how many there are.
+        For each eps, of the near pairs between 512 rows and the 20 rows most similar to each: how many are compared,
+        and how many exist.
     """
 
     cells: int
@@ -223,8 +223,8 @@ class CellCheck:
 class Cells:
     """Rows in k cells.
 
-    `rows` are numbers of rows, sorted by id; `ours` says which are not of the reference; `cells` are the nearest of
-    each, its home first, and `central` its cosine to the centroid there.
+    `rows` are numbers of rows, sorted by id; `ours` marks those not of the reference; `cells` are the nearest cells of
+    each, its home first, and `central` is its cosine to the home's centroid.
     """
 
     k: int
@@ -234,7 +234,7 @@ class Cells:
     central: np.ndarray
 
     def __iter__(self) -> Iterator[Cell]:
-        """Give out the cells; those who live there in the order of `rows`."""
+        """Yield the cells; rows that live in a cell are in the order of `rows`."""
         ours, theirs = np.flatnonzero(self.ours), np.flatnonzero(~self.ours)
         sides = [(self.cells[theirs, 0], theirs), *((self.cells[ours, i], ours) for i in range(self.cells.shape[1]))]
         cell, at = (np.concatenate(side) for side in zip(*sides, strict=True))
@@ -246,7 +246,7 @@ class Cells:
             yield Cell(rows[start : ends[number]], int(reference[number]), int(homes[number]))
 
     def check(self, take: Take, device: str, eps: Sequence[float]) -> CellCheck:
-        """Measure the cells; the rows that are asked are those with the highest ids."""
+        """Measure the cells; the query rows are those with the highest ids."""
         a, b, near = most_similar(self.rows[self.ours][-_ASKED:], self.rows, take, device, _K)
         place = np.zeros(self.rows.max() + 1, np.int64)
         place[self.rows] = np.arange(len(self.rows))

@@ -1,4 +1,4 @@
-"""From pairs of similar rows to groups, and which row of a group stays: the decisions of `dedup`, in plain arrays."""
+"""From pairs of similar rows to groups, and the kept row of each group: the decisions of `dedup`, in plain arrays."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-#: Pairs of rows: numbers a and b, and how near they are, the higher the nearer.
+#: Pairs of rows: numbers a and b, and how near they are (higher is nearer).
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 NO_PAIRS: Pairs = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
 
 
 def joined(found: Iterable[Pairs]) -> Pairs:
-    """Put pairs into one list."""
+    """Concatenate pairs."""
     a, b, near = (np.concatenate(side) for side in zip(NO_PAIRS, *found, strict=True))
     return a, b, near
 
 
 class Forest:
-    """Collects similar pairs and keeps no more of them than decide who is connected to whom, at any threshold.
+    """Collects similar pairs, and keeps only those needed to decide which rows are connected at any threshold.
 
     m copies of one picture make m²/2 pairs. A maximum spanning forest of the pairs has fewer than m, and two rows are
-    connected by pairs of at least some similarity if and only if they are so in the forest (the bottleneck property of
-    minimum spanning trees). Pairs name rows 0 to n - 1; more than `limit` are thinned out, which bounds the memory.
+    connected by pairs of at least some similarity if and only if the forest connects them at it (the bottleneck
+    property of minimum spanning trees). Pairs name rows 0 to n - 1; more than `limit` are thinned out, which bounds
+    the memory.
     """
 
     def __init__(self, n: int, limit: int = 2_000_000) -> None:
@@ -35,7 +36,7 @@ class Forest:
 
     def add(self, a: np.ndarray, b: np.ndarray, near: np.ndarray) -> None:
         """Add pairs."""
-        if not len(a):  # to hold many of these between large blocks that come and go would keep the heap from shrinking
+        if not len(a):  # many small arrays between large temporary blocks would keep the heap from shrinking
             return
         self._held.append((a, b, near))
         self._size += len(a)
@@ -43,7 +44,7 @@ class Forest:
             self._thin()
 
     def pairs(self) -> Pairs:
-        """Return what is left of the pairs."""
+        """Return the remaining pairs."""
         if self._size >= max(1, self._n):
             self._thin()
         return joined(self._held)
@@ -53,22 +54,23 @@ class Forest:
         from scipy.sparse.csgraph import minimum_spanning_tree
 
         a, b, near = joined(self._held)
-        # A pair that was found twice, in two cells, must count once: a sparse matrix adds up.
+        # A pair found in two cells must count once, but a sparse matrix adds duplicates up.
         a, b = np.minimum(a, b), np.maximum(a, b)
         order = np.lexsort((-near, b, a))
         first = np.r_[True, (np.diff(a[order]) != 0) | (np.diff(b[order]) != 0)]
         a, b, near = a[order][first], b[order][first], near[order][first]
-        # A weight of 0 would be no edge. 3 - s is exact in float64 for every float32 s of -64 to 1.
+        # A weight of 0 would mean no edge. 3 - s is exact in float64 for every float32 s from -64 to 1.
         graph = coo_array((3.0 - near.astype(np.float64), (a, b)), shape=(self._n, self._n))
         tree = minimum_spanning_tree(graph.tocsr()).tocoo()
         self._held, self._size = [(tree.row, tree.col, (3.0 - tree.data).astype(np.float32))], len(tree.row)
 
 
 def order_rows(rows: pa.Table) -> np.ndarray:
-    """Numbers of rows, sorted by who would rather stay.
+    """Numbers of rows, sorted by preference for being kept.
 
-    Those of the reference (``ref``) stand first; then the higher ``rank``, missing ones last; then ``shard``, ``key``
-    and ``sample_offset``. No two rows share the last three, so the order depends on neither partitions nor workers.
+    Those of the reference (``ref``) come first; then by descending ``rank``, missing ones last; then by ``shard``,
+    ``key`` and ``sample_offset``. No two rows share the last three, so the order does not depend on partitions or
+    workers.
     """
     by = {"ref": False, "rank": False, "shard": True, "key": True, "sample_offset": True}
     keys = [(name, "ascending" if up else "descending") for name, up in by.items()]
@@ -76,7 +78,7 @@ def order_rows(rows: pa.Table) -> np.ndarray:
 
 
 def component_roots(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
-    """For each of n rows the lowest row number that pairs connect it to, which may be its own: (n,) int64."""
+    """For each of n rows, the lowest row number connected to it by pairs, possibly its own: (n,) int64."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -88,14 +90,14 @@ def component_roots(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
 
 
 def follow(parent: np.ndarray) -> np.ndarray:
-    """Follow pointers to their ends: a row that stays points to itself, and there is no other cycle."""
+    """Follow pointers to their ends: a kept row points to itself, and there are no other cycles."""
     while not np.array_equal(up := parent[parent], parent):
         parent = up
     return parent
 
 
 def strongest(row: np.ndarray, partner: np.ndarray, near: np.ndarray) -> Pairs:
-    """Keep for each row its most similar partner; of equally similar ones the lowest number."""
+    """Keep for each row its most similar partner, among equals the one with the lowest number."""
     order = np.lexsort((partner, -near, row))
     _, first = np.unique(row[order], return_index=True)
     best = order[first]

@@ -1,11 +1,11 @@
 """Find duplicate images in tiers: same bytes, nearly the same hash, nearly the same embedding.
 
-The frame is read once, where its partitions are computed, and its rows come to the process that asks: some 150 bytes
-each in memory, and their vectors into a file in Dask's ``temporary-directory`` (2 GB for 10⁶ rows of 512), which is
-mapped. There cells are compared, on all threads or on the card. To shuffle vectors to the workers of a cluster would
-send each as often as it has cells, while to compare it takes some microseconds. Sets too large for one disk go in
-parts, each against the index of those before. Which rows meet follows from hashes of shard, key and offset, and who
-stays from a total order: the result depends on neither threads, partitions, workers nor the order of rows.
+The frame is read once, where its partitions are computed, and its rows are collected in the calling process: about 150
+bytes each in memory, and their vectors in a memory-mapped file in Dask's ``temporary-directory`` (2 GB for 10⁶ rows of
+512). Cells are compared there, on all threads or on the GPU. Shuffling vectors to a cluster's workers would send each
+once per cell, although comparing it takes only microseconds. Sets too large for one disk can be processed in parts,
+each against the index of the previous ones. Hashes of shard, key and offset decide which rows are compared, and a total
+order decides which is kept: the result does not depend on threads, partitions, workers or the order of rows.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from .rows import Rows, Source, gather
 
 Rule = Literal["components", "semdedup", "nemo"]
 
-#: In the order in which they work.
+#: In the order of application.
 TIERS = ("exact", "perceptual", "semantic")
 
 RULES = ("components", "semdedup", "nemo")
 
-#: Column that each tier compares, and the step that adds it.
+#: The column that each tier compares, and the step that adds it.
 _NEEDS = {
     "exact": ("sha256", "embed"),
     "perceptual": ("phash", "embed(measures=True)"),
@@ -47,7 +47,7 @@ _NEEDS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What `find_duplicates` was asked for; `central` is the order "hard" or "easy"."""
+    """Arguments of `find_duplicates`; `central` is the order "hard" or "easy"."""
 
     tiers: Any
     eps: Any
@@ -63,7 +63,7 @@ class Options:
 
     @property
     def sequential(self) -> bool:
-        """Whether rows go one after another, by those before them."""
+        """Whether each row is compared with those before it."""
         return self.rule != "components"
 
 
@@ -86,46 +86,46 @@ def find_duplicates(
     phash: str = "phash",
     storage_options: Mapping[str, Any] | None = None,
 ) -> Duplicates:
-    """Find the duplicates in a frame, and those of a reference.
+    """Find the duplicates within a frame, and of a reference.
 
     This computes: it reads the frame once.
 
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        With ``key``, and what there is of ``shard``, ``sample_offset`` (together they must tell rows apart) and
-        ``status`` (rows that are not ``ok`` take no part).
+        With ``key`` and, if available, ``shard``, ``sample_offset`` (together they must identify rows) and ``status``
+        (rows that are not ``ok`` are not compared).
     tiers : sequence of {"exact", "perceptual", "semantic"}, optional
-        By default those whose column there is.
+        By default all whose column exists.
     eps : float or sequence of float
-        Semantic duplicates have a cosine of at least 1 - eps. Several are answered in one pass.
+        Semantic duplicates have a cosine of at least 1 - eps. Several values take one pass.
     max_distance : int
-        Perceptual duplicates' hashes differ in at most so many of 64 bits.
+        Hashes of perceptual duplicates differ in at most this many of 64 bits.
     keep : str, optional
-        A column of numbers, booleans or times: of a group, the row with the highest value stays, missing ones last.
-        ``"first"``: by shard, key and offset, the default of the rule ``components``. ``"hard"``, the default of the
-        other two, or ``"easy"``: the row least, or most, similar to the centroid of its cell (in the semantic tier; in
-        the others, the first).
+        A column of numbers, booleans or times: the row with the highest value in each group is kept; missing values
+        come last. ``"first"``, the default of the rule ``components``: the first by shard, key and offset. ``"hard"``,
+        the default of the other rules, or ``"easy"``: the row least, or most, similar to its cell's centroid (in the
+        semantic tier; in the others, the first).
     lowest : bool
-        Whether the lowest value of `keep` stays.
+        Whether to keep the lowest value of `keep` instead.
     rule : {"components", "semdedup", "nemo"}
-        How to choose which semantic duplicates to drop. ``components``: what near pairs connect is one
-        group, and the best of it stays. ``semdedup`` (arXiv:2303.09540): in each cell rows are sorted, and a row goes
-        if its highest cosine to one before it exceeds 1 - eps, also if that one has gone itself. ``nemo``: the same
-        with "at least", as NVIDIA NeMo Curator has it.
+        How to choose which semantic duplicates to drop. ``components``: rows connected by near pairs form one group,
+        and the best of it is kept. ``semdedup`` (arXiv:2303.09540): the rows of each cell are sorted, and a row is
+        dropped if its highest cosine to an earlier one exceeds 1 - eps, even if that one was dropped itself. ``nemo``:
+        the same with "at least", like NVIDIA NeMo Curator.
     against : DataFrame, str, path or Index, optional
-        A reference, as a frame or as the folder of `build_index`: what is in a set already, or the images of a
-        benchmark that must not be trained on. Rows that duplicate one of its rows go; its rows always stay, and are not
-        compared with each other.
+        A reference, as a frame or as the folder of `build_index`: an existing dataset, or the images of a benchmark
+        that must not be trained on. Rows that duplicate one of its rows are dropped; its own rows are always kept, and
+        not compared with each other.
     n_cells : int, optional
-        k-means cells; by default 2 √n above 20,000 rows, else 1. 1 compares all pairs. Cells of more than four times
-        the mean are split. An index of a like size brings its own.
+        k-means cells; by default 2 √n above 20,000 rows, else 1. 1 compares all pairs. Cells larger than four times the
+        mean are split. An index of similar size provides its own.
     probe : int
-        Cells in which a row looks for neighbours, its own included. The other two rules use 1.
+        Cells in which a row looks for neighbours, including its own. The other rules use 1.
     seed : int
         Of k-means.
     provenance : mapping, optional
-        How the embeddings were made; where an index says so too, they must agree.
+        How the embeddings were made; it must agree with an index that records it.
     embedding, sha256, phash : str
         Names of the columns. Perceptual hashes are 64-bit integers or 16 hexadecimal digits.
     storage_options : mapping, optional
@@ -139,11 +139,11 @@ def find_duplicates(
     Raises
     ------
     ValueError
-        For a tier, rule or column that there is not, or values out of range.
+        If a tier, rule or column does not exist, or a value is out of range.
     TypeError
-        If `keep` is a column of text or vectors, or a column is not of hashes or vectors.
+        If `keep` is a column of text or vectors, or a compared column does not hold hashes or vectors.
     DedupError
-        If two rows cannot be told apart, or vectors differ in width, from each other or from the reference's.
+        If two rows are indistinguishable, or vectors differ in width from each other or from the reference's.
     """
     names = {"sha256": sha256, "phash": phash, "embedding": embedding}
     options = _settle(df, Options(tiers, eps, max_distance, keep, lowest, rule, n_cells, probe, seed, names))
@@ -163,7 +163,7 @@ def find_duplicates(
         sources.append(Source(against, columns))
 
     def gathered(only: np.ndarray | None = None) -> Rows:
-        """All rows; or some, and then with their vectors, for the similarity in the table of groups."""
+        """All rows, or some with their vectors, for the similarity in the table of groups."""
         read = sources
         if only is not None:
             more = [{"embedding": embedding} if embedding in source.frame.columns else {} for source in sources]
@@ -178,8 +178,8 @@ def find_duplicates(
 
 
 def _settle(df: Any, asked: Options) -> Options:
-    """Check what was asked for."""
-    backend_of(df)  # raises for what is no frame
+    """Check the options."""
+    backend_of(df)  # raises for anything but a frame
     if asked.rule not in RULES:
         raise ValueError(f"unknown rule {asked.rule!r}: use {', '.join(RULES)}")
     values = (asked.eps,) if isinstance(asked.eps, int | float) else tuple(asked.eps)
@@ -210,7 +210,7 @@ def _settle(df: Any, asked: Options) -> Options:
 def _tiers(
     columns: Sequence[str], tiers: str | Sequence[str] | None, names: Mapping[str, str], where: str = ""
 ) -> tuple[str, ...]:
-    """Tiers that are asked for, whose columns there must be; by default those whose columns there are."""
+    """The requested tiers, whose columns must exist; by default all whose columns exist."""
     there = ", ".join(map(str, columns))
     if tiers is None:
         return tuple(tier for tier in TIERS if names[_NEEDS[tier][0]] in columns)
@@ -234,7 +234,7 @@ def _tiers(
 def _decide(
     gathered: Callable[..., Rows], identity: tuple[str, ...], options: Options, index: Index | None, backend: Backend
 ) -> Duplicates:
-    """Go through the tiers, each on what the one before left."""
+    """Apply the tiers, each to the rows left by the one before."""
     rows, found = gathered(), dict[str, Pairs]()
     if "exact" in options.tiers:
         found["exact"] = hashes.exact_pairs(rows)
@@ -255,9 +255,9 @@ def _decide(
 
 
 def _cells(rows: Rows, there: np.ndarray, options: Options, index: Index | None, backend: Backend) -> Cells:
-    """Put rows, sorted by id, in cells."""
+    """Assign rows, sorted by id, to cells."""
     home = np.full(len(rows), -1, np.int32)
-    # Of an index with far fewer rows than there are now, the cells would be too large.
+    # The cells of an index with far fewer rows would be too large.
     if (
         index is not None
         and index.about["width"]
@@ -279,7 +279,7 @@ def _cells(rows: Rows, there: np.ndarray, options: Options, index: Index | None,
 
 
 def _semantic(rows: Rows, cells: Cells, options: Options, device: str) -> Pairs:
-    """Find the pairs of near vectors; with the sequential rules, b is the row before a."""
+    """Find the pairs of near vectors; with the sequential rules, b precedes a."""
     if options.sequential:
         order = order_rows(rows.records(cells.rows))
         if options.central is not None:
@@ -298,7 +298,7 @@ def _semantic(rows: Rows, cells: Cells, options: Options, device: str) -> Pairs:
 
 
 def _levels(rows: Rows, found: Mapping[str, Pairs], options: Options) -> tuple[np.ndarray, list[Level]]:
-    """Number the rows in pairs, best first, and decide who stays after each tier; in the semantic one for each eps."""
+    """Number the rows in pairs, best first, and decide which are kept after each tier, and for each eps."""
     numbers = np.unique(
         np.concatenate([np.empty(0, np.int64), *(side for pairs in found.values() for side in pairs[:2])])
     )
@@ -336,21 +336,21 @@ def dedup(df: Any, tiers: Sequence[str] | None = None, *, mark: bool = False, **
     df : dask, pandas or cuDF DataFrame
         See `find_duplicates`.
     tiers : sequence of {"exact", "perceptual", "semantic"}, optional
-        By default those whose column there is.
+        By default all whose column exists.
     mark : bool
-        Keep all rows, and add the columns of `Duplicates.mark`.
+        Keep all rows and add the columns of `Duplicates.mark`.
     **options
         As for `find_duplicates`: ``eps``, ``max_distance``, ``keep``, ``rule``, ``against``, …
 
     Returns
     -------
     the frame's type
-        Lazy, if `df` is; the search itself is done when this returns.
+        Lazy if `df` is, but the search itself is done when this returns.
 
     Raises
     ------
     ValueError
-        For several `eps` without `mark`: which of them should drop rows? And as `find_duplicates` does.
+        If several `eps` are given without `mark`, and as `find_duplicates`.
 
     Examples
     --------
@@ -375,6 +375,6 @@ def duplicate_groups(df: Any, tiers: Sequence[str] | None = None, **options: Any
     Returns
     -------
     pandas.DataFrame
-        See `Duplicates.groups`; of several `eps`, for the largest.
+        See `Duplicates.groups`; for the largest `eps`.
     """
     return find_duplicates(df, tiers, **options).groups()

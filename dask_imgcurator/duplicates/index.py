@@ -1,9 +1,9 @@
 """An index: the rows of a set, saved by cell, for ``dedup(against=...)`` and for `search`.
 
-A folder: ``index.json``, written last; ``centroids.npy``, (k, d) float32; and for each time that rows were added
+A folder: ``index.json``, written last; ``centroids.npy``, (k, d) float32; and for each addition of rows
 ``part-*.rows.arrow`` (`rows.SCHEMA`), ``part-*.vectors.npy`` and ``part-*.starts.npy``. Rows are sorted by cell and id:
-those of cell c are rows starts[c] to starts[c + 1] - 1, and have the vectors of these numbers; rows without a vector
-stand behind all others. The files are mapped into memory, so only what is needed of them is read.
+cell c has rows starts[c] to starts[c + 1] - 1, and the vectors with the same numbers; rows without a vector come last.
+The files are memory-mapped, so only the needed parts are read.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ FORMAT = 2
 
 _BLOCK = 65_536
 
-#: By so many rows, and as many most similar to each, it is settled how many cells a search must look into.
+#: To decide how many cells to search: query rows, and how many rows most similar to each count.
 _ASKED, _K, _RECALL = 64, 20, 0.98
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that were added at one time, mapped into memory."""
+    """Rows from one addition, memory-mapped."""
 
     rows: pa.Table
     vectors: np.ndarray
@@ -49,7 +49,7 @@ class Part:
 
     @property
     def cells(self) -> np.ndarray:
-        """Home of each row that has a vector."""
+        """Home cell of each row with a vector."""
         return np.repeat(np.arange(len(self.starts) - 1, dtype=np.int32), np.diff(self.starts))
 
 
@@ -61,9 +61,9 @@ class Index:
     path : str
         The folder.
     about : dict
-        What ``index.json`` says: ``width``, ``rows``, ``vectors``, ``dtype``, ``cells``, ``seed``, ``columns``,
-        ``provenance``; ``nprobe`` (cells that a search looks into), ``recall`` (of the 20 rows most similar to a row);
-        of one that `build_search_index` made also ``column`` and ``files``.
+        The content of ``index.json``: ``width``, ``rows``, ``vectors``, ``dtype``, ``cells``, ``seed``, ``columns``,
+        ``provenance``; ``nprobe`` (cells per search), ``recall`` (of the 20 rows most similar to a row); from
+        `build_search_index`, also ``column`` and ``files``.
     centroids : numpy.ndarray
         (k, d) float32.
     """
@@ -79,7 +79,7 @@ class Index:
         return from_arrow(pa.concat_tables([part.rows.select(list(IDENTITY)) for part in self.parts]))
 
     def check(self, width: int, provenance: Mapping[str, Any] | None) -> None:
-        """Raise DedupError where vectors of that width, or of that origin, cannot be compared with the index's."""
+        """Raise DedupError if vectors of this width or origin cannot be compared with the index's."""
         if width and self.about["width"] and width != self.about["width"]:
             raise DedupError(
                 f"the index {self.path} holds embeddings of {self.about['width']} numbers, the rows have {width}: "
@@ -97,7 +97,7 @@ class Index:
 
 
 def open_index(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Index:
-    """Open an index that `build_index` or `build_search_index` left; a remote one is copied to this machine first."""
+    """Open an index made by `build_index` or `build_search_index`; a remote one is copied to this machine first."""
     folder, options = os.fspath(path), dict(storage_options or {})
     text = files.read_text(files.join(folder, "index.json"), options)
     if text is None:
@@ -145,21 +145,21 @@ def build_index(
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        With ``key``, and what there is of ``shard``, ``sample_offset``, ``status`` and the three columns named below.
-        Rows whose status is not ``ok`` are left out.
+        With ``key`` and, if available, ``shard``, ``sample_offset``, ``status`` and the three columns named below. Rows
+        whose status is not ``ok`` are left out.
     path : str or path
         Folder.
     append : bool
-        Add to the index that is there, keeping its cells. Rows that it has already are not looked for: append what
-        `dedup` with ``against=path`` left.
+        Add to an existing index, keeping its cells. Rows already in it are not detected: append the rows left by
+        `dedup` with ``against=path``.
     dtype : {"float32", "float16"}
-        Of the saved embeddings. float16 halves the index and changes a cosine by less than 0.001.
+        Type of the saved embeddings. float16 halves the index and changes a cosine by less than 0.001.
     n_cells, seed
         k-means, see `find_duplicates`.
     provenance : mapping, optional
         How the embeddings were made (``{"model": ..., "pretrained": ...}``); `dedup` compares it with its own.
     embedding, sha256, phash : str
-        Names of the columns. Those that the frame lacks stay empty, and their tiers cannot be asked for later.
+        Names of the columns. Those that the frame lacks stay empty, and their tiers are unavailable later.
     storage_options : mapping, optional
         For the fsspec file system.
 
@@ -171,12 +171,12 @@ def build_index(
     Raises
     ------
     FileExistsError
-        If there is an index and `append` is False.
+        If the index exists and `append` is False.
     DedupError
-        If the width or the provenance differs from that of the index appended to, widths differ between rows, or two
-        rows cannot be told apart.
+        If the width or provenance differs from that of the existing index, widths differ between rows, or two rows are
+        indistinguishable.
     ValueError
-        If there is no column to index by, or no such dtype.
+        If there is no column to index, or the dtype is unknown.
     """
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype={dtype!r}: use float32 or float16")
@@ -204,7 +204,7 @@ def write_part(
     backend: Backend,
     options: Mapping[str, Any],
 ) -> Index:
-    """Add rows to an index, sorted by cell and id; `about` is what ``index.json`` says so far."""
+    """Add rows to an index, sorted by cell and id; `about` is the content of ``index.json`` so far."""
     there, half = rows.with_vector, about["dtype"] == "float16"
     cells = assign(rows, there, centroids, backend.device, 1)[0][:, 0]
     order = there[np.argsort(cells, kind="stable")]
@@ -227,7 +227,7 @@ def write_part(
         shape = {"descr": "<f2" if half else "<f4", "fortran_order": False, "shape": (len(order), rows.width)}
         np.lib.format.write_array_header_1_0(file, shape)
         for some in blocks(0, len(order), _BLOCK):
-            # Halves are of unit length, for the sake of their range; others as they are, for the last bit of a search.
+            # float16 vectors have unit length because of their range; others are unchanged, for exact searches.
             values = rows.unit(order[some]).astype(np.float16) if half else rows.raw(order[some])
             file.write(values.data)
     starts = np.r_[0, np.cumsum(np.bincount(cells, minlength=len(centroids)))]
@@ -240,17 +240,17 @@ def write_part(
 
 
 def cell_order(centroids: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """Cells, the nearest to a unit vector first."""
+    """Cells, those nearest to a unit vector first."""
     return np.argsort((centroids**2).sum(1) - centroids @ (2 * query.astype(np.float32)), kind="stable")
 
 
 def _searched(rows: Rows, cells: np.ndarray, centroids: np.ndarray, device: str) -> dict[str, Any]:
-    """Settle how many cells a search must look into, and what recall that gives."""
+    """Decide how many cells to search, and measure the resulting recall."""
     there, asked = rows.with_vector, rows.with_vector[-_ASKED:]
     if len(there) < 2:
         return {"nprobe": 1, "recall": 1.0}
     b = most_similar(asked, there, partial(rows.tensor, device), device, _K)[1]
-    # Where a query finds the cell of each of these rows, in the order in which it looks into cells.
+    # Rank of each row's cell in the order in which a query searches cells.
     place = np.stack([np.argsort(cell_order(centroids, query)) for query in rows.unit(asked)])
     home = np.zeros(len(rows), np.int64)
     home[there] = cells

@@ -1,4 +1,4 @@
-"""What `find_duplicates` found: count it, show it, mark it, drop it."""
+"""The result of `find_duplicates`: count, show, mark or drop the duplicates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .rows import OF_REFERENCE, Rows, host_rows, row_ids, text
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """What stays after a tier: `root[i]` is the record that stays for record i, which may be itself."""
+    """The state after a tier: `root[i]` is the record kept for record i, possibly itself."""
 
     tier: str
     eps: float | None
@@ -29,14 +29,14 @@ class Level:
 
 
 class Duplicates:
-    """The duplicates of a frame: who is in a group with whom, and who stays, for each tier and eps.
+    """The duplicates of a frame: the groups, and which rows are kept, for each tier and eps.
 
-    Made by `find_duplicates`.
+    Returned by `find_duplicates`.
 
     Attributes
     ----------
     cells : CellCheck or None
-        How well the cells of the semantic tier work; None where every pair was compared.
+        Quality of the semantic tier's cells; None if all pairs were compared.
     """
 
     def __init__(
@@ -50,17 +50,17 @@ class Duplicates:
     ) -> None:
         self.cells = cells
         self._identity, self._rows, self._numbers, self._levels = identity, rows, numbers, levels
-        self._again = again  # reads rows of some ids with their vectors, where no tier needed these
+        self._again = again  # rereads rows by id with their vectors, if no tier needed them
         self._ref = numbers >= rows.ours
 
     def counts(self) -> pd.DataFrame:
-        """Count what each tier and eps drops, those before it included.
+        """Count the rows that each tier and eps drops, including earlier tiers.
 
         Returns
         -------
         pandas.DataFrame
-            ``tier``, ``eps`` (NaN but for the semantic tier), ``groups``, ``dropped``, ``remaining`` (of the rows that
-            take part).
+            ``tier``, ``eps`` (NaN except for the semantic tier), ``groups``, ``dropped``, ``remaining`` (of the
+            compared rows).
         """
         lines = []
         for level in self._levels:
@@ -81,10 +81,10 @@ class Duplicates:
         Returns
         -------
         pandas.DataFrame
-            One line for each row of a group, the one that stays first: ``group`` (0, 1, …), ``key``, ``shard``,
-            ``sample_offset``, ``kept``, ``in_reference``, ``tier`` (that dropped it; null for the one that stays),
-            ``eps`` (the smallest of those tried that drops it), ``kept_key``, ``kept_shard``, ``similarity`` (cosine to
-            the one that stays; NaN without embeddings) and ``distance`` (bits in which the hashes differ).
+            One row per member of a group, the kept one first: ``group`` (0, 1, …), ``key``, ``shard``,
+            ``sample_offset``, ``kept``, ``in_reference``, ``tier`` (which dropped it; null for the kept row), ``eps``
+            (the smallest tried that drops it), ``kept_key``, ``kept_shard``, ``similarity`` (cosine to the kept row;
+            NaN without embeddings) and ``distance`` (number of differing hash bits).
         """
         table = self._table(self._level(eps))
         a, b = self._numbers[table.pop("at")], self._numbers[table.pop("root")]
@@ -109,15 +109,15 @@ class Duplicates:
         Returns
         -------
         the frame's type
-            With ``duplicate_tier`` (that drops the row; null where it stays), ``duplicate_eps`` (the smallest eps of
-            those tried that drops it), ``duplicate_group`` (as in `groups`; null outside any), ``duplicate_of`` and
-            ``duplicate_of_shard`` (key and shard of the one that stays). Rows that stay at a smaller eps are
-            those with ``duplicate_tier != "semantic"`` or a larger ``duplicate_eps``, and no other tier.
+            With ``duplicate_tier`` (which drops the row; null if it is kept), ``duplicate_eps`` (the smallest tried eps
+            that drops it), ``duplicate_group`` (as in `groups`; null outside any), ``duplicate_of`` and
+            ``duplicate_of_shard`` (key and shard of the kept row). A smaller eps keeps, in addition, the rows with
+            ``duplicate_tier == "semantic"`` and a larger ``duplicate_eps``.
         """
         return self._map(df, _mark_partition, eps, _MARKS)
 
     def drop(self, df: Any, eps: float | None = None) -> Any:
-        """Leave out the duplicates.
+        """Drop the duplicates.
 
         Parameters
         ----------
@@ -129,7 +129,7 @@ class Duplicates:
         Returns
         -------
         the frame's type
-            The rows that stay, and those that did not take part (no status ``ok``), unchanged and in order.
+            The kept rows, and those that were not compared (status not ``ok``), unchanged and in order.
         """
         return self._map(df, _drop_partition, eps, pa.schema([]))
 
@@ -139,7 +139,7 @@ class Duplicates:
         identity = tuple(n for n in IDENTITY if n in df.columns)
         if identity != self._identity:
             raise ValueError(
-                f"the rows were identified by {', '.join(self._identity)}, but this frame has "
+                f"rows were identified by {', '.join(self._identity)}, but this frame has "
                 f"{', '.join(identity) or 'none of them'}: give the frame that was searched"
             )
         return apply_step(df, function, dask.delayed(names) if is_dask(df) else names, added)
@@ -165,7 +165,7 @@ class Duplicates:
         return (level.root != np.arange(len(level.root))) & ~self._ref
 
     def _table(self, level: Level) -> pd.DataFrame:
-        """Rows of the groups, sorted by group, who stays first; `at` and `root` are records."""
+        """Rows of the groups, sorted by group, the kept one first; `at` and `root` are records."""
         gone = self._gone(level)
         at = np.flatnonzero(gone | np.isin(np.arange(len(gone)), level.root[gone]))
         root = level.root[at]
@@ -198,13 +198,13 @@ _MARKS = pa.schema(
 
 
 def _found_in(frame: Any, names: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Line of `names`, sorted by id, for each row of a partition; and whether there is one."""
+    """For each row of a partition, its position in `names` (sorted by id), and whether it is there."""
     table, taking_part = host_rows(frame)
     if not len(names):
         return np.zeros(len(table), np.int64), np.zeros(len(table), bool)
     ids, those = row_ids(table), names["id"].to_numpy(np.uint64)
     at = np.minimum(np.searchsorted(those, ids), len(those) - 1)
-    # The key is compared too: of billions of rows, two may share a hash.
+    # The key is compared too: among billions of rows, two may share a hash.
     same = names["key"].iloc[at].to_numpy(object) == text(table["key"]).to_numpy()
     return at, (those[at] == ids) & same & taking_part
 

@@ -1,6 +1,6 @@
-"""Rows as they are compared: numbered, with what tells them apart, what decides who stays, hashes, and vectors.
+"""Rows for comparison: numbered, with identity, rank, hashes, and vectors.
 
-They are in one place: the light columns in memory (about 150 bytes a row), the vectors in files that are mapped.
+They are in one place: the light columns in memory (about 150 bytes per row), the vectors in memory-mapped files.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ..select.ranks import IDENTITY, RandomOrder
 if TYPE_CHECKING:
     import torch
 
-#: What is known of every row. `id` hashes what tells rows apart; the higher the `rank`, the rather a row stays; `file`
-#: is the number of its partition. Text has large offsets, as a column of all rows needs them.
+#: Columns of every row. `id` hashes the row's identity; rows with a higher `rank` are kept first; `file` is the number
+#: of the partition. Text has 64-bit offsets, because one column holds all rows.
 SCHEMA = pa.schema(
     [
         ("id", pa.uint64()),
@@ -40,20 +40,20 @@ SCHEMA = pa.schema(
     ]
 )
 
-#: Bits that a perceptual hash must have set, and not set, to be compared.
+#: Minimum number of set bits, and of unset bits, for a perceptual hash to be compared.
 LEAST_BITS = 8
 
-#: A row that is compared with a saved copy of itself is a duplicate of it, and no row twice.
+#: A row compared with a saved copy of itself is a duplicate of it, not an error.
 OF_REFERENCE = np.uint64(0x9E3779B97F4A7C15)
 
 
 class DedupError(ValueError):
-    """The rows cannot be compared as they are."""
+    """The rows cannot be compared."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A frame, and the columns that its rows are made of: of `sha256`, `phash` and `embedding` what there is."""
+    """A frame and its columns to compare: `sha256`, `phash` and `embedding`, as far as available."""
 
     frame: Any
     columns: Mapping[str, str]
@@ -61,7 +61,7 @@ class Source:
     lowest: bool = False
 
     def __post_init__(self) -> None:
-        require_columns(self.frame, ["key"], "dedup", "rows are known by it")
+        require_columns(self.frame, ["key"], "dedup", "it identifies rows")
         if not self.columns:
             raise ValueError(
                 "there is no column to find duplicates by: embed adds sha256 and embedding "
@@ -70,7 +70,7 @@ class Source:
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """Columns that tell its rows apart."""
+        """Columns that identify its rows."""
         return tuple(name for name in IDENTITY if name in self.frame.columns)
 
 
@@ -78,12 +78,12 @@ class Source:
 
 
 def row_ids(table: pa.Table) -> np.ndarray:
-    """Hash ``shard``, ``key`` and ``sample_offset``, what there is of them: (n,) uint64, the same in every process."""
+    """Hash ``shard``, ``key`` and ``sample_offset``, as far as available: (n,) uint64, the same in every process."""
     return RandomOrder(tuple(name for name in IDENTITY if name in table.column_names)).keys(table)[0]
 
 
 def host_rows(frame: Any, columns: Iterable[str | None] = ()) -> tuple[pa.Table, np.ndarray]:
-    """What tells the rows of a partition apart, with other columns; and which rows have a key and did not fail."""
+    """Identity of a partition's rows, with other columns; and which rows have a key and did not fail."""
     names = [*(name for name in (*IDENTITY, "status") if name in frame.columns), *(c for c in columns if c is not None)]
     table = backend_of(frame).to_host(frame, list(dict.fromkeys(names)))
     mask = table["key"].is_valid()
@@ -95,7 +95,7 @@ def host_rows(frame: Any, columns: Iterable[str | None] = ()) -> tuple[pa.Table,
 def take_rows(
     frame: Any, columns: Mapping[str, str], keep: str | None, lowest: bool, only: np.ndarray | None
 ) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """Take the rows that are compared out of a partition, vectors that have a direction, and the rows' numbers."""
+    """Return a partition's rows to compare, their nonzero vectors, and the numbers of the rows with vectors."""
     sha256, phash, embedding = (columns.get(name) for name in ("sha256", "phash", "embedding"))
     table, chosen = host_rows(frame, [sha256, phash, keep])
     there, n, ids = table.column_names, len(table), row_ids(table)
@@ -118,7 +118,7 @@ def take_rows(
 
 
 def text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column as text; categories as what they stand for."""
+    """A column as text; categories by their values."""
     return column.cast(pa.string()).cast(pa.large_string())
 
 
@@ -132,7 +132,7 @@ def _rank(values: pa.ChunkedArray, name: str, lowest: bool) -> np.ndarray:
 
 
 def _hashes(values: pa.ChunkedArray, name: str) -> pa.Array:
-    """Perceptual hashes; null where there is none that tells something."""
+    """Perceptual hashes; null where missing or uninformative."""
     missing = values.is_null().to_numpy()
     out = np.zeros(len(values), np.uint64)
     if pa.types.is_integer(values.type):
@@ -147,7 +147,7 @@ def _hashes(values: pa.ChunkedArray, name: str) -> pa.Array:
         raise TypeError(
             f"column {name!r} holds {values.type}: perceptual hashes are 64-bit integers or hexadecimal text"
         )
-    # A hash of a plain area is nearly all zeros (or ones), whatever its colour: it is no sign of likeness.
+    # The hash of a plain area is nearly all zeros (or ones), whatever its colour: it says nothing about similarity.
     bits = np.bitwise_count(out)
     return pa.array(out, mask=missing | (np.minimum(bits, 64 - bits) < LEAST_BITS))
 
@@ -162,7 +162,7 @@ def _vectors(frame: Any, name: str | None, chosen: np.ndarray, backend: Backend)
 
 
 def is_in(ids: np.ndarray, those: np.ndarray) -> np.ndarray:
-    """Whether each id is one of sorted ids: (n,) bool."""
+    """Whether each id is among sorted ids: (n,) bool."""
     if not len(those):
         return np.zeros(len(ids), bool)
     return np.asarray(those[np.minimum(np.searchsorted(those, ids), len(those) - 1)] == ids)
@@ -172,9 +172,9 @@ def is_in(ids: np.ndarray, those: np.ndarray) -> np.ndarray:
 
 
 class Rows:
-    """Rows by number: the first `ours` are of the frame, the others of the reference.
+    """Rows by number: the first `ours` belong to the frame, the others to the reference.
 
-    `slots` says where the vector of each row lies in `pieces`, counted through them; -1 where it has none.
+    `slots` is the position of each row's vector in `pieces`, counted through them, or -1 without a vector.
     """
 
     def __init__(self, table: pa.Table, ours: int, width: int, slots: np.ndarray, pieces: Sequence[np.ndarray]) -> None:
@@ -191,16 +191,16 @@ class Rows:
 
     @cached_property
     def with_vector(self) -> np.ndarray:
-        """Numbers of the rows that have a vector, sorted by id: any stretch of them is a random sample."""
+        """Numbers of the rows with a vector, sorted by id: any range of them is a random sample."""
         there = np.flatnonzero(self.slots >= 0)
         return there[np.argsort(self.ids[there], kind="stable")]
 
     def records(self, rows: np.ndarray) -> pa.Table:
-        """What is known of some rows, and whether they are of the reference (``ref``)."""
+        """Columns of some rows, and whether they belong to the reference (``ref``)."""
         return self.table.take(rows).append_column("ref", pa.array(rows >= self.ours))
 
     def raw(self, rows: np.ndarray) -> np.ndarray:
-        """Vectors of some rows, as they are: (m, width) float32."""
+        """Vectors of some rows, not normalised: (m, width) float32."""
         slots, out = self.slots[rows], np.empty((len(rows), self.width), np.float32)
         which = np.searchsorted(self._ends, slots, "right")
         for number, (piece, end) in enumerate(zip(self.pieces, self._ends, strict=True)):
@@ -209,19 +209,19 @@ class Rows:
         return out
 
     def unit(self, rows: np.ndarray) -> np.ndarray:
-        """Vectors of some rows, of unit length."""
+        """Vectors of some rows, at unit length."""
         out = self.raw(rows)
         out /= np.sqrt(np.einsum("ij,ij->i", out, out))[:, None]
         return out
 
     def tensor(self, device: str, rows: np.ndarray) -> torch.Tensor:
-        """The same, on a device."""
+        """Unit vectors on a device."""
         import torch
 
         return torch.from_numpy(self.unit(rows)).to(device)
 
     def cosines(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosine of row a[i] and row b[i], (m,) float32; NaN where one of them has no vector."""
+        """Cosine of row a[i] and row b[i], (m,) float32; NaN if one of them has no vector."""
         out = np.full(len(a), np.nan, np.float32)
         known = np.flatnonzero((self.slots[a] >= 0) & (self.slots[b] >= 0))
         for some in np.array_split(known, 1 + len(known) // 4096):
@@ -229,7 +229,7 @@ class Rows:
         return out
 
     def joined(self, parts: Sequence[tuple[pa.Table, np.ndarray]], width: int) -> Rows:
-        """Add rows of the reference, of which the first have vectors."""
+        """Add rows of the reference; those with vectors come first."""
         tables, slots, stored = [self.table], [self.slots], sum(len(piece) for piece in self.pieces)
         for table, vectors in parts:
             tables.append(of_reference(table))
@@ -240,10 +240,10 @@ class Rows:
 
 
 def gather(sources: Sequence[Source], only: np.ndarray | None = None) -> Rows:
-    """Bring the rows of frames here, in one pass over each; those of all but the first are of the reference.
+    """Collect the rows of frames in one pass over each; all but the first frame belong to the reference.
 
-    `only` are sorted ids of rows that are wanted. Vectors are in a file in Dask's ``temporary-directory``, without a
-    name, so that it goes when they do.
+    `only` are the sorted ids of wanted rows. Vectors are in an unnamed file in Dask's ``temporary-directory``, which
+    disappears with them.
     """
     tables, slots, ours, stored, widths = [SCHEMA.empty_table()], [np.empty(0, np.int64)], 0, 0, []
     with tempfile.TemporaryFile(prefix="imgcurator-", dir=dask.config.get("temporary-directory", None)) as file:
@@ -277,26 +277,26 @@ def gather(sources: Sequence[Source], only: np.ndarray | None = None) -> Rows:
         file.flush()
         shape = stored, max(widths)
         vectors = np.memmap(file, np.float32, "r", shape=shape) if stored else np.empty(shape, np.float32)
-    pa.default_memory_pool().release_unused()  # what reading took
+    pa.default_memory_pool().release_unused()  # memory used for reading
     rows = Rows(pa.concat_tables(tables), ours, max(widths), np.concatenate(slots), [np.asarray(vectors)])
     _check_unique(rows)
     return rows
 
 
 def of_reference(table: pa.Table) -> pa.Table:
-    """Rows as those of a reference: none of them is one of ours, and none is better than another."""
+    """Rows as those of a reference: without partition, and with equal rank."""
     ids = pa.array(table["id"].to_numpy() ^ OF_REFERENCE)
     return table.set_column(0, "id", ids).set_column(4, "rank", pa.nulls(len(table), pa.float64())).cast(SCHEMA)
 
 
 def _check_unique(rows: Rows) -> None:
-    """Complain of rows that cannot be told apart: one would be dropped as the other's duplicate, or both."""
+    """Raise DedupError for indistinguishable rows: one or both would be dropped as the other's duplicate."""
     ids = rows.ids[: rows.ours]
     order = np.argsort(ids, kind="stable")
     for at in np.flatnonzero(ids[order[1:]] == ids[order[:-1]]).tolist():
         one, other = rows.table.select(list(IDENTITY)).take(order[at : at + 2]).to_pylist()
-        if one == other:  # of billions of rows, two may share a hash
+        if one == other:  # among billions of rows, two may share a hash
             raise DedupError(
                 f"two rows have shard {one['shard']!r}, key {one['key']!r} and sample_offset {one['sample_offset']}: "
-                "these must identify a row. Drop rows that are there twice, or keep the columns shard and sample_offset"
+                "these must identify a row. Drop repeated rows, or keep the columns shard and sample_offset"
             )

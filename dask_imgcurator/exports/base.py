@@ -1,7 +1,7 @@
-"""What an export format is, the registry of formats, and how their files are written.
+"""The registry of export formats, and the writing of their files.
 
-A format is a function under `export_format`, in a module of this folder: nothing else names it. For a folder it is
-``(df, **options) -> Layout``, for a single file ``(df, file, **options) -> rows written``.
+A format is a function decorated by `export_format`, in a module of this folder; nothing else refers to it. For a folder
+it is ``(df, **options) -> Layout``, for a single file ``(df, file, **options) -> rows written``.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ T = TypeVar("T")
 
 
 class ExportError(ValueError):
-    """Rows that cannot be written in a format."""
+    """Rows cannot be written in a format."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The result of an export.
 
     Attributes
     ----------
     files : list of str
-        Their paths or URLs.
+        Paths or URLs of the written files.
     rows : int
-        Rows of the table that they hold.
+        Number of exported rows.
     """
 
     files: list[str]
@@ -57,7 +57,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """A format of `export`: a line about it, the function that describes or writes it, and whether it is a folder."""
+    """A format of `export`: a one-line description, its function, and whether it is a folder."""
 
     about: str
     function: Callable[..., Any]
@@ -78,7 +78,7 @@ def export_format(name: str, about: str, folder: bool = True) -> Callable[[T], T
 
 
 def formats() -> Mapping[str, ExportFormat]:
-    """All formats by name: those that the modules of this folder register."""
+    """All formats by name, as registered by the modules of this folder."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"{__package__}.{module.name}")
     return dict(sorted(_REGISTERED.items()))
@@ -98,36 +98,36 @@ def export(
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        A score table; rows that are not ``ok`` are left out. Only the columns that are written are read, once: give a
-        table (`read_scores`), not a lazy `embed`.
+        A score table; rows that are not ``ok`` are left out. The written columns are read once: pass a table
+        (`read_scores`), not a lazy `embed`.
     out : str or path
-        Folder, or file: ``dask-imgcurator export --help`` and the pages on exports say which.
+        Folder or file, depending on the format (see ``dask-imgcurator export --help``).
     format : str
-        Such as ``clip-retrieval``.
+        Name of the format, such as ``clip-retrieval``.
     storage_options : mapping, optional
         For the fsspec file system of `out`.
     overwrite : bool
-        Whether such files that are there are replaced.
+        Whether existing files of the format are replaced.
     **options
-        Of the format, such as ``arch`` of ``datacomp`` and ``column`` of ``list``.
+        Options of the format, such as ``arch`` for ``datacomp`` and ``column`` for ``list``.
 
     Returns
     -------
     Exported
-        The files, and their rows. In a folder, each partition that has rows gets files of its own, numbered without
-        gaps, so the largest partition bounds memory. If anything fails, no file is left.
+        The files, and their rows. In a folder, each partition with rows gets its own files, numbered without gaps, so
+        the largest partition bounds memory. If anything fails, no file is left.
 
     Raises
     ------
     ExportError
-        If there is no such format, a column that it needs is missing, or rows cannot be written in it.
+        If the format does not exist, a column that it needs is missing, or rows cannot be written in it.
     FileExistsError
-        If such files are there and `overwrite` is False.
+        If files of the format exist and `overwrite` is False.
     """
     known = formats()
     if format not in known:
         raise ExportError(f"unknown format {format!r}: use {', '.join(known)}")
-    backend_of(df)  # raises for anything that is no frame
+    backend_of(df)  # raises for anything but a frame
     chosen, target, storage = known[format], files.absolute(out), dict(storage_options or {})
     if chosen.folder:
         return _write_folder(df, target, chosen.function(df, **options), storage, overwrite)
@@ -140,7 +140,7 @@ def export(
 
 # --- columns --------------------------------------------------------------------------------------
 
-#: The function that adds the columns of a step, and the command.
+#: The function that adds a step's columns, and the command.
 _ADDED_BY = {
     "read": ("read_webdataset", "score"),
     "embed": ("embed", "score"),
@@ -155,8 +155,8 @@ _ADDED_BY = {
 class Field:
     """A column of a layout's Parquet files.
 
-    `sources` are the columns of the table that it may be made of: the first that there is, or with `make` all of them.
-    `type` None: as it is. `needs` is the column to ask for where none of the sources is there.
+    `sources` are columns of the table to fill it from: the first one that exists, or with `make` all of them. `type`
+    None leaves the type unchanged. `needs` is the column to name in the error if no source exists.
     """
 
     name: str
@@ -177,7 +177,7 @@ class Field:
 
 
 def require(df: Any, column: str, format_: str, vector: bool = False) -> None:
-    """Raise `ExportError` for a column that a format needs and a frame lacks, with the function that adds it."""
+    """Raise `ExportError` if a frame lacks a column that a format needs, naming the function that adds it."""
     if column in df.columns:
         return
     command = f"score … --column {shlex.quote(column)}"
@@ -194,7 +194,7 @@ def require(df: Any, column: str, format_: str, vector: bool = False) -> None:
 
 
 def filled(df: Any, fields: Iterable[Field], format_: str) -> list[Field]:
-    """Return the fields that a frame can fill, each with the one column that fills it."""
+    """Return the fields that a frame can fill, each with its source column."""
     found = []
     for item in fields:
         if there := [name for name in item.sources if name in df.columns]:
@@ -205,12 +205,12 @@ def filled(df: Any, fields: Iterable[Field], format_: str) -> list[Field]:
 
 
 def with_status(df: Any, columns: Iterable[str]) -> Any:
-    """Project a frame on some columns and on the one that `only_ok` needs."""
+    """Select some columns of a frame, and the one that `only_ok` needs."""
     return df[list(dict.fromkeys([*columns, *(["status"] if "status" in df.columns else [])]))]
 
 
 def only_ok(frame: Any) -> Any:
-    """Leave the failed rows of a partition out."""
+    """Leave out the failed rows of a partition."""
     return frame[frame["status"] == "ok"] if "status" in frame.columns else frame
 
 
@@ -224,11 +224,11 @@ def concatenated(found: Sequence[list[T]]) -> list[T]:
 
 @dataclass(frozen=True)
 class Layout:
-    """The files that a partition becomes.
+    """The files made from a partition.
 
-    `fields` make the Parquet file. `names` maps what is written (``parquet``, ``npz`` for all arrays, or the name of an
-    array) to its path in the folder, with ``{}`` for the number, which has so many digits (0: as many as the number of
-    files has). `vectors` maps names of arrays to columns of the table.
+    `fields` make the Parquet file. `names` maps each output (``parquet``, ``npz`` for all arrays, or the name of an
+    array) to its path in the folder, with ``{}`` for the number, which has `digits` digits (0: as many as the number of
+    files). `vectors` maps names of arrays to columns of the table.
     """
 
     fields: Sequence[Field]
@@ -242,7 +242,7 @@ class Layout:
         return list(dict.fromkeys(chain.from_iterable(item.sources for item in self.fields)))
 
     def present(self, folder: str, storage_options: Mapping[str, Any]) -> list[str]:
-        """Return the files of a folder that have such names."""
+        """Return the files of a folder with names of the layout."""
         found = []
         for path in self.names.values():
             pattern = re.compile(re.escape(Path(path).name).replace(r"\{\}", "[0-9]+"))
@@ -254,7 +254,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Part:
-    """What was written of a partition: URLs, and widths of vectors, by name."""
+    """The files written from a partition: URLs, and widths of vectors, by name."""
 
     rows: int
     urls: Mapping[str, str]
@@ -263,10 +263,10 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes the files of a partition under names that begin alike and say nothing.
+    """Writes the files of a partition under temporary names with a common prefix.
 
-    Only when all are written is it known which partitions have rows, and so what their numbers are. To count before
-    would not do: Dask cuts a table of Parquet files into other partitions where it reads other columns.
+    Which partitions have rows, and hence their numbers, is known only after writing. Counting first would not help:
+    Dask splits a table of Parquet files into different partitions if it reads different columns.
     """
 
     layout: Layout
@@ -274,7 +274,7 @@ class _Writer:
     storage: Mapping[str, Any]
 
     def __call__(self, frame: Any) -> list[_Part | Exception]:
-        # An exception that is raised would end the export while other tasks are still writing.
+        # Raising an exception would end the export while other tasks are still writing.
         failed = f"{self.prefix}failed"
         if files.exists(failed, self.storage):
             return []
@@ -293,7 +293,7 @@ class _Writer:
         for what, url in urls.items():
             with files.write_whole(url, self.storage) as file:
                 if what == "parquet":
-                    pq.write_table(table, file, compression="snappy")  # which every reader knows
+                    pq.write_table(table, file, compression="snappy")  # every reader supports it
                 elif what == "npz":
                     np.savez(file, **arrays)  # type: ignore[arg-type]
                 else:
@@ -316,7 +316,7 @@ def _half(frame: Any, column: str) -> np.ndarray:
 
 
 def _write_folder(df: Any, folder: str, layout: Layout, storage: Mapping[str, Any], overwrite: bool) -> Exported:
-    """Write a frame as the numbered files of a layout: all of them, or none."""
+    """Write a frame as the numbered files of a layout, completely or not at all."""
     there = layout.present(folder, storage)
     if there and not overwrite:
         raise FileExistsError(
@@ -336,7 +336,7 @@ def _write_folder(df: Any, folder: str, layout: Layout, storage: Mapping[str, An
     finally:
         _clear(prefix, storage)
         files.remove_partial(folder, own=True)
-    new = {url.rpartition("/")[2] for url in urls}  # whole URLs may be spelled in several ways
+    new = {url.rpartition("/")[2] for url in urls}  # full URLs may be spelled in several ways
     for url in there:
         if url.rpartition("/")[2] not in new:
             files.remove(url, storage)
@@ -344,7 +344,7 @@ def _write_folder(df: Any, folder: str, layout: Layout, storage: Mapping[str, An
 
 
 def _checked(found: Sequence[_Part | Exception], layout: Layout, folder: str) -> list[_Part]:
-    """Raise what stopped a partition, and for what only all together show."""
+    """Raise the error of a partition, or for inconsistencies between partitions."""
     parts = []
     for part in found:
         if isinstance(part, Exception):
@@ -356,14 +356,13 @@ def _checked(found: Sequence[_Part | Exception], layout: Layout, folder: str) ->
         narrow, *wider = sorted({part.widths[name] for part in parts})
         if wider:
             raise ExportError(
-                f"column {column!r} holds vectors of {narrow} numbers and of {wider[0]}: "
-                "export what one model has embedded"
+                f"column {column!r} holds vectors of {narrow} numbers and of {wider[0]}: export embeddings of one model"
             )
     return parts
 
 
 def _name(parts: Sequence[_Part], layout: Layout, folder: str, storage: Mapping[str, Any]) -> list[str]:
-    """Give the files of all partitions their names, which are returned."""
+    """Rename the files of all partitions to their final names, which are returned."""
     digits = layout.digits or len(str(len(parts)))
     old = [part.urls[what] for part in parts for what in layout.names]
     new = [files.join(folder, p.format(str(i).zfill(digits))) for i in range(len(parts)) for p in layout.names.values()]
@@ -376,8 +375,8 @@ def _name(parts: Sequence[_Part], layout: Layout, folder: str, storage: Mapping[
             return
         fs, _ = files.file_system(source, storage)
         try:
-            files.persist(target, lambda: fs.copy([source], [target]))  # of lists no name is a pattern
-        except NotImplementedError:  # it can only rename, as sftp
+            files.persist(target, lambda: fs.copy([source], [target]))  # in lists, names are not patterns
+        except NotImplementedError:  # it can only rename, like sftp
             fs.mv(source, target)
 
     names = dict(zip(old, new, strict=True))
@@ -386,7 +385,7 @@ def _name(parts: Sequence[_Part], layout: Layout, folder: str, storage: Mapping[
 
 
 def _clear(prefix: str, storage: Mapping[str, Any]) -> None:
-    """Remove the files that have got no name."""
+    """Remove the files that still have temporary names."""
     if files.is_local(prefix):
         start = files.local_path(prefix)
         for left in start.parent.glob(f"{glob.escape(start.name)}*"):
@@ -395,5 +394,5 @@ def _clear(prefix: str, storage: Mapping[str, Any]) -> None:
     for url in files.list_files(prefix.rstrip("/"), "", storage):
         files.remove(url, storage)
     fs, path = files.file_system(prefix.rstrip("/"), storage)
-    with contextlib.suppress(Exception):  # in an object store there is no folder
+    with contextlib.suppress(Exception):  # object stores have no folders
         fs.rmdir(path)

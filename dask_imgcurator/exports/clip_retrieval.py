@@ -1,4 +1,4 @@
-"""The folder that clip-retrieval, autofaiss and embedding-reader read."""
+"""The folder layout of clip-retrieval, autofaiss and embedding-reader."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .base import Field, Layout, export_format, require
 
 @export_format("clip-retrieval", "img_emb/*.npy (float16) and metadata/*.parquet")
 def clip_retrieval(df: Any, embedding: str = "embedding", text_embedding: str | None = None) -> Layout:
-    """Lay out the folder that ``clip-retrieval inference`` writes (clip_retrieval/clip_inference/writer.py).
+    """Write the folder layout of ``clip-retrieval inference`` (clip_retrieval/clip_inference/writer.py).
 
-    ``img_emb/img_emb_<i>.npy``, (n, d) float16 of the column `embedding`, and ``metadata/metadata_<i>.parquet`` of the
-    same rows, i padded with zeros to the length of the number of files; with `text_embedding` also
-    ``text_emb/text_emb_<i>.npy``. The metadata have ``image_path`` (the table's, or else ``key``, as clip-retrieval has
-    it for webdatasets), ``caption``, and every other column but vectors.
+    ``img_emb/img_emb_<i>.npy``, (n, d) float16 from the column `embedding`, and ``metadata/metadata_<i>.parquet`` with
+    the same rows, i zero-padded to the length of the number of files; with `text_embedding`, also
+    ``text_emb/text_emb_<i>.npy``. The metadata has ``image_path`` (the table's, or else ``key``, as in clip-retrieval
+    for webdatasets), ``caption``, and every other column except vectors.
     """
     vectors = {"img_emb": embedding} | ({"text_emb": text_embedding} if text_embedding else {})
     for column in vectors.values():

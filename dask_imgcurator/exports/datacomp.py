@@ -1,4 +1,4 @@
-"""What DataComp's tools read: its metadata, and uids for its resharder."""
+"""Input for DataComp's tools: metadata, and uids for its resharder."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ _FIELDS = (
 )
 
 
-@export_format("datacomp", "*.parquet and *.npz as DataComp distributes them")
+@export_format("datacomp", "*.parquet and *.npz as distributed by DataComp")
 def datacomp(
     df: Any, arch: str | None = None, embedding: str | None = "embedding", text_embedding: str | None = None
 ) -> Layout:
-    """Lay out metadata as DataComp distributes them (baselines/apply_filter.py, image_based_clustering.py).
+    """Write metadata as distributed by DataComp (baselines/apply_filter.py, image_based_clustering.py).
 
-    ``<8 digits>.parquet`` has ``uid``, ``text``, ``original_width``, ``original_height`` and, where the table has them,
+    ``<8 digits>.parquet`` has ``uid``, ``text``, ``original_width``, ``original_height`` and, if the table has them,
     ``url``, ``clip_<arch>_similarity_score`` (from ``clip_score``), ``face_bboxes`` and ``sha256``. ``<8 digits>.npz``
-    has ``<arch>_img`` and ``<arch>_txt`` of the same rows, float16, from the columns `embedding` (if it is there) and
-    `text_embedding`. `arch`, ``b32`` or ``l14``, is the CLIP model of scores and vectors; needed if there are any.
+    has ``<arch>_img`` and ``<arch>_txt`` for the same rows, float16, from the columns `embedding` (if it exists) and
+    `text_embedding`. `arch`, ``b32`` or ``l14``, is the CLIP model of scores and vectors, and required if there are
+    any.
 
-    Without a column ``uid``, uids are made: 128 bits of BLAKE2b of ``shard``, ``key`` and ``sample_offset``. The
-    samples in the tars do not have these, so the resharder would not find them. ``original_width`` and
-    ``original_height`` are of the image before img2dataset resized it: read these JSON fields if there are any, else
-    the size as decoded is written.
+    Without a column ``uid``, uids are generated: 128 bits of BLAKE2b of ``shard``, ``key`` and ``sample_offset``. The
+    resharder will not find these in the tars. ``original_width`` and ``original_height`` are the size before
+    img2dataset resized the image: read these JSON fields if they exist, otherwise the decoded size is written.
     """
     if embedding == "embedding" and embedding not in df.columns:
         embedding = None
     scored = "clip_score" in df.columns
     if arch not in ("b32", "l14") and (embedding or text_embedding or scored or arch is not None):
         raise ExportError(
-            f"arch={arch!r}: say of which CLIP model the scores and vectors are, 'b32' or 'l14' "
+            f"arch={arch!r}: name the CLIP model of the scores and vectors, 'b32' or 'l14' "
             "(on the command line: --arch)"
         )
     fields = filled(df, _FIELDS, "datacomp")
@@ -65,7 +65,7 @@ def datacomp(
 
 
 def _made_uids(table: pa.Table) -> pa.Array:
-    """Make 128 bits of what a row is known by: BLAKE2b of shard, key and sample_offset, as 32 digits."""
+    """Hash the identity of rows to 128 bits: BLAKE2b of shard, key and sample_offset, as 32 digits."""
     rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
     uids = (hashlib.blake2b("\0".join(map(str, row)).encode(), digest_size=16).hexdigest() for row in rows)
     return pa.array(uids, pa.string())
@@ -73,7 +73,7 @@ def _made_uids(table: pa.Table) -> pa.Array:
 
 @export_format("datacomp-subset", "sorted uids (u8,u8) for DataComp's resharder, one .npy file", folder=False)
 def datacomp_subset(df: Any, file: IO[bytes], uid: str = "uid") -> int:
-    """Write the uids of the rows as DataComp's resharder reads them (README, "filtering track", and resharder.py).
+    """Write the rows' uids for DataComp's resharder (README, "filtering track", and resharder.py).
 
     A NumPy array of dtype ``u8,u8``, shape (n,): the upper and the lower 64 bits, sorted by both, each uid once (the
     resharder writes a sample as often as its uid occurs). Sorted in the memory of this process, about 64 bytes a uid.

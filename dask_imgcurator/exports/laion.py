@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from .base import Field, Layout, export_format, filled
 
-# As `laion/aesthetics_v2` spells and types them; then those of other releases, which are only passed on.
+# Spelled and typed as in `laion/aesthetics_v2`; then columns of other releases, which are only copied.
 _FIELDS = (
     Field("URL", ("url", "URL"), pa.string(), needs="url"),
     Field("TEXT", ("caption", "TEXT"), pa.string(), needs="caption"),
@@ -28,12 +28,12 @@ _FIELDS = (
 
 @export_format("laion", "part-*.parquet with LAION's column names")
 def laion(df: Any) -> Layout:
-    """Lay out a table with LAION's column names.
+    """Write a table with LAION's column names.
 
-    ``part-<5 digits>.parquet`` has ``URL``, ``TEXT`` (caption), ``WIDTH``, ``HEIGHT`` (the original ones where there
-    are JSON fields ``original_width`` and ``original_height``, else as decoded), ``similarity`` (clip_score),
-    ``punsafe`` (nsfw_score), ``pwatermark``, ``AESTHETIC_SCORE``, ``hash``, ``SAMPLE_ID``, ``LICENSE``, ``NSFW`` and
-    ``LANGUAGE``: those for which the table has something. Types are those of ``laion/aesthetics_v2_4.75``; LAION's
-    ``similarity`` is ViT-B/32's.
+    ``part-<5 digits>.parquet`` has, as far as the table can fill them, ``URL``, ``TEXT`` (caption), ``WIDTH``,
+    ``HEIGHT`` (from the JSON fields ``original_width`` and ``original_height`` if they exist, otherwise as decoded),
+    ``similarity`` (clip_score), ``punsafe`` (nsfw_score), ``pwatermark``, ``AESTHETIC_SCORE``, ``hash``, ``SAMPLE_ID``,
+    ``LICENSE``, ``NSFW`` and ``LANGUAGE``. Types are those of ``laion/aesthetics_v2_4.75``; LAION's ``similarity`` is
+    ViT-B/32's.
     """
     return Layout(filled(df, _FIELDS, "laion"), {"parquet": "part-{}.parquet"}, 5)

@@ -1,4 +1,4 @@
-"""The values of a column, one a line."""
+"""The values of a column, one per line."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def _known(frame: Any, column: str) -> list[pa.ChunkedArray]:
     return [backend_of(frame).to_host(only_ok(frame), [column])[column].drop_null()]
 
 
-@export_format("list", "one key, or value of another column, a line", folder=False)
+@export_format("list", "one key, or value of another column, per line", folder=False)
 def list_(df: Any, file: IO[bytes], column: str = "key") -> int:
-    """Write the values of a column of text or integers, one a line, in UTF-8; rows where it is null are left out."""
+    """Write the values of a column of text or integers, one per line, in UTF-8, without nulls."""
     require(df, column, "list")
     type_ = arrow_type(df, column)
     if not (kind_of(type_) == "string" or pa.types.is_integer(type_) or pa.types.is_null(type_)):

@@ -21,7 +21,7 @@ def to_scores(
     like: URLPath | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Write a frame as a score table, which all commands and any reader of Parquet open.
+    """Write a frame as a score table, which all commands and any Parquet reader can open.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def to_scores(
     urlpath : str or path
         A new folder, for one file per partition.
     like : str, path, or sequence of them, optional
-        Score table that the embeddings and scores come from: the new one then names the same model and heads.
+        Score table that the embeddings and scores come from; the new one then records the same model and heads.
     storage_options : mapping, optional
         For the fsspec file systems of both.
 
@@ -67,7 +67,7 @@ def to_scores(
 
 def _write_part(frame: Any, url: str, provenance: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     backend = backend_of(frame)
-    if "shard" in frame.columns:  # what may be copied by this table
+    if "shard" in frame.columns:  # the shards that this table may copy from
         shards = backend.to_host(frame[["shard"]].drop_duplicates(), ["shard"])["shard"].drop_null().to_pylist()
         provenance = {**provenance, "sources": folders_of(map(str, shards))}
     write_score_file(frame, url, provenance, backend.name, options)

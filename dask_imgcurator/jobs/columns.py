@@ -48,7 +48,7 @@ def add_columns(
     scores : str, path, or sequence of them
         Score table, as for `read_scores`.
     out : str or path
-        Folder for the larger table.
+        Folder for the extended table.
     heads : sequence of str or path
         Heads of your own: files, or registered names; see `steps_heads.score_head`.
     clip_score : bool
@@ -56,34 +56,34 @@ def add_columns(
     prompts : mapping, optional
         See `score_prompts`.
     caption_stats, language : bool
-        Length of captions; and their language.
+        Whether to add the length and the language of captions.
     aesthetic_head, nsfw_head : str, optional
         A published head, see `score_aesthetic`.
     clusters : int, optional
-        How many clusters of the embeddings are found, see `assign_clusters`.
+        Number of clusters of the embeddings, see `assign_clusters`.
     reference : str, path, or sequence of them, optional
-        Score table of another dataset, by the same model, whose rows are counted in each cluster.
+        Score table of another dataset, made by the same model, whose rows are counted per cluster.
     seed : int
-        Of the clusters.
+        Seed of the clusters.
     weights_dir : path, optional
         Folder with the published heads.
     overwrite : bool
-        Whether another result in `out` is replaced, whole.
+        Whether another result in `out` is replaced completely.
     storage_options, backend, client, monitor
-        As for `select_rows`; texts need a model, which new worker processes load.
+        As for `select_rows`; if texts need a model, new worker processes load it.
 
     Returns
     -------
     list of str
-        Columns that were added. Those that the table had already are left as they are.
+        The added columns. Those that the table already had are left unchanged.
 
     Raises
     ------
     FileExistsError
         As `select_rows`.
     ValueError
-        If nothing is asked for, several models made the embeddings, or a text is compared with those of an unknown
-        model.
+        If nothing is requested, several models made the embeddings, or texts need the embeddings' model and it is
+        unknown.
     """
     light = not (clip_score or prompts)
     with open_table(scores, storage_options, backend, client, monitor, light=light) as table:
@@ -118,7 +118,7 @@ def add_columns(
             added |= {name: made_by for name in df.columns if str(name).startswith("cluster") and name not in there}
         new = [name for name in df.columns if name not in there]
         if not new:
-            raise ValueError(f"nothing to add: the table has what was asked for ({', '.join(sorted(there))})")
+            raise ValueError(f"nothing to add: the table already has these columns ({', '.join(sorted(there))})")
         targets = targets_of(table, out)
         note = json.loads(json.dumps(added, default=str))
         made = made_of("add", scores, note, ", ".join(new))
@@ -133,7 +133,7 @@ def _same_model(reference: URLPath, encoder: Mapping[str, Any], storage_options:
     other = check_makers(table, ["embedding"]).get("encoder", {})
     if other != encoder:
         raise ValueError(
-            f"the reference's embeddings are of {model_name({'encoder': other})}, the table's of "
+            f"the reference's embeddings are from {model_name({'encoder': other})}, the table's from "
             f"{model_name({'encoder': encoder})}: they cannot be compared"
         )
     return table.frame("pandas")
@@ -143,7 +143,7 @@ def _text_model(encoder: Mapping[str, Any]) -> tuple[str, str | None]:
     """Name and weights of the model that made a table's embeddings."""
     if "model" not in encoder:
         raise ValueError(
-            "the score table does not say which model made its embeddings: only a table of `score` or `curate` has "
-            "what it takes to compare texts with them (or call score_clip with model= and pretrained=)"
+            "the score table does not record which model made its embeddings, which is needed to compare texts with "
+            "them: use a table of `score` or `curate` (or call score_clip with model= and pretrained=)"
         )
     return str(encoder["model"]), encoder.get("pretrained") or None

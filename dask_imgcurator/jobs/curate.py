@@ -39,7 +39,7 @@ from .score import MissingShardsError, Scored, measure_files, score_into
 
 
 def _made(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What curated shards take over of the provenance of their rows: how their values were made."""
+    """The part of the rows' provenance that curated shards keep: how the values were made."""
     return {name: value for name, value in provenance.items() if name in (*COMMON, "added")}
 
 
@@ -101,33 +101,33 @@ def write_selection(
     max_count, max_size : int, str
         See `to_webdataset`.
     resume : bool
-        Whether curated shards that are there already and hold the same samples are taken over.
+        Whether existing curated shards with the same samples are reused.
     overwrite : bool
-        Whether curated shards of other source shards that are in `out` are replaced, whole. Those of the same source
-        shards always are: `out` then holds the new selection.
+        Whether curated shards in `out` made from other source shards are replaced completely. Those from the same
+        source shards always are: `out` then holds the new selection.
     allow_shards : sequence of str or path
         Folders (or shards) from which samples may be copied, besides the folders of the shards that the table's files
-        are of. A row may name any file or address, and whoever made the table wrote it.
+        describe. In a table from someone else, a row may name any file or address.
     storage_options, source_options : mapping, optional
         For the fsspec file systems of both folders, and of the source shards.
     backend : {"auto", "cudf", "pandas"}, optional
-        Of the frames; by default pandas: nothing here is worth a card.
+        Type of the frames; by default pandas, because a GPU would not pay off here.
     client : distributed.Client, str, or int, optional
         Where to run, as for `curate`.
     monitor : Monitor, optional
-        Is told how the run goes on.
+        Receives progress and notes.
 
     Returns
     -------
     (Counts, list of dict)
-        What was kept, and ``_stats.json`` of each shard.
+        Counts of the selection, and ``_stats.json`` of each shard.
 
     Raises
     ------
     FileExistsError
-        If `out` holds curated shards of other source shards and `overwrite` is False.
+        If `out` holds curated shards made from other source shards and `overwrite` is False.
     ValueError
-        If several models made the scores that are compared.
+        If several models made the compared scores.
     WriteError
         If rows name shards elsewhere, or a source was changed after it was scored.
     """
@@ -171,14 +171,14 @@ def curate(
     monitor: Monitor | None = None,
     **options: Any,
 ) -> RunResult:
-    """Curate shards: score every image, keep those that an expression takes, write them as curated shards.
+    """Curate shards: score every image, keep those that match an expression, write them as curated shards.
 
     The same as ``dask-imgcurator curate``.
 
     Parameters
     ----------
     urlpath : str, path, or sequence of them
-        Shards, as for `read_webdataset`; or a folder of pictures, which are packed into ``packed/`` first (`pack`).
+        Shards, as for `read_webdataset`; or a folder of pictures, which are first packed into ``packed/`` (`pack`).
     out : str or path
         Folder for ``scores/``, ``shards/``, ``report.html`` and ``run.json``.
     where : str, optional
@@ -187,25 +187,25 @@ def curate(
     min_aesthetic, max_nsfw : float, optional
         Shorthands for ``aesthetic_score >= X`` and ``nsfw_score < X``.
     steps : str, Step, or iterable of them
-        Further steps on what these leave, as for `apply_steps`: ``"top 30% by clip_score"``, ``"sample 10000"``.
+        Further steps on the remaining rows, as for `apply_steps`: ``"top 30% by clip_score"``, ``"sample 10000"``.
     max_count, max_size : int, str
         Size of the curated shards, see `to_webdataset`.
     resume : bool
-        Whether what an earlier run of the same provenance finished is taken over.
+        Whether completed work of an earlier run with the same provenance is reused.
     overwrite : bool
-        Whether scores of another model, with other settings or of other shards that are in `out` are replaced, whole.
+        Whether scores in `out` by another model, with other settings or of other shards are replaced completely.
     allow_missing : bool
-        Whether shards that cannot be read now are only noted, and no error in the end.
+        Whether to only note shards that cannot be read now, instead of raising an error at the end.
     limit : int, optional
-        Only the first so many shards, for a first look; a later run without it takes them over.
+        Only score the first `limit` shards, for a first look; a later run without it reuses them.
     client : distributed.Client, str, or int, optional
         Where to run: a client, the address of a scheduler (``tcp://host:8786``), or a number of new worker processes on
         this machine. By default new ones: one per GPU; on a CPU one per core with 4 GB.
     monitor : Monitor, optional
-        Is told how the run goes on.
+        Receives progress and notes.
     **options
-        ``model``, ``pretrained``, ``batch_size``, ``dtype``, ``measures`` (True here): see `embed`; by default ViT-L-14
-        of OpenAI, or the starter where its weights cannot be had. ``columns``, ``caption``, ``image``, ``backend``,
+        ``model``, ``pretrained``, ``batch_size``, ``dtype``, ``measures`` (True here): see `embed`; by default OpenAI's
+        ViT-L-14, or the starter if its weights are unavailable. ``columns``, ``caption``, ``image``, ``backend``,
         ``storage_options``: see `read_webdataset`. ``aesthetic_head``, ``nsfw_head``: a head's name, ``auto`` (the one
         trained on the model) or ``none``. ``weights_dir``: folder with the heads. ``out_options``: for the fsspec file
         system of `out`.
@@ -218,7 +218,7 @@ def curate(
     Raises
     ------
     WhereError, SelectionError
-        For a mistake in the expression or a step, before anything is done.
+        If the expression or a step has a mistake, before anything is done.
     FileExistsError
         If `out` holds something else and `overwrite` is False, or files that this library did not write.
     JobError
@@ -230,7 +230,7 @@ def curate(
     result = RunResult(folder, notes=monitor.notes)
     given = ScoreOptions(**options)
     where, then = combine(where, min_aesthetic, max_nsfw), list(expand_steps(steps))
-    if then and all(isinstance(step, Where) for step in then):  # judged while shards are scored; what ranks needs all
+    if then and all(isinstance(step, Where) for step in then):  # applied while shards are scored; ranks need all rows
         where, then = conjunction([*([where] if where is not None else []), *(step.text for step in then)]), []
     curated = files.join(folder, "shards")
     if (pictures := pictures_of(urlpath, folder)) is not None:
@@ -290,7 +290,7 @@ def curate(
 
 
 def _selected(client: Client, scored: Scored, steps: Sequence[Step], last: Last) -> tuple[Scored, Last]:
-    """Settle steps that rank on what was scored, and count it again by them."""
+    """Find the bounds of ranking steps on the scored rows, and count again with them."""
     df = scores_from_files(scored.urls, scored.read)
     settled = selection.settle(df, steps, alone=True, planned=last.settled.planned).settled
     last = replace(last, settled=settled)

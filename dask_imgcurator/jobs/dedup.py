@@ -21,16 +21,16 @@ from .tables import open_table, targets_of, write_table
 
 @dataclass(frozen=True)
 class Deduplicated:
-    """What `drop_duplicates` found.
+    """The result of `drop_duplicates`.
 
     Attributes
     ----------
     rows, kept : int
-        Of the table, and of the result (without rows that are not ``ok``).
+        Rows of the table, and of the result (without rows that are not ``ok``).
     counts : list of dict
         For each tier and eps: ``tier``, ``eps``, ``groups``, ``dropped``, ``remaining``.
     cells : CellCheck or None
-        How well the cells of the semantic tier work; None where every pair was compared.
+        Quality of the semantic tier's cells; None if all pairs were compared.
     """
 
     rows: int
@@ -59,13 +59,13 @@ def drop_duplicates(
     scores : str, path, or sequence of them
         Score table, as for `read_scores`.
     out : str or path, optional
-        Folder for the rows that are left; None: only count.
+        Folder for the remaining rows; None only counts them.
     groups : str or path, optional
-        Parquet file for the table of groups: which rows, which of them is kept, how similar.
+        Parquet file for the table of groups: their rows, which one is kept, how similar they are.
     index : str or path, optional
-        Folder for an index of what is left, to compare later tables with (`against`).
+        Folder for an index of the remaining rows, to compare later tables with (`against`).
     overwrite : bool
-        Whether another result in `out` is replaced, whole.
+        Whether another result in `out` is replaced completely.
     storage_options, backend, client, monitor
         As for `select_rows`.
     **options
@@ -74,20 +74,20 @@ def drop_duplicates(
     Returns
     -------
     Deduplicated
-        How many rows each tier finds, and how many are left.
+        How many rows each tier drops, and how many remain.
 
     Raises
     ------
     FileExistsError
         As `select_rows`.
     ValueError
-        If several `eps` are given with `out` or `index`; if several models made what is compared; and as
-        `deduplication.find_duplicates` does.
+        If several `eps` are given with `out` or `index`, if several models made the compared columns, and as
+        `deduplication.find_duplicates`.
     """
     monitor = monitor or Monitor()
     eps = options.get("eps", 0.05)
     if not isinstance(eps, int | float) and len(set(eps)) > 1 and (out is not None or index is not None):
-        raise ValueError(f"eps={list(eps)}: to drop rows, name one; without a folder to write to, all are counted")
+        raise ValueError(f"eps={list(eps)}: name one to drop rows; only counting takes several")
     vectors = options.get("embedding", "embedding")
     with open_table(scores, storage_options, backend, client, monitor) as table:
         df = table.df[table.df["status"] == "ok"] if "status" in table.df.columns else table.df
@@ -103,7 +103,7 @@ def drop_duplicates(
         made = encoder or None
         found = deduplication.find_duplicates(df, provenance=made, storage_options=storage_options, **options)
         counts = json.loads(found.counts().to_json(orient="records"))
-        rows = len(table.df[["key"]])  # not of the frame: Dask would read its embeddings
+        rows = len(table.df[["key"]])  # not the length of the frame: Dask would read its embeddings
         kept = int(counts[-1]["remaining"]) if counts else rows
         if groups is not None:
             with files.write_whole(os.fspath(groups), storage_options) as file:

@@ -1,4 +1,4 @@
-"""Pictures that are not in tars yet: folders of files, and Parquet with the bytes of images, as webdataset shards."""
+"""Pack pictures that are not in tars, from folders of files and Parquet with image bytes, into webdataset shards."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from ..storage import files
 from ..storage.samples import IMAGE_EXTENSIONS
 from ..storage.urls import fingerprint
 
-#: What a folder of shards that were packed says of its sources.
+#: Record of the sources in a folder of packed shards.
 _RECORD = ".packed.json"
 
-#: Names that a column of keys, and the members of a Hugging Face image, have.
+#: Names of key columns, and of the members of a Hugging Face image.
 _KEYS = ("__key__", "key", "uid", "id")
 _BYTES, _PATH = "bytes", "path"
 
-#: Extensions of formats that have others than their names.
+#: Extensions of formats that differ from the format's name.
 _EXTENSIONS = {"JPEG": "jpg", "JPEG2000": "jp2"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one shard is packed from: samples of a folder, or rows of a Parquet file."""
+    """The input of one shard: samples of a folder, or rows of a Parquet file."""
 
     url: str  # of the shard
     samples: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()  # a key, its extensions and their files
@@ -64,39 +64,39 @@ def pack(
     Parameters
     ----------
     source : str or path
-        A folder of pictures, with what lies beside them under the same name (``cat.jpg``, ``cat.txt``, ``cat.json``),
-        its subfolders too; or a Parquet file, or a folder of such files, with a column of encoded images, as Hugging
-        Face's image datasets have.
+        A folder of pictures, including subfolders and companion files with the same name (``cat.jpg``, ``cat.txt``,
+        ``cat.json``); or a Parquet file, or a folder of them, with a column of encoded images, like Hugging Face's
+        image datasets.
     out : str or path
         Folder for the shards, ``00000.tar`` and so on.
     image : str, optional
-        Name of the column of images, of a table that has several.
+        Name of the image column, if a table has several.
     max_count, max_size : int, str
-        Samples and bytes of a shard; tables are cut by samples alone.
+        Maximum samples and bytes per shard; for tables, only samples count.
     overwrite : bool
-        Whether shards in `out` that were packed from something else are replaced.
+        Whether shards in `out` packed from something else are replaced.
     storage_options, out_options : mapping, optional
         For the fsspec file systems of the source and of `out`.
     client : distributed.Client, str, or int, optional
         Where to run, as for `select_rows`.
     monitor : Monitor, optional
-        Is told how the run goes on.
+        Receives progress and notes.
 
     Returns
     -------
     list of str
-        The shards. A sample's key is its path in the folder without extension, dots made underscores; of a row its
-        ``key``, ``uid`` or ``id``, or the file's name and the row's number. Further columns of plain values make the
-        sample's ``.json``.
+        The shards. A sample's key is its path in the folder without extension, with dots replaced by underscores; for a
+        row, it is its ``key``, ``uid`` or ``id``, or the file's name and the row's number. Other columns of plain
+        values become the sample's ``.json``.
 
     Raises
     ------
     FileNotFoundError
-        If there is no picture.
+        If there are no pictures.
     FileExistsError
         If `out` holds shards of something else and `overwrite` is False.
     ValueError
-        If two samples would have one key, or it is not clear which column holds the images.
+        If two samples would have the same key, or it is unclear which column holds the images.
     """
     monitor = monitor or Monitor()
     folder, reading, writing = files.absolute(out), dict(storage_options or {}), dict(out_options or {})
@@ -108,7 +108,7 @@ def pack(
     else:
         samples, ignored = _samples(root, found)
         if ignored:
-            monitor.note(f"{count(len(ignored), 'file')} beside the pictures belong to none, such as {ignored[0]}.")
+            monitor.note(f"{count(len(ignored), 'file')} beside the pictures match no picture, such as {ignored[0]}.")
         parts = _parts_of_samples(samples, found, folder, max_count, parse_size(max_size))
     if not parts:
         raise FileNotFoundError(
@@ -131,7 +131,7 @@ def pack(
 
 
 def pictures_of(source: URLPath, out: str) -> str | None:
-    """The folder, where it is one of pictures or tables and has no shards; None for anything else."""
+    """The folder, if it holds pictures or tables and no shards; None for anything else."""
     items = [source] if isinstance(source, str | os.PathLike) else list(source)
     if len(items) != 1 or not files.is_local(folder := os.fspath(items[0])) or not files.local_path(folder).is_dir():
         return None
@@ -146,17 +146,17 @@ def _is_picture(url: str) -> bool:
 
 
 def _claim(folder: str, record: str, overwrite: bool, options: Mapping[str, Any]) -> set[str]:
-    """Make a folder one of such shards, and return those that it has: each was written whole."""
+    """Claim a folder for packed shards, and return the existing ones, each of which is complete."""
     there = set(files.list_files(folder, ".tar", options))
     known = files.read_text(files.join(folder, _RECORD), options)
     ours = {files.join(folder, f"{i:05d}.tar") for i in range(json.loads(known)["shards"])} if known else set()
     if foreign := sorted(there - ours):
-        raise FileExistsError(f"{foreign[0]} was not packed from anything: choose another folder, or move it away")
+        raise FileExistsError(f"{foreign[0]} was not written by pack: choose another folder, or move it away")
     if known == record:
         return there
     if there and not overwrite:
         raise FileExistsError(
-            f"{folder} holds shards of something else ({min(there)}): choose another folder, or --overwrite"
+            f"{folder} holds shards packed from something else ({min(there)}): choose another folder, or --overwrite"
         )
     for url in there:
         files.remove(url, options)
@@ -166,7 +166,7 @@ def _claim(folder: str, record: str, overwrite: bool, options: Mapping[str, Any]
 
 
 def _listed(root: str, options: Mapping[str, Any], out: str) -> dict[str, int]:
-    """Files below a folder, or the file itself, sorted, and their sizes; without hidden ones, and those in `out`."""
+    """Files below a folder, or the file itself, sorted, with sizes; without hidden files and those in `out`."""
     if files.is_local(root):
         path = files.local_path(root)
         if path.is_file():
@@ -182,7 +182,7 @@ def _listed(root: str, options: Mapping[str, Any], out: str) -> dict[str, int]:
 
 
 def _record(root: str, parts: Sequence[Part], image: str | None, sizes: Mapping[str, int]) -> str:
-    """What decides the shards: the files, their versions, and how they are cut."""
+    """Everything that decides the shards: the files, their versions, and how they are split."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{part.samples}\0{part.table}\0{part.start}\0{part.rows}\n".encode())
@@ -195,7 +195,7 @@ def _record(root: str, parts: Sequence[Part], image: str | None, sizes: Mapping[
 
 
 def _samples(root: str, found: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Pictures and what lies beside them, by key and extension; and files that belong to no picture."""
+    """Pictures and companion files by key and extension; and files that match no picture."""
     below = len(root.rstrip("/")) + 1
     pictures: dict[str, str] = {}  # by path without extension, and with it
     samples: dict[str, dict[str, str]] = {}
@@ -209,7 +209,7 @@ def _samples(root: str, found: Iterable[str]) -> tuple[dict[str, dict[str, str]]
         stem = str(path.with_suffix(""))
         key = str(path.with_name(path.stem.replace(".", "_")))
         if key in samples and extension in samples[key]:
-            raise ValueError(f"{url} and {samples[key][extension]} would have one key, {key!r}: rename one of them")
+            raise ValueError(f"{url} and {samples[key][extension]} would both have the key {key!r}: rename one of them")
         samples.setdefault(key, {})[extension] = url
         pictures[stem] = pictures[str(path)] = key
     ignored = []
@@ -255,7 +255,7 @@ def _parts_of_tables(
 
 
 def _rows(part: Part, image: str | None, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Samples of the rows of a table: a key, and what its members hold."""
+    """Samples from the rows of a table: a key, and the content of its members."""
     with files.opened_parquet(part.table, options) as parquet:
         column = _image_column(parquet.schema_arrow, image, part.table)
         key = next((name for name in _KEYS if name in parquet.schema_arrow.names), None)
@@ -276,7 +276,7 @@ def _members(row: dict[str, Any], column: str) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     if data is not None:
         named = PurePosixPath(path or "").suffix.lower().removeprefix(".")
-        known = format_of(data) or "JPEG"  # what is none is told when it is decoded
+        known = format_of(data) or "JPEG"  # anything else is reported when decoded
         members[named if named in IMAGE_EXTENSIONS else _EXTENSIONS.get(known, known.lower())] = data
     for name in ("caption", "text"):
         if isinstance(row.get(name), str):
@@ -284,7 +284,7 @@ def _members(row: dict[str, Any], column: str) -> dict[str, bytes]:
             break
     rest = {name: value for name, value in row.items() if not isinstance(value, bytes) and not _has_bytes(value)}
     rest = {name: None if value != value else value for name, value in rest.items()}  # NaN is not JSON
-    if rest or not members:  # a row of nothing is a sample, too
+    if rest or not members:  # an empty row is a sample too
         members["json"] = json.dumps(rest, ensure_ascii=False, default=str).encode()
     return members
 
@@ -305,8 +305,8 @@ def _image_column(schema: pa.Schema, image: str | None, url: str) -> str:
     if image is not None and image not in found:
         raise ValueError(f"{url} has no column {image!r} of images (available: {', '.join(found) or 'none'})")
     if image is None and len(found) != 1:
-        these = f"there are {', '.join(found)}: name one by --image" if found else "there is none of binary data"
-        raise ValueError(f"{url}: it is not clear which column holds the images; {these}")
+        these = f"there are {', '.join(found)}: name one with --image" if found else "none holds binary data"
+        raise ValueError(f"{url}: it is unclear which column holds the images; {these}")
     return image or found[0]
 
 
@@ -333,13 +333,13 @@ def _pack_rows(tar: tarfile.TarFile, part: Part, image: str | None, reading: Map
     keys = set()
     for key, members in _rows(part, image, reading):
         if key in keys:
-            raise ValueError(f"{part.table} has several rows of the key {key!r}: they would be one sample")
+            raise ValueError(f"{part.table} has several rows with the key {key!r}: they would be one sample")
         keys.add(key)
         for extension, data in members.items():
             _add(tar, f"{key}.{extension}", io.BytesIO(data), len(data))
 
 
 def _add(tar: tarfile.TarFile, name: str, source: Any, size: int) -> None:
-    info = tarfile.TarInfo(name)  # owned by nobody, of no time: the same files make the same shards
+    info = tarfile.TarInfo(name)  # no owner or time: the same files make the same shards
     info.size = size
     tar.addfile(info, source)

@@ -1,4 +1,4 @@
-"""Pages about any score table: a report on it, and a comparison of two selections."""
+"""Pages about any score table: a report, and a comparison of two selections."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_report(
     client: Place = None,
     monitor: Monitor | None = None,
 ) -> str:
-    """Write a page that shows what a selection keeps and what it throws away.
+    """Write a page that shows what a selection keeps and drops.
 
     Parameters
     ----------
@@ -56,40 +56,39 @@ def write_report(
     out : str or path
         The HTML file.
     steps : str, Step, or iterable of them
-        The selection, as for `select_rows`; without any, the page shows the table.
+        The selection, as for `select_rows`; without steps, the page shows the table.
     groups : path, str, or pandas.DataFrame, optional
         Table of duplicates (`drop_duplicates` with ``groups=``, or `Duplicates.groups`), to show side by side.
     source_options : mapping, optional
-        For the fsspec file systems of the source shards, from which thumbnails are made; by default as for the table.
+        For the fsspec file systems of the source shards, which thumbnails are made from; by default as for the table.
     storage_options, client, monitor
         As for `select_rows`.
 
     Returns
     -------
     str
-        `out`: one file that needs nothing else and loads nothing from outside. A few MB at most, however many rows
-        there are: what is shown of the rows are counts, histograms, and a few pictures of each kind. Pictures whose
-        shards cannot be read are left out and counted.
+        `out`: a self-contained file that loads nothing from outside, of a few MB at most, because it only shows counts,
+        histograms, and a few pictures of each kind. Pictures whose shards cannot be read are left out and counted.
 
     Raises
     ------
     WhereError, SelectionError
-        For a mistake in the selection, before anything is done.
+        If the selection has a mistake, before anything is done.
     FileNotFoundError
-        If there is no such score table, or no such file of groups.
+        If the score table or the file of groups does not exist.
     ValueError
-        If `groups` is no such table, or several models made the scores.
+        If `groups` is not such a table, or several models made the scores.
 
     Notes
     -----
-    The table is streamed once, without embeddings; steps that rank read their column before.
+    The table is streamed once, without embeddings, after steps that rank have read their column.
     """
     parsed = list(expand_steps(steps))
     target = os.fspath(out)
     _check_target(target)
     options = dict(storage_options or {})
     shown = _read_groups(groups, options)
-    # Pages are made of a few rows, in pandas, wherever the selection is computed.
+    # Pages are made from a few rows, in pandas, wherever the selection is computed.
     with open_table(scores, options, "pandas", client, monitor) as table:
         check_makers(table.scores, _shown_of(table.scores.schema))
         settled = selection.settle(table.df, parsed, alone=True).settled
@@ -120,32 +119,32 @@ def compare_selections(
     Parameters
     ----------
     a, b : str or path
-        A score table each (a folder that `select_rows` or `drop_duplicates` wrote), or an expression on `scores`.
+        Score tables (folders written by `select_rows` or `drop_duplicates`), or expressions on `scores`.
     out : str or path
         The HTML file.
     scores : str, path, or sequence of them, optional
-        Score table that expressions are on.
+        Score table for expressions.
     storage_options : mapping, optional
         For the fsspec file systems of the tables and of `out`.
     source_options : mapping, optional
-        For the fsspec file systems of the source shards, from which thumbnails are made; by default as for the tables.
+        For the fsspec file systems of the source shards, which thumbnails are made from; by default as for the tables.
 
     Returns
     -------
     comparison.Compared
-        How many rows are in both and in one; the page is in `out`.
+        How many rows are in both, and in only one of them; the page is in `out`.
 
     Raises
     ------
     WhereError
-        For a mistake in an expression.
+        If an expression has a mistake.
     FileNotFoundError
         If `a` or `b` is neither a score table nor, with `scores`, an expression.
 
     Notes
     -----
-    Rows are the same if ``shard``, ``key`` and ``sample_offset`` are. Each table is streamed twice, without
-    embeddings; in memory are 8 bytes a row that is kept.
+    Rows are the same if ``shard``, ``key`` and ``sample_offset`` are equal. Each table is streamed twice, without
+    embeddings; memory holds 8 bytes per kept row.
     """
     target = os.fspath(out)
     _check_target(target)
@@ -160,7 +159,7 @@ def compare_selections(
 
 
 def _shown_of(schema: pa.Schema) -> list[str]:
-    """Columns that a page is about."""
+    """Columns that a page shows."""
     return [name for name in schema.names if name != "embedding"]
 
 
@@ -180,15 +179,15 @@ def _title(scores: URLPath) -> str:
     items = [scores] if isinstance(scores, str | os.PathLike) else list(scores)
     names = [os.fspath(item) for item in items]
     names = [str(files.local_path(n).absolute()) if files.is_local(n) else n.rstrip("/") for n in names]
-    # A folder is mostly called 'scores': the one above it says more.
+    # Most folders are called 'scores'; the parent's name says more.
     shown = ["/".join(name.partition("?")[0].split("/")[-2:]) for name in names]
     return shown[0] if len(shown) == 1 else f"{shown[0]} and {len(shown) - 1} more"
 
 
 def _provenance(table: ScoreTable) -> tuple[dict[str, Any], list[str]]:
-    """What a table's scores depend on, and caveats for the reader."""
+    """The provenance of a table's scores, and caveats for the reader."""
     made = [file.provenance for file in table.files]
-    # What differs from file to file by nature says nothing of the whole.
+    # Leave out entries that always differ between files.
     provenance = table.shared
     encoder = made[0].get("encoder", {})
     notes = model_notes(encoder.get("model"), encoder.get("pretrained"))
@@ -197,7 +196,7 @@ def _provenance(table: ScoreTable) -> tuple[dict[str, Any], list[str]]:
         names = ", ".join(sorted({str(encoder.get("model")), *others}))
         notes.append(f"The files of this table were not all made by the same model and weights ({names}).")
     if not encoder:
-        notes.append("The table does not say how its scores were made: it is not of this library.")
+        notes.append("The table does not record how its scores were made: this library did not write it.")
     return provenance, notes
 
 
@@ -211,7 +210,7 @@ def _side(
     except (FileNotFoundError, NotADirectoryError):
         if scores is None:
             raise FileNotFoundError(
-                f"no score table at {name!r}: an expression needs the score table that it is on"
+                f"no score table at {name!r}; if it is an expression, name the score table for it too"
             ) from None
         table, where = open_scores(scores, storage_options), name
     parsed = None if where is None else parse_where(where, table.kinds)
@@ -227,7 +226,7 @@ def _read_groups(
     if groups is None:
         return None
     if not isinstance(groups, pd.DataFrame):
-        look_at(os.fspath(groups), storage_options)  # which says what it is, if it is no Parquet file
+        look_at(os.fspath(groups), storage_options)  # says what it is, if not a Parquet file
         with files.opened(os.fspath(groups), storage_options) as file:
             frame = pd.read_parquet(file)
         name = repr(os.fspath(groups))

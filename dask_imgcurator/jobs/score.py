@@ -41,13 +41,13 @@ from ..storage.urls import expand, fingerprint, marks_changes
 
 
 def score_graph(targets: Sequence[Target], plan: ScorePlan, last: Last) -> dd.DataFrame:
-    """Make the graph that scores shards, a task for each."""
+    """Make the graph that scores shards, one task each."""
     return tasks(targets, _score_shard, plan, last, label="write-scores")
 
 
 def _score_shard(target: Target, plan: ScorePlan, last: Last) -> Written:
     """Index, embed, score, write, count."""
-    # As in a frame of `read_webdataset` with the same steps after it, which costs the client thrice as much a shard.
+    # Equivalent to `read_webdataset` and the same steps on a frame, which would cost the client three times as much.
     frame = embed_partition(index_partition([target.shard], plan.read), plan.embed)
     for use in plan.heads:
         frame = score_partition(frame, use)
@@ -56,7 +56,7 @@ def _score_shard(target: Target, plan: ScorePlan, last: Last) -> Written:
 
 @dataclass(frozen=True)
 class Written:
-    """A score file that was written: its version, its schema, and what it holds."""
+    """A written score file: its version, schema and content."""
 
     version: str
     schema: pa.Schema
@@ -77,12 +77,12 @@ def _write(frame: Any, target: Target, plan: ScorePlan, last: Last) -> Written:
 
 
 def _differs(plan: ScorePlan) -> str:
-    """What is otherwise in this process than what the run's score files say; empty: nothing."""
+    """How this process differs from the provenance of the run's score files; empty if it does not."""
     return difference(as_read({**plan.provenance, **describe(plan)}), plan.provenance)
 
 
 def _seen(target: Target, storage_options: Mapping[str, Any]) -> str:
-    """The version of a shard on this machine; copies of a local file may differ in their times."""
+    """The version of a shard on this machine; modification times of local copies may differ."""
     here, there = fingerprint(target.shard, storage_options), target.version
     return there if files.is_local(target.shard) and here.split()[0] == there.split()[0] else here
 
@@ -107,7 +107,7 @@ class Scored:
     urls: list[str]
     measured: list[Measured]
     read: ScoreFiles  # how to read them
-    versions: Mapping[str, str]  # of these files, and of the shards that they are of
+    versions: Mapping[str, str]  # of these files and of their shards
     lost: Collection[str] = ()
 
     @property
@@ -122,14 +122,14 @@ class Scored:
         return Scored([url for url, _ in pairs], [one for _, one in pairs], self.read, self.versions)
 
     def decides(self, kind: str) -> str:
-        """Hash of all that decides what is written of the kept rows; empty if some of it is not known."""
+        """Hash of everything that decides what is written; empty if some of it is unknown."""
         if not all(map(marks_changes, self.versions.values())):
             return ""
         return hashlib.sha256(json.dumps([kind, self.urls, sorted(self.versions.items())]).encode()).hexdigest()
 
 
 def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan, last: Last, run_of: Run) -> Scored:
-    """Score what is not scored yet, and count everything."""
+    """Score the remaining shards, and count everything."""
     begin = time.perf_counter()
     there = look(folder, plan.storage_options)
     if not run_of.overwrite:
@@ -164,7 +164,7 @@ def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan
 
 
 def _whole(plan: ScorePlan, done: Mapping[str, Written], there: Found, rest: Sequence[str]) -> pa.Schema:
-    """Schema of files that were written and of others that are there."""
+    """Common schema of the written files and of existing ones."""
     schemas = {one.schema: table for table, one in reversed(list(done.items()))}
     schemas |= {there.looks[table].schema: table for table in rest}
     fields = [item.column for item in plan.read.fields if item.type is None]
@@ -175,7 +175,7 @@ def _whole(plan: ScorePlan, done: Mapping[str, Written], there: Found, rest: Seq
 def _remembering(
     there: Found, kind: str, plan: ScorePlan, work: Work, done: Mapping[str, Written], found: Mapping[str, Measured]
 ) -> Iterator[None]:
-    """Keep for the next run, whatever becomes of this one, what it learns of its files."""
+    """Save what this run learns about its files for the next one, even if it fails."""
     try:
         yield
     finally:
@@ -206,7 +206,7 @@ def _score(
     done: dict[str, Written],
     mark: Mark,
 ) -> None:
-    """Score shards into files, and add these to those that are `done`."""
+    """Score shards into files, and add them to `done`."""
     result, monitor = run_of.result, run_of.monitor
     begin = time.perf_counter()
     progress = ShardProgress(monitor, len(todo))
@@ -229,7 +229,7 @@ def _score(
             mark.tell(**progress.values())
     except JobError as err:
         mark.tell(now=True, stopped=str(err))
-        if type(err.__cause__) is JobError:  # of a worker, which says all
+        if type(err.__cause__) is JobError:  # from a worker, already complete
             raise JobError(str(err.__cause__)) from None
         raise
     finally:
@@ -240,7 +240,7 @@ def _score(
 
 
 def _load(client: Client, plan: ScorePlan) -> dict[str, Any]:
-    """Have all workers load the model concurrently, and return what the first one reports; all must be alike."""
+    """Have all workers load the model concurrently, and return the first one's report; all must agree."""
     require_workers(client, "loading the model")
     workers = [str(i) for i in range(len(client.nthreads()))]
     graph = Wave(workers, tasks(workers, _describe, plan, label="load-model"))
@@ -249,8 +249,8 @@ def _load(client: Client, plan: ScorePlan) -> dict[str, Any]:
         for _, answer in run(client, [graph], "loading"):
             answers.append(answer)
     except WorkersDied as err:
-        if not answers:  # others may go on without those that died
-            why = f"the worker died while it loaded the model ({err.why}): fewer --n-workers may help"
+        if not answers:  # the others may continue without those that died
+            why = f"the worker died while loading the model ({err.why}): fewer --n-workers may help"
             raise JobError(why) from None
     except JobError as err:
         if isinstance(err.__cause__, ModelError | WeightsError):
@@ -261,13 +261,13 @@ def _load(client: Client, plan: ScorePlan) -> dict[str, Any]:
         if differs := difference(_fixed(other), _fixed(provenance)):
             raise JobError(
                 f"the workers on {where} and on {first} would score differently: {differs.replace('there', where)}"
-                ": install the same versions on all machines, and give them the same files"
+                ": install the same versions and files on all machines"
             )
     return dict(provenance)
 
 
 def _fixed(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What each worker has by itself, and is not told by the first one."""
+    """Entries that each worker determines itself, instead of taking them from the first."""
     encoder = {k: v for k, v in provenance["encoder"].items() if k != "dtype"}
     versions = {k: v for k, v in provenance["versions"].items() if k != "dali"}
     return {"encoder": encoder, "heads": provenance["heads"], "versions": versions}
@@ -282,14 +282,14 @@ def _describe(_: Any, plan: ScorePlan) -> tuple[str, dict[str, Any]]:
 
 
 class MissingShardsError(JobError):
-    """Shards could not be read; everything else is done, as `result` says."""
+    """Shards could not be read; everything else is done, see `result`."""
 
     def __init__(self, result: RunResult, then: str = "") -> None:
         names = result.shards_missing
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
         super().__init__(
-            f"{count(len(names), 'shard')} cannot be read now: {names[0]}{more}. What was finished of "
-            f"them before is kept, all others are scored{then}. --allow-missing (allow_missing=True) goes on without"
+            f"{count(len(names), 'shard')} cannot be read now: {names[0]}{more}. Their finished "
+            f"scores are kept, all others are scored{then}. --allow-missing (allow_missing=True) continues without"
         )
         self.result = result
 
@@ -313,19 +313,19 @@ def score_shards(
     urlpath : str, path, or sequence of them
         Shards, as for `read_webdataset`.
     out : str or path
-        Folder for one Parquet file per shard. Several runs may fill it with parts of a dataset, also at the same time.
+        Folder for one Parquet file per shard. Several runs may fill it with parts of a dataset, even at the same time.
     resume : bool
-        Whether files of an earlier run with the same provenance are taken over.
+        Whether files of an earlier run with the same provenance are reused.
     overwrite : bool
-        Whether scores of another model, with other settings or of other shards that are in `out` are replaced, whole.
+        Whether scores in `out` by another model, with other settings or of other shards are replaced completely.
     allow_missing : bool
-        Whether shards that cannot be read now are only noted, and no error in the end.
+        Whether to only note shards that cannot be read now, instead of raising an error at the end.
     limit : int, optional
-        Only the first so many shards, for a first look; a later run without it takes them over.
+        Only score the first `limit` shards, for a first look; a later run without it reuses them.
     client : distributed.Client, str, or int, optional
         Where to run, as for `curate`.
     monitor : Monitor, optional
-        Is told how the run goes on.
+        Receives progress and notes.
     **options
         As for `curate`: ``model``, ``pretrained``, ``columns``, ``caption``, ``image``, ``aesthetic_head``,
         ``nsfw_head``, ``weights_dir``, ``batch_size``, ``dtype``, ``backend``, ``storage_options``, ``out_options``.
@@ -340,7 +340,7 @@ def score_shards(
     FileExistsError
         If `out` holds something else and `overwrite` is False, or files that this library did not write.
     JobError
-        If the run could not finish, or shards are missing. Finished shards are kept, also those that are missing now.
+        If the run could not finish, or shards are missing. Finished scores are kept, even those of missing shards.
     """
     monitor = monitor or Monitor()
     begin = time.perf_counter()

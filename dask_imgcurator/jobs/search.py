@@ -42,63 +42,62 @@ def search(
     scores : str, path, sequence of them, or dask, pandas or cuDF DataFrame
         Score table, as for `read_scores`; or a frame with an embedding column.
     text : str or sequence of str
-        What the images show: "a red car". The model must have a text tower, which the starter model has not.
+        What the images show: "a red car". Needs a model with a text tower, which the starter lacks.
     image : str, path, or sequence of them
-        Image files or URLs; they are decoded and embedded just as the rows were.
+        Image files or URLs, decoded and embedded exactly like the rows.
     like : str or sequence of str
-        Keys of rows to find others like; ``SHARD:KEY`` where several have the key. Needs no model.
+        Keys of rows to find similar ones to; ``SHARD:KEY`` if several rows have the key. Needs no model.
     embedding : array_like, optional
-        (d,) or (m, d): vectors of your own, say the mean of several.
+        (d,) or (m, d): your own vectors, such as the mean of several.
     k : int
-        Rows for each query.
+        Number of rows per query.
     where : str, optional
-        Only rows that this expression takes. Rows whose ``status`` is not ``ok`` are never found.
+        Only rows that match this expression. Rows whose ``status`` is not ``ok`` are never found.
     index : str or path, optional
-        Index of this table, by `build_search_index`. It is much faster for large tables, and may miss rows.
+        Index of this table, made by `build_search_index`. It is much faster for large tables, but may miss rows.
     model, pretrained : str, optional
-        Model of the queries, as for `embed`. By default the one that the table's files name. A frame names none.
+        Model of the queries, as for `embed`. By default the one recorded in the table's files; frames record none.
     column : str
-        The embeddings that are compared.
+        The embeddings to compare.
     html : str or path, optional
-        Page with the queries and the pictures that they found.
+        Page to write, with the queries and the pictures found.
     source_options : mapping, optional
-        For the fsspec file systems of the shards, of which that page's pictures are; by default as `storage_options`.
+        For the fsspec file systems of the shards, for that page's pictures; by default as `storage_options`.
     storage_options : mapping, optional
-        For the fsspec file systems of the table, and of images that are searched for.
+        For the fsspec file systems of the table and of query images.
     backend : {"auto", "cudf", "pandas"}, optional
-        By which a table is read.
+        For reading a table.
     client : distributed.Client, str or int, optional
-        Where to compute: a client, a scheduler's address, or a number of new worker processes. By default on the client
-        of this session, or on threads of this process.
+        Where to compute: a client, a scheduler's address, or a number of new worker processes. By default the session's
+        client, or threads of this process.
     monitor : Monitor, optional
-        Told of the cluster.
+        Receives progress and notes.
 
     Returns
     -------
     pandas.DataFrame
-        At most `k` rows for each query, the best first; one query after another, texts before images, rows and vectors.
-        ``query`` (its text, path, ``SHARD:KEY``, or "embedding 1"), ``query_number`` (from 0), ``rank`` (from 1),
-        ``similarity`` (float32, -1 to 1), then the table's columns but vectors. Columns of the table that have such a
-        name come as ``table_NAME``.
+        At most `k` rows per query, the best first, query by query: texts, then images, rows and vectors. ``query`` (its
+        text, path, ``SHARD:KEY``, or "embedding 1"), ``query_number`` (from 0), ``rank`` (from 1), ``similarity``
+        (float32, -1 to 1), then the table's columns except vectors. Columns of the table with these names become
+        ``table_NAME``.
 
     Raises
     ------
     SearchError
-        If nothing is searched for, a row or a model is unknown, an image cannot be decoded, widths differ, or an index
-        is not of this table.
+        If there is no query, a row or model is unknown, an image cannot be decoded, widths differ, or the index belongs
+        to another table.
     ModelError
-        If the model has no text tower, cannot be loaded, or is not the table's.
+        If the model has no text tower, cannot be loaded, or differs from the table's.
     WhereError
-        For a mistake in the expression.
+        If the expression has a mistake.
     FileNotFoundError
-        If there is no such table, image or index.
+        If a table, image or index does not exist.
 
     Notes
     -----
-    Similarity is the cosine, computed in float64 and rounded to float32; rows of equal similarity stand in the order of
-    ``shard``, ``key`` and ``sample_offset``. Similarities of images with a text are low (0.2 to 0.35 for CLIP) and say
-    something only beside each other. Several queries are answered in one pass, rows that they name (`like`) are looked
-    up in another.
+    Similarity is the cosine, computed in float64 and rounded to float32; rows with equal similarity are sorted by
+    ``shard``, ``key`` and ``sample_offset``. Similarities of images with a text are low (0.2 to 0.35 for CLIP) and only
+    meaningful relative to each other. All queries take one pass; rows named by `like` are looked up in another.
 
     Examples
     --------

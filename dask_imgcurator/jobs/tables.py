@@ -1,7 +1,7 @@
 """The cheap half as whole jobs on a score table: choose rows, drop duplicates, add columns, write other layouts.
 
-Each takes a score table (a folder of files, one per shard) and leaves the files of its result under the same names, so
-that any of them goes on from the result of another. No image is read.
+Each takes a score table (a folder of files, one per shard) and writes a result with the same file names, which any of
+the others accepts. No image is read.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ..storage.curated import same_folder
 
 @dataclass(frozen=True)
 class Table:
-    """An open score table: its files, how they are read, and a lazy frame with one partition per file."""
+    """An open score table: its files, how to read them, and a lazy frame with one partition per file."""
 
     scores: ScoreTable
     backend: str
@@ -58,7 +58,7 @@ class Table:
         return self.scores.urls
 
     def made(self, *columns: str) -> dict[str, Any]:
-        """Provenance of the first file; MixedModelsError if several models made one of the columns that are used."""
+        """Provenance of the first file; MixedModelsError if several models made one of the used columns."""
         return check_makers(self.scores, columns)
 
 
@@ -71,7 +71,7 @@ def open_table(
     monitor: Monitor | None = None,
     light: bool = True,
 ) -> Iterator[Table]:
-    """Open a score table, with a place to compute on; `light`: no model will be loaded there."""
+    """Open a score table, with a place to compute; `light`: no model will be loaded there."""
     name = backend_for(backend, client, cheap=light)
     table = open_scores(scores, storage_options)
     monitor = monitor or Monitor()
@@ -81,7 +81,7 @@ def open_table(
 
 
 def targets_of(table: Table, out: str | os.PathLike[str]) -> list[str]:
-    """Files of a result, named after the table's; where several folders have a name, their own is added."""
+    """Files of a result, named after the table's; if several folders share a name, the folder's is added."""
     folder = os.fspath(out)
     if any(same_folder(folder, url.rpartition("/")[0]) for url in table.urls):
         raise ValueError(f"{folder} is the score table itself: choose another folder for the result")
@@ -97,7 +97,7 @@ def targets_of(table: Table, out: str | os.PathLike[str]) -> list[str]:
 def write_table(
     table: Table, targets: Sequence[str], note: Mapping[str, Any], rows: dd.DataFrame | Settled
 ) -> list[Counts]:
-    """Write what is left of each file: the partition's rows, or those selected; counts the input, in order."""
+    """Write the remaining rows of each file: the partition's rows, or the selected ones; counts the input, in order."""
     pairs = {str(i): pair for i, pair in enumerate(zip(table.urls, targets, strict=True))}
     read = ScoreFiles(table.backend, table.scores.schema, table.scores.storage_options)
 
@@ -127,13 +127,13 @@ def _write_selected(pair: tuple[str, str], read: ScoreFiles, note: Mapping[str, 
 
 
 def _noted(provenance: dict[str, Any], note: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what was done to a file's provenance."""
+    """Add an entry to a file's provenance."""
     merged = {k: {**provenance.get(k, {}), **v} if isinstance(v, dict) else v for k, v in note.items()}
     return {**provenance, **merged}
 
 
 class _Counting:
-    """A selection that counts the rows that it judges."""
+    """A selection that counts the rows it judges."""
 
     def __init__(self, settled: Settled) -> None:
         self.settled, self.first, self.counts = settled, settled.first, Counts()
@@ -144,7 +144,7 @@ class _Counting:
         return verdict.kept
 
 
-# --- choosing -------------------------------------------------------------------------------------
+# --- selecting ------------------------------------------------------------------------------------
 
 
 def select_rows(
@@ -158,46 +158,46 @@ def select_rows(
     client: Place = None,
     monitor: Monitor | None = None,
 ) -> Counts:
-    """Copy the rows of a score table that are chosen to another.
+    """Copy selected rows of a score table to a new one.
 
     Parameters
     ----------
     scores : str, path, or sequence of them
         Score table, as for `read_scores`.
     out : str or path
-        Folder for the selected rows; files have the names of their sources (where several have one, with a hash added).
+        Folder for the selected rows; files keep their names (if several share a name, a hash is appended).
     steps : str, Step, or iterable of them
-        As for `apply_steps`, one after another: ``"width >= 512"``, ``"top 30% by clip_score"``, ``"sample 20 by
-        cluster"``, ``exclude("seen.txt")``. Rows whose ``status`` is not ``ok`` are never kept.
+        As for `apply_steps`, in order: ``"width >= 512"``, ``"top 30% by clip_score"``, ``"sample 20 by cluster"``,
+        ``exclude("seen.txt")``. Rows whose ``status`` is not ``ok`` are never kept.
     overwrite : bool
-        Whether another result in `out` is replaced, whole; the same selection always may be.
+        Whether another result in `out` is replaced completely; a rerun of the same selection needs no `overwrite`.
     storage_options : mapping, optional
         For the fsspec file systems of both tables.
     backend : {"auto", "cudf", "pandas"}, optional
-        Of the frames; by default pandas: nothing here is worth a card.
+        Type of the frames; by default pandas, because a GPU would not pay off here.
     client : distributed.Client, str, or int, optional
         Where to run: a client, the address of a scheduler, or a number of new worker processes. By default threads of
-        this process do it: there is no model to load.
+        this process, because there is no model to load.
     monitor : Monitor, optional
-        Is told how the run goes on.
+        Receives progress and notes.
 
     Returns
     -------
     Counts
-        What each condition keeps, alone and in its turn.
+        What each condition keeps, alone and in turn.
 
     Raises
     ------
     WhereError, SelectionError
-        For a mistake in an expression or a step, before anything is done.
+        If an expression or a step has a mistake, before anything is done.
     FileNotFoundError
-        If there is no such score table.
+        If the score table does not exist.
     FileExistsError
         If `out` holds another result and `overwrite` is False, or files that this library did not write.
     ValueError
-        If `out` is the score table itself, or several models made the scores that are compared.
+        If `out` is the score table itself, or several models made the compared scores.
     """
-    parsed = list(expand_steps(steps))  # a mistake is told before anything is opened
+    parsed = list(expand_steps(steps))  # report mistakes before anything is opened
     with open_table(scores, storage_options, backend, client, monitor) as table:
         table.made(*used_columns(parsed))
         targets = targets_of(table, out)
@@ -245,11 +245,11 @@ def export_scores(
     format : str
         Name of the format, see `export`.
     where : str, optional
-        Expression on the columns: only these rows.
+        Expression on the columns: export only matching rows.
     storage_options, backend, client, monitor
         As for `select_rows`.
     **options
-        Of the format; and ``overwrite``, as for `export`.
+        Options of the format, and ``overwrite``, as for `export`.
 
     Returns
     -------
@@ -259,9 +259,9 @@ def export_scores(
     Raises
     ------
     ExportError, WhereError
-        For an unknown format, rows that it cannot hold, or a mistake in the expression.
+        If the format is unknown or cannot hold the rows, or the expression has a mistake.
     ValueError
-        If several models made what is written.
+        If several models made the exported columns.
     """
     with open_table(scores, storage_options, backend, client, monitor) as table:
         df, used = table.df, list[str]()

@@ -1,4 +1,4 @@
-"""The page about two selections: what only one of them keeps, with pictures."""
+"""The page comparing two selections: what only one of them keeps, with pictures."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _KINDS = (Kind("in", KEPT, "in both"), Kind("own", OWN, "only in A"), Kind("out"
 
 @dataclass(frozen=True)
 class Side:
-    """One of two selections, under the user's name for it: a folder, or an expression."""
+    """One of two selections, under the user's name for it: a folder or an expression."""
 
     name: str
     table: ScoreTable
     settled: Settled = field(default_factory=Settled)
-    made_by: Sequence[str] = ()  # steps by which the table itself was selected, as far as it says
+    made_by: Sequence[str] = ()  # steps that selected the table itself, if recorded
 
     def kept(self, columns: set[str]) -> Iterator[pa.Table]:
-        """Stream the rows it keeps, with `columns` and those that identify rows."""
+        """Stream its rows, with `columns` and those that identify rows."""
         wanted = {*columns, *_IDENTITY, "status", *self.settled.columns}
         for batch in self.table.batches(wanted):
             yield batch.filter(pa.array(self.settled.judge(batch).kept))
@@ -41,18 +41,18 @@ class Side:
 
 @dataclass
 class Compared:
-    """What two selections have in common, and what not.
+    """The comparison of two selections.
 
     Attributes
     ----------
     both, only_a, only_b : int
-        Rows.
+        Numbers of rows.
     histograms : dict of Histogram
-        By column; `Histogram.counts` are rows of B alone, of A alone, and of both.
+        By column; `Histogram.counts` are rows only in B, only in A, and in both.
     walls : dict of Wall
-        Rows worth a picture.
+        Rows to show as pictures.
     scores : list of str
-        Columns that a picture is shown with.
+        Columns to show with each picture.
     """
 
     both: int = 0
@@ -76,7 +76,7 @@ def _walls(rank: Rank | None) -> dict[str, Wall]:
 
 
 def compare_sides(a: Side, b: Side) -> Compared:
-    """Find what two selections share and what not; a row in both counts with the scores of `a`."""
+    """Compare two selections; a row in both counts with the scores of `a`."""
     # Each table is streamed twice, without embeddings; memory holds 8 bytes per kept row.
     ids = [np.sort(np.concatenate([np.zeros(0, np.uint64), *map(row_ids, s.kept(set()))])) for s in (a, b)]
     numbers = [name for s in (a, b) for name in numbers_of(s.table.schema)]
@@ -118,7 +118,7 @@ def _take(out: Compared, table: pa.Table, fates: np.ndarray, rank: Rank | None, 
 def render_comparison(
     a: Side, b: Side, found: Compared, source_options: Mapping[str, Any] | None = None, notes: Sequence[str] = ()
 ) -> str:
-    """Make the page; `source_options` are for the source shards, from which thumbnails are made."""
+    """Make the page; `source_options` are for the source shards, which thumbnails are made from."""
     walls = [wall for wall in found.walls.values() if wall.rows]
     return page(
         "comparison.html.j2",

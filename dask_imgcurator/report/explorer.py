@@ -1,10 +1,10 @@
-"""A slider on a score column in a notebook: what a cut keeps, at once, and the pictures on its two sides.
+"""A slider on a score column in a notebook: what a cut keeps, and the pictures on both sides of it.
 
     cut = dic.explore(scores, "aesthetic_score")
-    cut                                  # in a cell of its own: slider, histogram, pictures
-    dic.filter_frame(scores, cut.where)  # the same text goes to ``--where``
+    cut                                  # in a separate cell: slider, histogram, pictures
+    dic.filter_frame(scores, cut.where)  # the same text works for ``--where``
 
-The table is read once, when the explorer is made; every move is answered from what that pass has left.
+The table is read once, when the explorer is created; moves of the slider need no further pass.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .render import CREDITS, NSFW, frame, number, render
 
 Keep = Literal[">=", "<"]
 
-#: Different values that are counted one by one: 16 bytes each.
+#: Maximum number of distinct values to count exactly; 16 bytes each.
 _EXACT = 1 << 22
-#: Rows whose pictures can be shown, spread evenly over the ranks of the column.
+#: Number of rows with pictures to show, spread evenly over the ranks of the column.
 _ROWS = 8192
 _BARS = 80
 _WIDTH, _HEIGHT = 900, 136  # of the histogram; of its tallest bar
@@ -44,14 +44,14 @@ _QUIET = 0.25  # seconds without a move, before pictures are read
 
 @dataclass(frozen=True)
 class Spread:
-    """How a column's values are spread, and rows to show of it."""
+    """The distribution of a column's values, and rows to show."""
 
-    values: np.ndarray  # (m,) float64, ascending: the values there are
-    counts: np.ndarray  # (m,) int64: rows that have them
+    values: np.ndarray  # (m,) float64, ascending: distinct values
+    counts: np.ndarray  # (m,) int64: rows with each value
     missing: int  # rows where it is null or NaN
-    exact: bool  # `values` are all of them; if not, those that agree in their first bits are counted as one
+    exact: bool  # whether `values` are complete; otherwise, values with equal leading bits are counted as one
     near: np.ndarray  # (k,) float64, ascending: the column in `rows`
-    rows: pa.Table  # with locators: all rows that have a value, or some, evenly by rank
+    rows: pa.Table  # with locators: all rows with a value, or some, evenly by rank
 
     @property
     def total(self) -> int:
@@ -63,7 +63,7 @@ class Spread:
         return int(self.counts[: np.searchsorted(self.values, value, side="left")].sum())
 
     def beside(self, value: float, n: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Return the n rows just below a value, and the n from it up, nearest first."""
+        """Return the n rows just below a value, and the n rows at or above it, nearest first."""
         at = int(np.searchsorted(self.near, value, side="left"))
         low = self.rows.slice(max(0, at - n), min(n, at)).to_pylist()[::-1]
         return low, self.rows.slice(at, n).to_pylist()
@@ -76,7 +76,7 @@ class Spread:
 
 def spread(df: Any, column: str, shown: Sequence[str] = (), *, values: int = _EXACT, rows: int = _ROWS) -> Spread:
     """Read the spread of a numeric column in one pass; SelectionError if it is missing or not numeric."""
-    # At most so many distinct `values` are counted one by one, and so many `rows` kept to be shown.
+    # Counts at most `values` distinct values exactly, and keeps at most `rows` rows to show.
     value_order(df, column)  # raises
     columns = list(dict.fromkeys((column, *shown)))
     quota = max(64, 4 * rows // df.npartitions) if is_dask(df) else rows
@@ -99,7 +99,7 @@ def _spread_of(part: Any, column: str, columns: list[str], values: int, rows: in
 
 
 def _merge(found: Sequence[Spread], values: int, rows: int) -> Spread:
-    """Merge the spreads of partitions within the same bounds."""
+    """Merge the spreads of partitions, within the same limits."""
     different, at = np.unique(np.concatenate([part.values for part in found]), return_inverse=True)
     counts = np.zeros(len(different), np.int64)
     np.add.at(counts, at, np.concatenate([part.counts for part in found]))
@@ -112,7 +112,7 @@ def _merge(found: Sequence[Spread], values: int, rows: int) -> Spread:
 
 
 def _even(n: int, most: int) -> np.ndarray:
-    """At most so many of n positions, evenly spaced, with the first and last."""
+    """At most `most` of n positions, evenly spaced, including the first and last."""
     return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(np.int64)
 
 
@@ -141,42 +141,40 @@ def explore(
     upright: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Explorer:
-    """Find a cut on a score by a slider: rows kept, histogram, and the pictures on both sides of the cut.
+    """Find a cut on a score with a slider: kept rows, histogram, and the pictures on both sides of the cut.
 
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        With the column, ``shard``, ``offset`` and ``nbytes``. Best a score table (`read_scores`): it is read once.
+        With the column, ``shard``, ``offset`` and ``nbytes``; preferably a score table (`read_scores`), read once.
     column : str
         A column of numbers.
     threshold : float, optional
-        Where the cut begins; by default at the median, of ``nsfw_score`` at 0.5.
+        Initial cut; by default the median, for ``nsfw_score`` 0.5.
     keep : {">=", "<"}, optional
-        Which side of the cut is kept; by default ``<`` for ``nsfw_score`` and ``blur``, else ``>=``.
+        Which side of the cut to keep; by default ``<`` for ``nsfw_score`` and ``blur``, else ``>=``.
     n : int
         Pictures shown on each side of the cut.
     upright : bool
-        Whether the orientation that a photograph's EXIF data name is applied.
+        Whether to apply the orientation in a photograph's EXIF data.
     storage_options : mapping, optional
         For the fsspec file systems of the shards.
 
     Returns
     -------
     Explorer
-        Shows itself in a notebook. ``value`` (which can be set), ``where`` and ``kept`` tell what was chosen.
+        Displays itself in a notebook. ``value`` (which can be set), ``where`` and ``kept`` hold the choice.
 
     Raises
     ------
     ModuleNotFoundError
         If ipywidgets is not installed.
     ValueError, SelectionError
-        For a missing or unfit column, or a wrong `keep` or `n`.
+        If the column is missing or unsuitable, or `keep` or `n` is invalid.
 
-    Notes
-    -----
-    Counts are exact up to 4,194,304 different values. Beyond that, values are rounded in their last bits until there
-    are so few; a count may then be wrong by the rows that agree with the threshold in its first bits, and is marked
-    "about". Pictures are taken from up to 8,192 rows, spread evenly over the ranks.
+    Notes ----- Counts are exact up to 4,194,304 distinct values. Beyond that, values are rounded in their last bits
+    until few enough remain; a count may then be off by the rows that share the threshold's leading bits, and is marked
+    "about". Pictures come from up to 8,192 rows, spread evenly over the ranks.
     """
     widgets_of("explore")
     require_locators(df, "explore")
@@ -193,16 +191,16 @@ def explore(
 
 
 class Explorer:
-    """A cut on a column that can be moved; `explore` makes one.
+    """A movable cut on a column, created by `explore`.
 
     Attributes
     ----------
     column, keep : str
         The column, and which side of the cut is kept (``>=`` or ``<``).
     spread : Spread
-        What counts come from.
+        The distribution for counting.
     widget : ipywidgets.VBox
-        What a notebook shows.
+        The display in a notebook.
     """
 
     def __init__(
@@ -221,7 +219,7 @@ class Explorer:
         if threshold is None:
             threshold = NSFW if column == "nsfw_score" else self._round(self._axis.share(spread.middle()))
         self._value = _finite(threshold)
-        self._telling = False  # while controls are set, their changes are no news
+        self._telling = False  # ignores change events while controls are being set
         self._later: asyncio.TimerHandle | None = None
         self._build()
         self._tell()
@@ -246,7 +244,7 @@ class Explorer:
 
     @property
     def _bound(self) -> float:
-        """What the value is compared as: an expression makes it float32 for a float32 column."""
+        """The value as compared: an expression rounds it to float32 for a float32 column."""
         return float(self._dtype.type(self._value))
 
     @property
@@ -255,7 +253,7 @@ class Explorer:
         below = self.spread.below(self._bound)
         return below if self.keep == "<" else int(self.spread.counts.sum()) - below
 
-    # --- what is shown
+    # --- display
 
     def _build(self) -> None:
         widgets = widgets_of("explore")
@@ -309,7 +307,7 @@ class Explorer:
                     yield "in" if above == (self.keep == ">=") else "out", begin, end - begin, height
 
     def _schedule(self) -> None:
-        """Show pictures once the slider rests, if there is an event loop to wait in; else now."""
+        """Show pictures once the slider rests, if there is an event loop to wait in; otherwise now."""
         if self._later is not None:
             self._later.cancel()
         try:
@@ -329,7 +327,7 @@ class Explorer:
         self._walls.value = frame(walls)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        # The HTML is for what shows no widgets, as pages of repositories do.
+        # The HTML is for viewers without widgets, such as repository pages.
         still = {"text/html": self._words.value + self._walls.value, "text/plain": repr(self)}
         return {**(self.widget._repr_mimebundle_(**kwargs) or {}), **still}
 
@@ -352,7 +350,7 @@ def _drawn(found: Spread, column: str) -> tuple[Axis, np.ndarray]:
         raise ValueError(f"column {column!r} has no finite value in {found.total:,} rows: nothing to cut")
     scale = scale_of(column)
     x = scale.forward(found.values[finite])
-    # A little more than there is, so that the cut can lie on either side of everything.
+    # A little wider than the data, so that the cut can be below or above all values.
     margin = max((x[-1] - x[0]) * 0.01, abs(x[0]) * 1e-6, 1e-9)
     axis = Axis(scale, float(x[0] - margin), float(x[-1] + margin), _WIDTH)
     bars, _ = np.histogram(x, _BARS, (axis.low, axis.high), weights=found.counts[finite].astype(np.float64))

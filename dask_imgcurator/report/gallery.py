@@ -1,9 +1,9 @@
-"""Pictures of a table's rows in a notebook: sorted, a page at a time, from the locators that rows carry.
+"""Pictures of a table's rows in a notebook: sorted, a page at a time, read through the rows' locators.
 
     dic.show(scores, sort_by="aesthetic_score")
     dic.show(scores, sort_by="nsfw_score", ascending=False, where="width >= 512").page(3)
 
-Only what a page shows is read: a few columns of the table, never embeddings, and then the bytes of its pictures.
+Only the data for a page are read: a few columns of the table, never embeddings, and the bytes of its pictures.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .render import ROW, frame, plain, render
 
 LOCATORS = ("shard", "offset", "nbytes")
 
-_AHEAD = 4  # pages that are taken at once, so that the next ones need no pass
+_AHEAD = 4  # pages read at once; the next ones need no pass
 
-#: Of the first rows of a partition, or of several: how many rows there are in all, ranks (2, n), and the rows.
+#: The first rows of one or several partitions: total number of rows, ranks (2, n), and the rows.
 _First = tuple[int, np.ndarray, pa.Table]
 
 
@@ -53,40 +53,40 @@ def show(
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        With ``shard``, ``offset`` and ``nbytes``. Best a score table (`read_scores`), or a persisted frame: a sorted
-        page of a lazy `embed` decodes all images.
+        With ``shard``, ``offset`` and ``nbytes``; preferably a score table (`read_scores`) or a persisted frame,
+        because a sorted page of a lazy `embed` decodes all images.
     n : int
-        Pictures on a page.
+        Pictures per page.
     sort_by : str, optional
-        A column of numbers; rows without a value come last. By default rows are in the order of the table, of which
-        only the first partitions are read.
+        A column of numbers; rows without a value come last. By default, rows are in table order, and only the first
+        partitions are read.
     ascending : bool, optional
         Whether the smallest come first; by default only for ``nsfw_score`` and ``blur``.
     page : int
-        From 0.
+        Page number, from 0.
     columns : sequence of str, optional
         Columns whose values are shown besides `sort_by`; by default those that end in ``_score``.
     where : str or Where, optional
         Only rows for which this is true.
     upright : bool
-        Whether the orientation that a photograph's EXIF data name is applied.
+        Whether to apply the orientation in a photograph's EXIF data.
     storage_options : mapping, optional
         For the fsspec file systems of the shards.
 
     Returns
     -------
     Gallery
-        Shows itself in a notebook; has ``next()``, ``previous()`` and ``page(i)``, and with ipywidgets ``pager()``.
+        Displays itself in a notebook; has ``next()``, ``previous()`` and ``page(i)``, and with ipywidgets ``pager()``.
 
     Raises
     ------
     ValueError, SelectionError, WhereError
-        For a missing or unfit column, a page that there is not, or a mistake in the expression.
+        If a column is missing or unsuitable, the page does not exist, or the expression has a mistake.
 
     Notes
     -----
-    Sorting takes one pass over the columns that are shown, which a few pages share. Pictures with an ``nsfw_score``
-    from 0.5 up, or without one where there is the column, are blurred until clicked.
+    Sorting takes one pass over the shown columns, which serves several pages. Pictures with an ``nsfw_score`` of 0.5 or
+    more, or null, are blurred until clicked.
 
     Examples
     --------
@@ -108,17 +108,17 @@ def show(
 
 def require_locators(df: Any, step: str) -> None:
     """Raise ValueError for a frame whose pictures cannot be found."""
-    require_columns(df, LOCATORS, step, "keep these columns, by which pictures are found")
+    require_columns(df, LOCATORS, step, "keep these columns, which locate the pictures")
 
 
 def _values(df: Any, sort_by: str | None, columns: Sequence[str] | None) -> list[str]:
-    """Columns whose values are shown."""
+    """Columns whose values to show."""
     if isinstance(columns, str):
         columns = [columns]
     if columns is None:
         columns = [c for c in df.columns if str(c).endswith("_score") and kind_of(arrow_type(df, c)) == "number"]
     chosen = list(dict.fromkeys(([] if sort_by is None else [sort_by]) + list(columns)))
-    require_columns(df, chosen, "show", "name columns that there are")
+    require_columns(df, chosen, "show", "name existing columns")
     for name in chosen:
         if kind_of(arrow_type(df, name)) == "list":
             raise ValueError(f"column {name!r} holds vectors, which cannot be shown: leave it out of columns=")
@@ -181,8 +181,8 @@ def _joined(tables: Sequence[pa.Table]) -> pa.Table:
 
 def _first(part: Any, order: ValueOrder, columns: list[str], most: int) -> _First:
     keys, known = order.keys(_to_host(part, [order.column]))
-    ranks = np.stack([~known, keys]).astype(np.uint64)  # those without a value last
-    by = np.lexsort(ranks[::-1])[:most]  # which is stable
+    ranks = np.stack([~known, keys]).astype(np.uint64)  # rows without a value last
+    by = np.lexsort(ranks[::-1])[:most]  # stable
     return len(part), ranks[:, by], _to_host(part.iloc[by], columns)
 
 
@@ -205,7 +205,7 @@ class Pictures:
     _made: dict[tuple[str, int], str | None] = field(default_factory=dict)
 
     def beside(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str | None]]:
-        """Return rows with the ``data:`` URI of their picture, None where none can be made."""
+        """Return rows with the ``data:`` URI of their picture, or None if it cannot be made."""
         places = [(row["shard"], row["offset"]) for row in rows]
         new = [row for row, place in zip(rows, places, strict=True) if place not in self._made]
         found = make_thumbnails(new, upright=self.upright, storage_options=self.storage_options)
@@ -225,23 +225,23 @@ def widgets_of(what: str) -> Any:
 
 @dataclass(repr=False, eq=False)
 class Gallery:
-    """A page of pictures, which a notebook shows; other pages are made from it. `show` makes the first.
+    """A page of pictures that displays itself in a notebook, and creates other pages. `show` creates the first.
 
     Attributes
     ----------
     number : int
-        Of the page, from 0.
+        Page number, from 0.
     rows : list of dict
-        The rows of the page, with the columns that are shown.
+        The rows of the page, with the shown columns.
     total : int or None
-        Rows on all pages; None as long as the table was not read to its end.
+        Rows on all pages; None until the table has been read to its end.
     """
 
     _source: _InOrder | _Sorted
     _pictures: Pictures
     _n: int
     _values: list[str]
-    _how: str  # rows are sorted, in words
+    _how: str  # how rows are sorted, in words
     number: int
     rows: list[dict[str, Any]] = field(init=False)
     total: int | None = field(init=False)
@@ -261,11 +261,11 @@ class Gallery:
         return replace(self, number=number)
 
     def next(self) -> Gallery:
-        """Return the page after this one; after the last, the last."""
+        """Return the next page; after the last, the last."""
         return self.page(self.number + 1 if self._take(self.number + 1) else self.number)
 
     def previous(self) -> Gallery:
-        """Return the page before this one; before the first, the first."""
+        """Return the previous page; before the first, the first."""
         return self.page(max(0, self.number - 1))
 
     @property
@@ -280,7 +280,7 @@ class Gallery:
         return ", ".join(filter(None, words))
 
     def html(self) -> str:
-        """Return the page as HTML, pictures and all, without the scope that `frame` puts around it."""
+        """Return the page as HTML with pictures, without the scope that `frame` puts around it."""
         cards = self._pictures.beside(self.rows)
         return render(
             "gallery.html.j2",

@@ -1,4 +1,4 @@
-"""Histograms of score columns, gathered while a table streams by, and what a figure of one shows."""
+"""Histograms of score columns, collected while streaming a table, and their figures."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from ..schema import COLUMNS
 from .render import number, share
 
-# What becomes of an image that has a value; places in `Histogram.counts`.
+# Fates of an image with a value; positions in `Histogram.counts`.
 OTHER, OWN, KEPT = range(3)
 
-_SHOWN = 40  # bars, at most
-_TRIED = 120  # cuts that the slider offers
+_SHOWN = 40  # maximum number of bars
+_TRIED = 120  # slider positions
 
 
 # --- axes -----------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ LOG = Scale(
     lambda _low, _high: [factor * 10.0**e for factor in (1, 3) for e in range(13)],
     "Logarithmic axis.",
 )
-# A classifier's probabilities bunch near 0 and 1, where a linear axis shows one bar.
+# A classifier's probabilities cluster near 0 and 1, where a linear axis would show one bar.
 PROBABILITY = Scale(
     _logit,
     lambda y: 1 / (1 + float(np.exp(-y))),
@@ -62,7 +62,7 @@ PROBABILITY = Scale(
 )
 _SCALES = {"linear": LINEAR, "log": LOG, "probability": PROBABILITY}
 
-# A cut on one of these keeps what lies below it.
+# A cut on one of these keeps lower values.
 LOWER_IS_BETTER = frozenset(column.name for column in COLUMNS.values() if column.lower_is_better)
 
 
@@ -90,15 +90,15 @@ class Axis:
         return self.scale.inverse(self.low + share * (self.high - self.low))
 
     def x(self, position: float) -> float:
-        """Where a position is drawn."""
+        """Horizontal coordinate of a position."""
         return self.margin + (self.width - 2 * self.margin) * (position - self.low) / (self.high - self.low)
 
     def at(self, value: float) -> float:
-        """Where a value is drawn."""
+        """Horizontal coordinate of a value."""
         return self.x(self.scale.position(value))
 
     def ticks(self) -> list[tuple[float, float]]:
-        """Return positions and values of ticks: as many as have room for a number."""
+        """Return positions and values of ticks, as many as have room for a number."""
         placed: list[tuple[float, float]] = []
         for value in self.scale.ticks(self.scale.inverse(self.low), self.scale.inverse(self.high)):
             x = self.at(value)
@@ -107,7 +107,7 @@ class Axis:
         return placed
 
     def anchor(self, x: float) -> str:
-        """Return the text anchor of a tick's number, so that none is cut off."""
+        """Return the text anchor of a tick's number, to avoid clipping."""
         return "start" if x < 20 else "end" if x > self.width - 20 else "middle"
 
 
@@ -116,21 +116,21 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mark:
-    """A condition that bounds one column, as the user wrote it; `part` is its place among the conditions."""
+    """A condition that bounds one column, as written by the user; `part` is its position among the conditions."""
 
     column: str
     number: float
     text: str
-    below: bool  # what lies below is kept
+    below: bool  # keeps lower values
     part: int
 
 
 @dataclass
 class Histogram:
-    """Counts in fine bins of equal width, doubled when a value lies outside: one pass is enough."""
+    """Counts in fine bins of equal width, which doubles when a value is outside: one pass suffices."""
 
-    # `counts` is (3, bins) int64: images dropped by a condition on something else, by conditions on this column alone,
-    # and kept.
+    # `counts` is (3, bins) int64: images dropped by a condition on something else, dropped only by conditions on this
+    # column, and kept.
 
     scale: Scale
     counts: np.ndarray = field(default_factory=lambda: np.zeros((3, 4096), np.int64))
@@ -173,12 +173,12 @@ class Histogram:
         self.counts += np.bincount(place, minlength=3 * bins).reshape(3, bins)
 
     def median(self) -> float:
-        """Return the middle value, to the width of a bin."""
+        """Return the median, up to the width of a bin."""
         where = np.searchsorted(np.cumsum(self.counts.sum(0)), (self.total + 1) // 2)
         return self.scale.inverse(self.low + (float(where) + 0.5) * self.step)
 
     def bars(self, cuts: Iterable[float], most: int = _SHOWN) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of the edges, and counts (3, bars) between them, of a view that shows all values and cuts."""
+        """Edges and counts (3, bars) of a view that shows all values and cuts."""
         shown = self.scale.forward(np.array([*self.extremes, *cuts], np.float64))
         first, last = (int(np.floor((x - self.low) / self.step)) for x in (shown.min(), shown.max()))
         group = -(-(last + 1 - first) // most)
@@ -195,7 +195,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Kind:
-    """What one colour counts: a place in `Histogram.counts`, and words for it."""
+    """The meaning of a colour: a position in `Histogram.counts`, and its text."""
 
     colour: str
     fate: int
@@ -204,20 +204,20 @@ class Kind:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar: its range of values, where it is drawn, and its row of the figure's table."""
+    """A bar: its range of values, coordinates, and row in the figure's table."""
 
     span: str
     x: float
     width: float
-    numbers: list[int]  # images, those of each kind, and those that a cut at the range's beginning (or end) would keep
+    numbers: list[int]  # images, those of each kind, and those kept by a cut at the start (or end) of the range
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What `figure.html.j2` shows of a histogram."""
+    """A histogram as shown by `figure.html.j2`."""
 
-    # `kinds` are its colours, from the bottom up; none if nothing was selected. With `cuts` it has a slider to try
-    # other cuts, and its table says what they keep.
+    # `kinds` are its colours, from the bottom up; none if nothing was selected. With `cuts`, it has a slider for other
+    # cuts, and its table says what they keep.
 
     name: str
     histogram: Histogram
@@ -227,7 +227,7 @@ class Figure:
 
     @cached_property
     def view(self) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of the edges of bars, and counts between them."""
+        """Edges of the bars, and counts between them."""
         return self.histogram.bars([m.number for m in self.marks])
 
     @property
@@ -238,16 +238,16 @@ class Figure:
 
     @property
     def peak(self) -> int:
-        """Images of the tallest bar."""
+        """Number of images in the tallest bar."""
         return int(self.view[1].sum(0).max())
 
     @property
     def below(self) -> bool:
-        """Whether a cut keeps what lies below it."""
+        """Whether a cut keeps lower values."""
         return self.marks[0].below if self.marks else self.name in LOWER_IS_BETTER
 
     def show(self, value: float, finer: int = 0) -> str:
-        """Format a value with enough digits to tell one edge from the next; probabilities near 1 need the most."""
+        """Format a value with enough digits to distinguish adjacent edges; probabilities near 1 need the most."""
         digits, (edges, _) = 3 + finer, self.view
         if self.histogram.scale is LINEAR:
             step = (edges[1] - edges[0]) / 10**finer
@@ -267,7 +267,7 @@ class Figure:
             yield Bar(f"{shown[i]} to {shown[i + 1]}", x, width, [int(column[i]) for column in columns])
 
     def tries(self) -> tuple[list[tuple[str, str, str, str]], int]:
-        """What the slider says at each position, evenly along the axis, and where it stands: at the first condition."""
+        """The slider's texts at evenly spaced positions, and its initial position: the first condition."""
         scale, axis, total = self.histogram.scale, self.axis, self.histogram.total
         positions = np.linspace(axis.low, axis.high, _TRIED)
         start, words = 0 if not self.below else _TRIED - 1, {}
@@ -287,7 +287,7 @@ class Figure:
         return tries, start
 
     def _kept_by(self, positions: np.ndarray) -> list[list[int]]:
-        """Images that a cut at each position keeps alone, and with the other conditions; to the width of a fine bin."""
+        """Images kept by a cut at each position, alone and with the other conditions, up to a fine bin's width."""
         counted = self.histogram
         sums = np.stack([counted.counts.sum(0), counted.counts[OWN] + counted.counts[KEPT]])
         kept = np.hstack([np.zeros((2, 1), np.int64), np.cumsum(sums, 1)])

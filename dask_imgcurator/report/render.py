@@ -1,8 +1,8 @@
-"""Self-contained HTML from the templates beside this module, and texts and numbers as pages show them.
+"""Self-contained HTML from the templates beside this module, and the formatting of texts and numbers on pages.
 
-Captions, keys, paths and messages come from strangers. Whatever a template prints is therefore escaped, shortened and
-stripped of characters that hide or move text; a template that means HTML says so. A page's own policy forbids
-everything from outside the file, and every script but the one whose hash it names.
+Captions, keys, paths and messages may come from anyone. All template output is therefore escaped, shortened and
+stripped of characters that hide or move text, unless a template marks it as HTML. A page's own policy forbids
+everything from outside the file, and all scripts except those whose hashes it names.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
-#: From this nsfw_score on a picture is blurred until it is clicked.
+#: Pictures with at least this nsfw_score are blurred until clicked.
 NSFW = 0.5
 
-#: Columns that say whom a picture is from; shown with it where a table has them.
+#: Columns with a picture's credits; shown with it if a table has them.
 CREDITS = ("license", "credit", "author", "attribution")
 
-#: Columns that a card shows, besides scores.
+#: Columns on a card, besides scores.
 ROW = ("key", "shard", "offset", "nbytes", "caption", "width", "height", "status", "error_message", *CREDITS)
 
-# Control characters, and those that turn the direction of what follows, so that a name cannot pose as another.
+# Control characters, and ones that change the direction of text, by which a name could pose as another.
 _UNSAFE = {
     c: "\ufffd" for r in ((0, 32), (127, 160), (0x200E, 0x2010), (0x202A, 0x202F), (0x2066, 0x206A)) for c in range(*r)
 } | dict.fromkeys((9, 10, 13), " ")
 
 
 def plain(value: Any, most: int = 300) -> str:
-    """Any value as one line of text that hides nothing and moves no cursor, for pages and terminals; None is empty."""
+    """Any value as one line of plain text without control characters, for pages and terminals; None is empty."""
     shown = str("" if value is None else value).encode("utf-8", "replace").decode().translate(_UNSAFE)
     return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
 def without_secrets(url: Any) -> str:
-    """A URL without user, password and the query of a signed address."""
+    """A URL without user, password and query, which may be a signature."""
     shown = re.sub(r"//[^/@]*@", "//", str(url or ""))
     return shown.partition("?")[0] if "://" in shown else shown
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number in few digits."""
+    """A number with few digits."""
     if value is None or not np.isfinite(value):
         return "none"
     whole = value == int(value) or (abs(value) >= 1000 and digits <= 3)
@@ -57,7 +57,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def _value(value: Any) -> str:
-    """A column's value, short, but with enough digits that what a cut at 5 drops does not read as 5."""
+    """A column's value, short, but with enough digits to distinguish 4.999 from a cut at 5."""
     if isinstance(value, bool) or not isinstance(value, int | float | None):
         return plain(value, 80)
     return "< 0.0001" if value is not None and 0 < value < 1e-4 else number(value, 5)
@@ -85,7 +85,7 @@ def _credit(row: Mapping[str, Any]) -> str:
 def _pictured(
     rows: Iterable[Mapping[str, Any]], images: Mapping[tuple[str, int], str]
 ) -> list[tuple[Mapping[str, Any], str]]:
-    """Rows that have a picture, with it; `images` are of `make_thumbnails`."""
+    """Rows that have a picture, with the picture; `images` come from `make_thumbnails`."""
     found = [(row, images.get((row.get("shard", ""), row.get("offset", -1)))) for row in rows]
     return [(row, uri) for row, uri in found if uri is not None]
 
@@ -114,7 +114,7 @@ def _environment() -> Environment:
         "px": "{:.1f}".format,
         "share": share,
         "short": short,
-        "uri": lambda uri: escape(uri),  # as long as it is
+        "uri": lambda uri: escape(uri),  # not shortened
         "url": lambda url, most=300: short(without_secrets(url), most),
         "value": _value,
     }
@@ -128,7 +128,7 @@ def render(template: str, **context: Any) -> str:
 
 
 def page(template: str, kind: str, title: str, notes: Sequence[str], *scripts: str, **context: Any) -> str:
-    """Make a self-contained page: kind, title, notes, and scripts besides the one that enlarges pictures."""
+    """Make a self-contained page: kind, title, notes, and scripts in addition to the one that enlarges pictures."""
     code = "\n".join(render(script) for script in ("enlarge.js", *scripts))
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     context |= {"kind": kind, "title": title, "notes": notes, "script": code, "digest": digest}
@@ -136,5 +136,5 @@ def page(template: str, kind: str, title: str, notes: Sequence[str], *scripts: s
 
 
 def frame(content: str) -> str:
-    """Wrap HTML in its own scope, so that its styles change nothing else in a notebook."""
+    """Wrap HTML in its own scope, so that its styles affect nothing else in a notebook."""
     return render("frame.html.j2", content=content)

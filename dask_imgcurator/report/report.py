@@ -20,7 +20,7 @@ from .histograms import KEPT, OTHER, OWN, Figure, Kind
 from .render import ROW, number, page
 from .survey import Survey, survey
 
-_GROUPS, _MEMBERS = 12, 5  # groups of duplicates that are shown, and rows of each
+_GROUPS, _MEMBERS = 12, 5  # groups of duplicates to show, and rows of each
 _IDENTITY = ["shard", "key", "sample_offset"]
 _KINDS = (
     Kind("in", KEPT, "kept"),
@@ -31,16 +31,16 @@ _KINDS = (
 
 @dataclass
 class Subject:
-    """What a report is about, besides the rows of its score files."""
+    """The subject of a report, besides the rows of its score files."""
 
     title: str
     samples: int
     by_status: Mapping[str, int]
-    kept: int | None  # None where nothing was selected
+    kept: int | None  # None if nothing was selected
     funnel: Sequence[ConditionCount]
-    run: RunResult | None = None  # which made the table
+    run: RunResult | None = None  # the run that made the table
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # stand first
+    notes: list[str] = field(default_factory=list)  # shown first
 
     @property
     def ok(self) -> int:
@@ -53,7 +53,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Groups:
-    """Duplicates side by side: how many groups, rows dropped and rows not found, and those shown with their titles."""
+    """Duplicates side by side: numbers of groups, dropped rows and rows not found, and the shown groups with titles."""
 
     count: int
     dropped: int
@@ -63,7 +63,7 @@ class Groups:
 
 
 def _chosen_groups(groups: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the groups to show: the largest, those least alike, and some at random."""
+    """Rows of the groups to show: the largest, the least similar, and some at random."""
     dropped = groups[~groups["kept"]]
     size = groups.groupby("group").size().sort_values(ascending=False, kind="stable")
     least = dropped.groupby("group")["similarity"].min().sort_values(kind="stable").dropna()
@@ -124,8 +124,8 @@ def render_report(
     groups: pd.DataFrame | None = None,
 ) -> str:
     """Make the page of a surveyed table, a few MB at most."""
-    # The table is reread only for the rows of `groups` (a table like `Duplicates.groups`). Thumbnails are made
-    # from the source shards, by `source_options`; the page counts those that fail.
+    # The table is reread only for the rows of `groups` (a table like `Duplicates.groups`). Thumbnails are made from the
+    # source shards, with `source_options`; the page counts those that fail.
     selected = subject.kept is not None
     upright = bool(subject.provenance.get("decode", {}).get("adjust_orientation"))
     walls = {w.title if selected else w.unselected: w for w in found.walls.values() if w.rows}
@@ -163,7 +163,7 @@ def write_run_report(
     storage_options: Mapping[str, Any],
     source_options: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write a run's ``report.html`` from its score files; returns its URL; `settled` is what selected the rows."""
+    """Write a run's ``report.html`` from its score files; returns its URL; `settled` is the run's selection."""
     table = ScoreTable(look_at_all(tables, storage_options), storage_options)
     found = survey(table, settled)
     title = folder.rstrip("/").rpartition("/")[2] or folder

@@ -1,4 +1,4 @@
-"""Search results as a page: each query, and below it the pictures found."""
+"""Search results as a page: each query, with the pictures found below it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_NBYTES = 64_000_000
 
 @dataclass(frozen=True)
 class Answers:
-    """Search results per query, in order; `own` has the rows that queries are, by number."""
+    """Search results per query, in order; `own` has the rows that are themselves queries, by number."""
 
     found: pd.DataFrame
     queries: Sequence[Query]
@@ -58,7 +58,7 @@ def write_search_page(
         if query.kind == "image":
             with files.opened(label, storage_options) as file:
                 uri = thumbnail(file.read(_MAX_NBYTES), side=PAGE_SIDE, upright=answers.upright)
-            # Of a file its name alone: a page is passed on, and a path may tell who made it.
+            # For a file, only its name: pages are shared, and a path may reveal who made them.
             label = label.partition("?")[0].rpartition("/")[2]
         best = [row for row in rows if row["query_number"] == number]
         shown.append(_Answer(_KINDS[query.kind], label, answers.own.get(number), uri, best))

@@ -1,6 +1,6 @@
-"""One pass over a score table for the pages that show it: counts, histograms, and the few rows worth a picture.
+"""One pass over a score table for its pages: counts, histograms, and the few rows to show as pictures.
 
-Score files are streamed without their embeddings; what is kept of them is bounded, however many rows there are.
+Score files are streamed without their embeddings; memory is bounded, whatever the number of rows.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ..steps.score_table import PLACE, ScoreTable
 from .histograms import KEPT, LOWER_IS_BETTER, OWN, Histogram, Mark, scale_of
 from .render import ROW, number
 
-_WALL = 12  # pictures of a wall
-_EDGE = 6  # of a wall beside a cut
-_EDGES = 6  # cuts with such walls
-_EXAMPLES = 5  # rows shown of each kind of error
-_TEXTS = 30  # different texts of a column whose texts are counted
+_WALL = 12  # pictures per wall
+_EDGE = 6  # pictures on a wall beside a cut
+_EDGES = 6  # maximum number of cuts with such walls
+_EXAMPLES = 5  # rows shown per kind of error
+_TEXTS = 30  # maximum number of distinct texts of a column whose texts are counted
 _SEED = 0
 
-#: Scores that come before others; by the first there is, images are ranked.
+#: Scores that come before others; the first one available ranks the images.
 FIRST = ("aesthetic_score", "clip_score", "nsfw_score")
 
 SIZES = ("width", "height")
@@ -46,7 +46,7 @@ _BOUNDS = (
 
 
 def _mark(condition: Condition, part: int) -> Mark | None:
-    """The bound that a condition sets, if it is one: ``column >= number``, or the bound of a rank."""
+    """The bound that a condition sets, if any: ``column >= number``, or the bound of a rank."""
     order = condition.order
     if isinstance(condition.step, Where):
         for pattern in _BOUNDS:
@@ -60,7 +60,7 @@ def _mark(condition: Condition, part: int) -> Mark | None:
     return None
 
 
-# --- rows worth a picture -------------------------------------------------------------------------
+# --- rows to show ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Rank:
     column: str
 
     def ends(self) -> tuple[str, str]:
-        """What the best and the worst have, in words."""
+        """Descriptions of the best and the worst."""
         words = f"lowest {self.column}", f"highest {self.column}"
         return words if self.column in LOWER_IS_BETTER else words[::-1]
 
     def order(self, values: np.ndarray) -> np.ndarray:
-        """Values of the column, (n,) float64, so that the smallest is the best."""
+        """Values of the column as (n,) float64, negated if necessary: the smallest is the best."""
         return values if self.column in LOWER_IS_BETTER else -values
 
 
@@ -83,7 +83,7 @@ class Rank:
 class Wall:
     """The rows with the smallest order values, at most `limit`: pairs of value and row, in order."""
 
-    # `unselected` is its title on a page where nothing was selected; None: it is not shown there.
+    # `unselected` is its title on a page without a selection; None: not shown there.
 
     title: str
     note: str
@@ -97,7 +97,7 @@ class Wall:
         return [row for _, row in self.rows]
 
     def offer(self, order: np.ndarray, among: np.ndarray, row: Callable[[int], dict[str, Any]]) -> None:
-        """Add a batch's rows that belong on the wall: (n,) order values, (n,) bool, and a getter for a row."""
+        """Add the rows of a batch that belong on the wall: (n,) order values, (n,) bool, and a getter for a row."""
         worst = self.rows[-1][0] if len(self.rows) == self.limit else np.inf
         with np.errstate(invalid="ignore"):
             found = np.flatnonzero(among & np.isfinite(order) & (order < worst))
@@ -124,7 +124,7 @@ _UNIQUE = {"key", "shard", "source_shard", "caption", "status", "error_message",
 
 
 def texts_of(table: ScoreTable) -> list[str]:
-    """Text columns that may have few different values: those that have few in the first rows."""
+    """Text columns that may have few distinct values: those with few in the first rows."""
     names = {f.name for f in table.schema if kind_of(f.type) == "string"} - _UNIQUE
     first = next(iter(table.batches(names)), None) if names else None
     if first is None:
@@ -157,7 +157,7 @@ class Survey:
         bounded = [m.column for m in self.marks]
         scores = [*FIRST, *(n for n in schema.names if n.endswith("_score"))]
         self.histograms = histograms_of([*scores, *MEASURES, *SIZES, *bounded], numbers)
-        self.scores = [n for n in self.histograms if n in {*scores, *bounded} - set(SIZES)]  # shown with a picture
+        self.scores = [n for n in self.histograms if n in {*scores, *bounded} - set(SIZES)]  # shown with each picture
         self.rank = Rank(self.scores[0]) if self.scores else None
         self.wanted = {PLACE, *self.histograms, "status", *settled.columns, *texts}
         self.counts = Counts()
@@ -190,7 +190,7 @@ class Survey:
         self._note_failures(ok, verdict.passed)
 
         def others(parts: Sequence[int]) -> np.ndarray:
-            """Readable rows that meet all conditions but some."""
+            """Readable rows that meet all conditions except some."""
             return np.logical_and.reduce([ok, *(m for i, m in enumerate(verdict.passed) if i not in parts)])
 
         def row(i: int) -> dict[str, Any]:
@@ -225,15 +225,15 @@ class Survey:
                     shown.extend(row(int(i)) for i in same[: _EXAMPLES - len(shown)])
 
     def _note_failures(self, ok: np.ndarray, passed: Sequence[np.ndarray]) -> None:
-        """Count the readable rows by what they fail."""
+        """Count the readable rows by the conditions they fail."""
         bits = np.zeros(len(ok), np.int64)
         for i, mask in enumerate(passed):
-            bits |= (~mask).astype(np.int64) << min(i, 62)  # those beyond the 63rd are told as one
+            bits |= (~mask).astype(np.int64) << min(i, 62)  # those from the 63rd on count as one
         found = pa.array(bits[ok]).value_counts().to_pylist()
         self.failed.update({item["values"]: item["counts"] for item in found})
 
     def texts(self) -> dict[str, dict[str | None, tuple[int, int]]]:
-        """Return readable rows by the texts of each column that has few, and how many of them are kept."""
+        """Return readable rows and kept rows by text, for each column with few distinct texts."""
         out = {}
         for name, counts in self._texts.items():
             total = Counter[str | None]()
@@ -244,7 +244,7 @@ class Survey:
         return out
 
     def failures(self) -> dict[tuple[str, ...], int]:
-        """Return how many of the dropped rows fail which conditions, the most frequent first."""
+        """Return the number of dropped rows by the conditions they fail, most frequent first."""
         texts = [condition.text for condition in self.settled.conditions]
         return {
             tuple(text for i, text in enumerate(texts) if bits >> i & 1): n
@@ -254,19 +254,19 @@ class Survey:
 
 
 def row_of(table: pa.Table, i: int, columns: Sequence[str]) -> dict[str, Any]:
-    """Return what a card shows of a row, and a few more columns."""
+    """Return the columns of a row for a card, and a few more."""
     return {name: table[name][i].as_py() for name in (*ROW, *columns) if name in table.column_names}
 
 
 def floats(table: pa.Table, name: str) -> np.ndarray:
-    """A column as (n,) float64, NaN where it has no value; all NaN if the table lacks it."""
+    """A column as (n,) float64, NaN where missing; all NaN if the table lacks it."""
     if name not in table.column_names:
         return np.full(table.num_rows, np.nan)
     return np.asarray(table[name].cast(pa.float64(), safe=False).to_numpy(), np.float64)
 
 
 def survey(table: ScoreTable, settled: Settled) -> Survey:
-    """Stream once through a score table, and read what is shown of the few rows that are."""
+    """Stream a score table once, and read the columns of the few rows to show."""
     texts = texts_of(table)
     found = Survey(table.schema, settled, texts)
     for batch in table.batches(found.wanted, texts):

@@ -1,1 +1,1 @@
-"""What a run is: what is settled before it, what it leaves in its folder."""
+"""The plan of a run, and the records in its folder."""

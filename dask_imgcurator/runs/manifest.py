@@ -1,7 +1,7 @@
-"""What is known of a folder's score files without opening them: their footers, and what runs counted in them.
+"""A cache of a folder's score files: their footers, and what runs counted in them.
 
-``.files.json`` names each file with its version, and what it says of a file holds for that version alone. It saves
-time, nothing else: without it, or if it is damaged, the files are read.
+``.files.json`` lists each file with its version; an entry is valid only for that version. It only saves time: if it is
+missing or damaged, the files are read.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from ..storage.urls import marks_changes
 
 NAME = ".files.json"
 
-#: Kinds of counts (by what is kept, say) that are remembered of each file.
+#: How many kinds of counts (for example, per selection) to cache for each file.
 _KINDS = 4
 
-#: What of a provenance is each file's own.
+#: Parts of a provenance specific to each file.
 _OWN = ("shard", "fingerprint")
 
 
 @dataclass
 class Manifest:
-    """Footers of files, and what was counted in them, by name; each with the version that it holds for."""
+    """Footers of files and counts by name, each with the version of the file."""
 
     footers: dict[str, tuple[str, ScoreFile]] = field(default_factory=dict)
     counted: dict[str, dict[str, tuple[str, Any]]] = field(default_factory=dict)  # by kind, the latest last
 
     def footer(self, url: str, version: str) -> ScoreFile | None:
-        """What the footer of a file says, if that is known of this version."""
+        """The footer of a file, if known for this version."""
         known = self.footers.get(_name(url))
         if known is None or known[0] != version:
             return None
         return replace(known[1], url=url)
 
     def count(self, kind: str, url: str, version: str) -> Any:
-        """What was counted in a file, if that is known of this version; None otherwise."""
+        """What was counted in a file, if known for this version; otherwise None."""
         known = self.counted.get(kind, {}).get(_name(url))
         return known[1] if known is not None and known[0] == version else None
 
     def learn(self, kind: str, version: str, file: ScoreFile, counted: Any) -> None:
-        """Take in what is known of a file."""
+        """Add what is known about a file."""
         if marks_changes(version):
             name = _name(file.url)
             self.footers[name] = version, file

@@ -1,4 +1,4 @@
-"""Who is at work in a folder of results, or was stopped there, and how far they are: ``.unfinished-*.json``."""
+"""Jobs that are active in a folder of results, or were stopped there, and their progress: ``.unfinished-*.json``."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ..storage import files
 
 _UNFINISHED = ".unfinished-"
 
-#: Seconds from one word of progress to the next, and after which one who says nothing is not believed to be at work.
+#: Seconds between progress reports, and seconds of silence after which a job is considered gone.
 _EVERY, _SILENT = 15.0, 120.0
 
 
 class Mark:
-    """The file that says that a job is at work; written again now and then while it goes on."""
+    """The file that marks an active job, rewritten regularly while the job runs."""
 
     def __init__(self, url: str, about: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         self._url, self._about, self._options = url, dict(about), options
         self._write()
 
     def tell(self, now: bool = False, **state: Any) -> None:
-        """Say how far the job is."""
+        """Report the job's progress."""
         self._about |= state
         if now or time.time() - self._about["told"] >= _EVERY:
-            with contextlib.suppress(OSError):  # the job itself will say what is wrong
+            with contextlib.suppress(OSError):  # the job itself will report what is wrong
                 self._write()
 
     def _write(self) -> None:
@@ -43,7 +43,7 @@ class Mark:
 def working(
     folder: str, command: str, job: str, options: Mapping[str, Any], anything: bool = True
 ) -> Iterator[Mark | None]:
-    """Mark a folder until its work is done, if there is `anything`; `job` tells marks from one another."""
+    """Mark a folder until its work is done, if there is `anything` to do; `job` distinguishes marks."""
     url = files.join(folder, f"{_UNFINISHED}{hashlib.sha256(job.encode()).hexdigest()[:12]}.json")
     about = {"command": command, "host": os.uname().nodename, "pid": os.getpid(), "began": time.time()}
     about["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -52,14 +52,14 @@ def working(
 
 
 def marks(folder: str, storage_options: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """What is known of jobs that are at work in a folder, or were stopped."""
+    """Marks of jobs that are active in a folder, or were stopped."""
     found = files.list_files(folder, ".json", storage_options, prefix=_UNFINISHED)
     return [mark for mark in (read_json(url, storage_options) for url in found) if mark]
 
 
 @contextmanager
 def alone(folder: str, command: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Work in a folder in which no other process of this machine is at work."""
+    """Work in a folder in which no other process of this machine is active."""
     for mark in marks(folder, options):
         if _lives(mark) and mark["pid"] != os.getpid():
             raise FileExistsError(
@@ -72,16 +72,16 @@ def alone(folder: str, command: str, options: Mapping[str, Any]) -> Iterator[Non
 
 
 def _lives(mark: Mapping[str, Any]) -> bool:
-    """Whether a mark's process is one of this machine, and alive."""
+    """Whether a mark's process is alive on this machine."""
     return mark["host"] == os.uname().nodename and files.is_alive(mark["pid"])
 
 
-# --- how far a run is -----------------------------------------------------------------------------
+# --- progress of a run ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Status:
-    """What a folder of results holds, and what is said of each job that is at work there, or was stopped."""
+    """What a folder of results holds, and a line about each job that is active there or was stopped."""
 
     folder: str
     command: str
@@ -90,7 +90,7 @@ class Status:
 
 
 def find_status(folder: str, storage_options: Mapping[str, Any] | None = None) -> list[Status]:
-    """Say how far the runs in a folder are, or in the folders of a run; FileNotFoundError if there is none."""
+    """The status of the runs in a folder, or in the folders of a run; FileNotFoundError if there is none."""
     found = []
     for place in (folder, files.join(folder, "scores"), files.join(folder, "shards")):
         suffix = ".tar" if place.endswith("/shards") else ".parquet"
@@ -105,7 +105,7 @@ def find_status(folder: str, storage_options: Mapping[str, Any] | None = None) -
 
 
 def _describe(mark: Mapping[str, Any]) -> str:
-    """What a job does, how far it is, how fast, and whether it is still there."""
+    """A job's command, progress, speed, and whether it is still running."""
     silent = time.time() - mark.get("told", mark.get("began", 0))
     who = f"`{mark['command']}` on {mark['host']} (process {mark['pid']}), since {mark['since']}"
     parts = [who]
@@ -117,7 +117,7 @@ def _describe(mark: Mapping[str, Any]) -> str:
             left = (total - done) * seconds / done
             parts.append(f"{images / seconds:,.1f} images/s, about {left / 60:,.0f} minutes left")
         if running := mark.get("running"):
-            parts.append(f"at work on {', '.join(running)}")
+            parts.append(f"working on {', '.join(running)}")
     if problem := mark.get("stopped"):
         parts.append(f"stopped: {problem}")
     elif mark["host"] == os.uname().nodename and not _lives(mark):
@@ -131,12 +131,12 @@ def _describe(mark: Mapping[str, Any]) -> str:
 
 
 def read_json(url: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Read a small file with an object; empty if it is not there."""
+    """Read a small file with a JSON object; empty if it does not exist."""
     return dict(json.loads(files.read_text(url, options) or "{}"))
 
 
 def encode(about: Mapping[str, Any]) -> bytes:
-    """An object as such a file has it."""
+    """Encode an object for such a file."""
     return json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n"
 
 

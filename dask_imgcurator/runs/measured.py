@@ -1,4 +1,4 @@
-"""What a run counts of each score file: for its user, and for whoever writes the kept samples."""
+"""Counts of each score file: for the user, and for writing the kept samples."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .plan import ScorePlan
 
 @dataclass(frozen=True)
 class Measured:
-    """Totals of a score file: counts for the user, and numbers for whoever writes its kept samples."""
+    """Totals of a score file: counts for the user, and numbers for writing its kept samples."""
 
     counts: Counts
     kept: Kept | None = None
-    notes: Mapping[str, Remark] = field(default_factory=dict)  # kinds of what the column ``note`` tells
-    empty: frozenset[str] = frozenset()  # chosen columns in which no row has a value
+    notes: Mapping[str, Remark] = field(default_factory=dict)  # by kind of entry in the column ``note``
+    empty: frozenset[str] = frozenset()  # requested columns without any value
 
     @property
     def record(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As JSON."""
         return {**asdict(self), "empty": sorted(self.empty)}
 
     @staticmethod
@@ -46,11 +46,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Last:
-    """What a partition's last step counts."""
+    """What the last step of a partition counts."""
 
     settled: Settled
     spec: WriteSpec | None = None
-    chosen: tuple[str, ...] = ()  # columns that the user named
+    chosen: tuple[str, ...] = ()  # columns requested by the user
 
     def measure(self, frame: Any) -> Measured:
         """Count a partition's rows."""
@@ -61,7 +61,7 @@ class Last:
 
     @property
     def kind(self) -> str:
-        """Tells counts of one kind from those of another."""
+        """Identifies the kind of counts."""
         spec = self.spec and (self.spec.folder, self.spec.max_count, self.spec.max_nbytes, self.spec.sources)
         conditions = [condition.text for condition in self.settled.conditions]
         return repr([__version__, conditions, str(self.settled.planned), spec, self.chosen])
@@ -75,7 +75,7 @@ class Last:
 
 @dataclass(frozen=True)
 class Remark:
-    """How many samples a kind of note stands on, and the first of them."""
+    """How many samples have a kind of note, and the first of them."""
 
     count: int
     example: str
@@ -85,7 +85,7 @@ class Remark:
 
 
 def _remarks(frame: Any) -> dict[str, Remark]:
-    """Count the notes of a partition by what stands before their colon."""
+    """Count the notes of a partition by the text before the colon."""
     found: dict[str, Remark] = {}
     if "note" not in frame.columns:
         return found
@@ -106,7 +106,7 @@ _REMEDIES = {
 
 
 def tell(parts: Sequence[Measured], schema: pa.Schema, plan: ScorePlan, monitor: Monitor) -> None:
-    """Tell the user what was not taken as it is, or was asked for and not found."""
+    """Tell the user what was not used as is, or was requested and not found."""
     total: dict[str, Remark] = {}
     for part in parts:
         for kind, remark in part.notes.items():
@@ -120,5 +120,5 @@ def tell(parts: Sequence[Measured], schema: pa.Schema, plan: ScorePlan, monitor:
         if kind_of(type_) not in ("unknown", kind_of(expected.type)):
             monitor.note(
                 f"The JSON field {expected.name} is {expected.type} in the first samples, but {type_} in the table, "
-                "which keeps all of its values. A condition on it takes those of another kind for missing."
+                "which keeps all of its values. A condition on it treats values of another kind as missing."
             )

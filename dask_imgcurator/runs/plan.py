@@ -1,4 +1,4 @@
-"""Resolve, before shards are scored, what is done to them: model, heads, columns, and each shard's file."""
+"""Resolve, before scoring, what to do: model, heads, columns, and each shard's score file."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class ScoreOptions:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a run's record says of them; without storage options, which may hold credentials."""
+        """The options for a run's record, without storage options, which may hold credentials."""
         return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.endswith("_options")}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A shard, its score file, and the version that is scored; empty: it cannot be read now."""
+    """A shard, its score file, and the version to score; empty if it cannot be read now."""
 
     shard: str
     url: str
@@ -66,13 +66,13 @@ class Target:
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """What is done to each shard; travels to the workers."""
+    """What to do with each shard; travels to the workers."""
 
     read: ReadSpec
     embed: EmbedSpec
     heads: tuple[HeadUse, ...]
     storage_options: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)  # of all score files, once settled
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # of all score files, once known
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -84,12 +84,12 @@ class ScorePlan:
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """Columns that the user named."""
+        """Columns requested by the user."""
         return (*(f.column for f in self.read.fields), *(["caption"] if self.read.caption is not None else []))
 
     @property
     def planned(self) -> pa.Schema:
-        """Types by which an expression judges JSON fields, though a shard's values may be of others."""
+        """Types of JSON fields for expressions, although a shard's values may have others."""
         return pa.schema([(f.column, FIELD_TYPES[f.likely]) for f in self.read.fields if f.likely])
 
     def provenance_of(self, target: Target) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class ScorePlan:
         return {**self.provenance, "shard": target.shard, "fingerprint": target.version}
 
     def settled(self, provenance: Mapping[str, Any], topic: str) -> ScorePlan:
-        """Return the plan by which all workers use what the first one has, and report progress and their faults."""
+        """Return a plan in which all workers use what the first one has, and report progress and faults."""
         encoder = replace(self.embed.encoder, dtype=provenance["encoder"]["dtype"])
         embed = replace(self.embed, encoder=encoder, decoder=provenance["decode"]["decoder"], topic=topic)
         read = replace(self.read, strict=True)
@@ -112,7 +112,7 @@ class ScorePlan:
 def make_plan(
     urls: Sequence[str], options: ScoreOptions, where: str | None, monitor: Monitor, client: Place = None
 ) -> tuple[ScorePlan, Where | None]:
-    """Resolve what is done to shards, and parse the expression against the columns they will have."""
+    """Resolve what to do with shards, and parse the expression against the columns they will have."""
     check_shards(urls, options.storage_options)
     if packed := packed_beside(urls):
         monitor.note(
@@ -134,7 +134,7 @@ def make_plan(
     )
     uses = choose_heads(model, pretrained, options, monitor)
     plan = ScorePlan(read, embed, uses, dict(options.out_options or {}))
-    # A mistake in the expression is told now, not after the scoring.
+    # Report a mistake in the expression now, not after scoring.
     parsed = parse_where(where, plan.kinds) if where is not None else None
     if parsed is not None and model == "starter" and "nsfw_score" in parsed.columns:
         monitor.note(
@@ -184,16 +184,16 @@ def describe(plan: ScorePlan) -> dict[str, Any]:
 
 # --- model and heads ------------------------------------------------------------------------------
 
-#: Default model where its weights can be had; elsewhere the starter.
+#: Default model if its weights are available; otherwise the starter.
 DEFAULT_MODEL = ("ViT-L-14", "openai")
 
 
 def choose_model(model: str | None, pretrained: str | None, monitor: Monitor) -> tuple[str, str | None]:
-    """Resolve the model: the requested one, else the default if its weights can be had, else the starter."""
+    """Resolve the model: the requested one, else the default if its weights are available, else the starter."""
     if model is not None:
         return model, pretrained
     if pretrained is not None:
-        raise ValueError(f"pretrained={pretrained!r} needs a model: say which architecture the weights are of")
+        raise ValueError(f"pretrained={pretrained!r} needs a model: name the architecture of the weights")
     name, tag = DEFAULT_MODEL
     if open_clip.can_have(name, tag):
         return name, tag
@@ -208,11 +208,11 @@ def model_notes(model: str | None, pretrained: str | None) -> list[str]:
     if model == "starter":
         return [starter.NOTICE]
     if str(pretrained).startswith("random"):
-        return [f"{model} has random weights ({pretrained}): scores mean nothing; this is for benchmarks and tests."]
+        return [f"{model} has random weights ({pretrained}): scores are meaningless, for benchmarks and tests only."]
     if model and pretrained and Path(pretrained).is_file() and open_clip.has_quick_twin(model):
         return [
-            f"The checkpoint {Path(pretrained).name} is run with GELU, as {model} is: if it descends from "
-            f"OpenAI's weights, the model is {model}-quickgelu."
+            f"The checkpoint {Path(pretrained).name} runs with GELU, the activation of {model}: if it derives from "
+            f"OpenAI's weights, use {model}-quickgelu."
         ]
     return []
 
@@ -234,7 +234,7 @@ def choose_heads(model: str, pretrained: str | None, options: ScoreOptions, moni
         if model != "starter" and pretrained != "openai" and not str(pretrained).startswith("random"):
             monitor.note(
                 f"The head {spec.name} was trained on OpenAI's weights; "
-                f"with {model}{f' ({pretrained})' if pretrained else ''} its scores are on another scale."
+                f"with {model}{f' ({pretrained})' if pretrained else ''} its scores have another scale."
             )
         uses.append(HeadUse(kind, spec.name, "embedding", weights_dir, spec.round_to))
     return tuple(uses)
@@ -244,7 +244,7 @@ def choose_heads(model: str, pretrained: str | None, options: ScoreOptions, moni
 
 
 def score_files(urls: Sequence[str], folder: str, there: Mapping[str, str]) -> dict[str, str]:
-    """Name each shard's score file; `there`: shards whose files have names already."""
+    """Name each shard's score file; `there`: existing files by shard."""
     # A shard gets its stem. If that name is taken, by another shard of this run or by an earlier run's file for another
     # shard, a hash of its URL is appended; so a name never changes once given.
     by_shard = {shard: url.rpartition("/")[2] for shard, url in there.items()}
@@ -253,11 +253,11 @@ def score_files(urls: Sequence[str], folder: str, there: Mapping[str, str]) -> d
     for url in urls:
         name = by_shard.get(url)
         if name is None:
-            path = url.partition("?")[0] if "://" in url else url  # the query of an address may be a signature
+            path = url.partition("?")[0] if "://" in url else url  # the query of a URL may be a signature
             base = path.rstrip("/").rpartition("/")[2]
             stem = base[: -len(".tar")] if base.endswith(".tar") else base
             if stem.startswith("."):
-                stem = f"_{stem}"  # a hidden file is no part of a score table
+                stem = f"_{stem}"  # hidden files are not part of a score table
             name = f"{stem}.parquet"
             if taken.get(name, url) != url:
                 name = f"{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.parquet"

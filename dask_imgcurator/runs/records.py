@@ -1,9 +1,9 @@
-"""What a folder of results is: a record in it, and who may write there.
+"""The record in a folder of results, and who may write there.
 
-``.table.json`` says which command made the table, of what and with which settings. A job claims its folder before it
-writes: what another one left there is refused or, with `overwrite`, removed; never a file that this library did not
-write. ``.unfinished-*.json`` stand there while jobs are at work, and after they were stopped. Whoever reads a folder of
-Parquet files skips names that begin with a dot.
+``.table.json`` says which command made the table, from what and with which settings. A job claims its folder before it
+writes: another job's result is refused or, with `overwrite`, removed, but never a file that this library did not write.
+``.unfinished-*.json`` exist while jobs are active, and after they were stopped. Readers of Parquet folders skip names
+that begin with a dot.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .marks import Mark, alone, encode, marks, read_json, working, write_json
 from .plan import ScorePlan, Target, score_files
 
 RECORD = ".table.json"
-#: What the provenance of all files of one score table has in common.
+#: Parts of the provenance common to all files of a score table.
 COMMON = ("encoder", "heads", "decode", "read", "versions")
 
-#: What cheap commands add to the provenance of their files.
+#: Entries that cheap commands add to the provenance of their files.
 _LATER = {"deduplicated": "dedup", "selected": "select", "added": "add", "written": "write"}
 
 _REMEDY = "choose another folder, or replace it with --overwrite (overwrite=True)"
@@ -39,7 +39,7 @@ _REMEDY = "choose another folder, or replace it with --overwrite (overwrite=True
 
 @dataclass(frozen=True)
 class Made:
-    """What decides the rows of a table: a command, the folders that it reads, its settings; `about` is for people."""
+    """Everything that decides the rows of a table: command, input folders, settings; `about` is for people."""
 
     command: str
     inputs: tuple[str, ...]
@@ -48,14 +48,14 @@ class Made:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What its file says."""
+        """The content of its file."""
         made = {"command": self.command, "inputs": self.inputs, "settings": self.settings, "about": self.about}
         return as_read({"format": 1, **made})
 
 
 @dataclass(frozen=True)
 class Found:
-    """A folder of results as it is: its record, and what the footer of each of its files says, with its version."""
+    """The state of a folder of results: its record, and the footer and version of each of its files."""
 
     folder: str
     options: Mapping[str, Any]
@@ -71,16 +71,16 @@ class Found:
 
     @property
     def shards(self) -> dict[str, str]:
-        """Shards that files are of, and these."""
+        """Score files by the shard they describe."""
         return {str(made["shard"]): url for url, made in self.tables.items() if "shard" in made}
 
     def counted(self, kind: str, url: str) -> Any:
-        """What an earlier run counted in a file, as JSON has it; None if that is not known of what is there now."""
+        """What an earlier run counted in a file, as JSON; None if unknown for its present version."""
         return self.manifest.count(kind, url, self.versions.get(url, ""))
 
     @property
     def command(self) -> str:
-        """By which command it was made, as far as its record or its files tell."""
+        """The command that made it, as far as its record or files say."""
         later = next((name for made in self.tables.values() for key, name in _LATER.items() if key in made), "score")
         return str(self.record.get("command", later))
 
@@ -93,7 +93,7 @@ class Found:
 
 
 def look(folder: str, storage_options: Mapping[str, Any] | None = None) -> Found:
-    """Look what a folder of results holds; FileExistsError for Parquet files that this library did not write."""
+    """Inspect a folder of results; FileExistsError for Parquet files that this library did not write."""
     options = dict(storage_options or {})
     record = read_json(files.join(folder, RECORD), options)
     versions, manifest = versions_in(folder, ".parquet", options), read_manifest(folder, options)
@@ -109,19 +109,19 @@ def look(folder: str, storage_options: Mapping[str, Any] | None = None) -> Found
 
 
 def _look(url: str, known: bool, options: Mapping[str, Any]) -> ScoreFile | None:
-    """Look at a file; None: not of this library. A damaged one is, where the folder is `known` to be."""
+    """Inspect a file; None if it is not this library's. A damaged one is, if the folder is `known` to be."""
     nothing = ScoreFile(url, pa.schema([]), {})
     try:
         file = look_at(url, options)
         return file if file.provenance else None
-    except FileNotFoundError:  # since it was listed
+    except FileNotFoundError:  # removed since it was listed
         return nothing
     except ValueError:
         return nothing if known else None
 
 
 def note_unfinished(scores: URLPath, storage_options: Mapping[str, Any] | None, monitor: Monitor) -> None:
-    """Tell that a table which is read may lack rows."""
+    """Warn that a table being read may lack rows."""
     for name in (name for name in _names(scores) if not name.endswith(".parquet")):
         for mark in marks(name, storage_options):
             monitor.note(
@@ -130,11 +130,11 @@ def note_unfinished(scores: URLPath, storage_options: Mapping[str, Any] | None, 
             )
 
 
-# --- tables that one job writes whole -------------------------------------------------------------
+# --- tables written by one job --------------------------------------------------------------------
 
 
 def made_of(command: str, scores: URLPath, settings: Mapping[str, Any], about: str) -> Made:
-    """Say what decides the rows of a result."""
+    """Describe what decides the rows of a result."""
     inputs = tuple(_names(scores))
     return Made(command, inputs, settings, f"of {', '.join(inputs)}: {about}")
 
@@ -148,7 +148,7 @@ def _names(scores: URLPath) -> list[str]:
 def replacing(
     folder: str, made: Made, targets: Collection[str], overwrite: bool, storage_options: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Claim a folder for a table that is written whole; what the same command wrote there before may go."""
+    """Claim a folder for a table written by one job; an earlier result of the same command may be replaced."""
     found = look(folder, storage_options)
     same = found.record == made.record
     if (found.record or found.tables) and not (same or overwrite):
@@ -165,16 +165,16 @@ def replacing(
 def common(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a provenance that all files of a score table share."""
     shared = {name: provenance[name] for name in COMMON if name in provenance}
-    if "read" in shared:  # what types the fields have is each file's own
+    if "read" in shared:  # types of fields are specific to each file
         shared["read"] = {**shared["read"], "fields": sorted(shared["read"].get("fields", {}))}
     return as_read(shared)
 
 
 def check_dataset(found: Found, urls: Sequence[str]) -> None:
-    """Refuse to score into another command's table, or into that of other shards."""
+    """Refuse to score into another command's table, or into a table of other shards."""
     # The jobs of an array fill one folder with parts of a dataset. Shards of other folders are another dataset, or the
-    # same one moved: every row would be there twice.
-    # Columns that were added without a record are those of an older version, in the score files themselves.
+    # same one moved, whose rows would count twice.
+    # Columns added without a record come from an older version, which wrote them into the score files themselves.
     if found.command != "score" and (found.record or found.command != "add"):
         raise FileExistsError(found.refusal)
     before = {*found.record.get("inputs", ()), *map(parent, found.shards)}
@@ -190,9 +190,9 @@ def check_dataset(found: Found, urls: Sequence[str]) -> None:
 def admitted(
     found: Found, urls: Sequence[str], provenance: Mapping[str, Any], overwrite: bool
 ) -> dict[str, Mapping[str, Any]]:
-    """Score files that stay part of the table; refused, but for `overwrite`, if another model or setting made some."""
+    """Score files that stay in the table; without `overwrite`, refused if another model or setting made some."""
     shared, mine = common(provenance), {*urls, None}
-    distinct: dict[str, bool] = {}  # of thousands of files, all but a few say the same
+    distinct: dict[str, bool] = {}  # among thousands of files, nearly all are equal
 
     def is_alike(made: Mapping[str, Any]) -> bool:
         key = repr([made.get(name) for name in COMMON])
@@ -218,7 +218,7 @@ def filling(
     record = files.join(found.folder, RECORD)
     files.make_folder(found.folder)
     if overwrite or not files.write_new(record, encode(made.record), found.options):
-        there = read_json(record, found.options)  # perhaps of a run that began at the same time
+        there = read_json(record, found.options)  # perhaps from a run that began at the same time
         if not overwrite:
             _refuse(found.folder, there["settings"], provenance)
             made = replace(made, inputs=tuple(sorted({*there["inputs"], *made.inputs})))
@@ -230,7 +230,7 @@ def filling(
 
 
 def _refuse(where: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Refuse to go on where a score file or a record was made otherwise."""
+    """Refuse to continue if a score file or a record was made differently."""
     if found := difference(there, common(here)):
         raise FileExistsError(
             f"{where} holds scores by {model_name(there)}, this run would add some by {model_name(here)}: {found}; "
@@ -239,7 +239,7 @@ def _refuse(where: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> No
 
 
 def difference(there: Any, here: Any, name: str = "") -> str:
-    """The first value in which two provenances differ, in words; empty: none."""
+    """The first difference between two provenances, in words; empty if equal."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         found = (difference(there.get(k), here.get(k), f"{name}.{k}" if name else k) for k in sorted({*there, *here}))
         return next(filter(None, found), "")
@@ -247,7 +247,7 @@ def difference(there: Any, here: Any, name: str = "") -> str:
 
 
 def _gone(shards: Iterable[str], storage_options: Mapping[str, Any] | None) -> list[str]:
-    """Those of some shards that are no longer in their folders; of web servers, which list nothing, none."""
+    """The shards that are no longer in their folders; none on web servers, which have no listings."""
     listed: dict[str, set[str]] = {}
     out = []
     for shard in shards:
@@ -261,12 +261,12 @@ def _gone(shards: Iterable[str], storage_options: Mapping[str, Any] | None) -> l
     return out
 
 
-# --- what is left to do ---------------------------------------------------------------------------
+# --- remaining work -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Run:
-    """How a run goes: whether it resumes, or replaces another's result, its monitor, and its notes."""
+    """Settings of a run: whether it resumes or replaces another result, its monitor, and its notes."""
 
     resume: bool
     overwrite: bool
@@ -276,7 +276,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Work:
-    """The score file of each shard that has one or will, those that are to be made, and shards that cannot be read."""
+    """Existing and future score files by shard, those to be made, and shards that cannot be read."""
 
     targets: dict[str, Target]
     todo: dict[str, Target]
@@ -284,7 +284,7 @@ class Work:
 
 
 def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, run_of: Run) -> Work:
-    """Find out which shards are to be scored, by a settled plan."""
+    """Find out which shards to score, by a settled plan."""
     there, options = admitted(found, urls, plan.provenance, run_of.overwrite), plan.read.storage_options
     shards = {str(made["shard"]): url for url, made in there.items() if "shard" in made}
     names = score_files(urls, found.folder, shards)
@@ -292,12 +292,12 @@ def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, run_of: Run)
     work = Work({}, {}, [])
     for url, version in versions.items():
         target = Target(url, names[url], version or "")
-        before = {k: v for k, v in there.get(names[url], {}).items() if k != "added"}  # columns that came later
+        before = {k: v for k, v in there.get(names[url], {}).items() if k != "added"}  # columns added later
         if version is None:
             work.missing.append(url)
         elif not (run_of.resume and before == plan.provenance_of(target)):
             work.todo[url] = target
-        if version is not None or url in shards:  # finished scores stay, whatever becomes of their shard
+        if version is not None or url in shards:  # finished scores are kept, even if their shard is gone
             work.targets[url] = target
     others = [shard for shard in shards if shard not in versions]
     lost = _gone(others, options)
@@ -310,7 +310,7 @@ def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, run_of: Run)
             )
     if more := len(others) - len(lost):
         run_of.monitor.note(
-            f"{found.folder} holds scores of {count(more, 'more shard')}, of other runs: all are one table."
+            f"{found.folder} holds scores of {count(more, 'more shard')} from other runs: all form one table."
         )
     work.missing.extend(lost)
     return work
@@ -320,7 +320,7 @@ def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, run_of: Run)
 
 
 def as_read(value: Any) -> dict[str, Any]:
-    """A value as its JSON gives it back."""
+    """A value after a round trip through JSON."""
     return dict(json.loads(json.dumps(value, default=str)))
 
 

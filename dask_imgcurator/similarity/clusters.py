@@ -1,4 +1,4 @@
-"""Clusters of embeddings as columns: for so many images of each, for balance, and for DataComp's image-based filter."""
+"""Clusters of embeddings as columns, for N images per cluster, balance, and DataComp's image-based filter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..select.selection import sample
 if TYPE_CHECKING:
     import torch
 
-#: Rows that k-means sees per cluster: more make centroids hardly better.
+#: Training rows of k-means per cluster: more hardly improve the centroids.
 _PER_CLUSTER = 64
 
 _BLOCK, _TRIES = 4096, 3
@@ -27,7 +27,7 @@ _BLOCK, _TRIES = 4096, 3
 
 @dataclass(frozen=True)
 class ClusterUse:
-    """What a partition's rows are compared with; `reference` counts the rows of another frame by cluster."""
+    """The clusters to assign a partition's rows to; `reference` counts the rows of another frame by cluster."""
 
     column: str
     centroids: np.ndarray = field(repr=False)  # (k, d) float32
@@ -35,7 +35,7 @@ class ClusterUse:
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns that are added."""
+        """The added columns."""
         more = [("cluster_reference", pa.int32())] if self.reference is not None else []
         return pa.schema([("cluster", pa.int32()), ("cluster_distance", pa.float32()), *more])
 
@@ -43,39 +43,39 @@ class ClusterUse:
 def assign_clusters(df: Any, k: int, *, reference: Any = None, seed: int = 0, column: str = "embedding") -> Any:
     """Add each row's cluster by k-means on the embeddings.
 
-    Finding the clusters reads a sample of the embeddings now (64 per cluster); the columns are lazy, if `df` is.
+    Training reads a sample of the embeddings now (64 per cluster); the new columns are lazy if `df` is.
 
     Parameters
     ----------
     df : dask, pandas or cuDF DataFrame
-        With a column of vectors, and ``shard`` and ``sample_offset`` (or ``key``), by which the sample is drawn.
+        With a column of vectors, and ``shard`` and ``sample_offset`` (or ``key``) for drawing the sample.
     k : int
         How many clusters.
     reference : dask, pandas or cuDF DataFrame, optional
-        Rows of another dataset with vectors of the same model, such as a benchmark's training set.
+        Rows of another dataset with vectors from the same model, such as a benchmark's training set.
     seed : int
-        Another seed, another clustering.
+        Seed of the sample and of k-means.
     column : str
-        The column of vectors; their lengths do not matter.
+        The column of vectors; only their direction matters.
 
     Returns
     -------
     the frame's type
-        With ``cluster`` (int32, 0 to k - 1), ``cluster_distance`` (float32: Euclidean, from the vector at unit length
-        to the centroid, 0 to 2) and, with a `reference`, ``cluster_reference`` (int32: how many rows of the reference
-        are in this cluster). Null where there is no vector. ``cluster_reference > 0`` is DataComp's image-based filter.
+        With ``cluster`` (int32, 0 to k - 1), ``cluster_distance`` (float32, 0 to 2: Euclidean distance from the unit
+        vector to the centroid) and, with a `reference`, ``cluster_reference`` (int32: number of reference rows in this
+        cluster); null without a vector. ``cluster_reference > 0`` is DataComp's image-based filter.
 
     Raises
     ------
     ValueError
-        If there are fewer than k vectors, or those of the reference have another length.
+        If there are fewer than k vectors, or the reference's vectors have another length.
     ModuleNotFoundError
-        Without FAISS (``pip install "dask-imgcurator[search]"``), or cuVS on a card.
+        Without FAISS (``pip install "dask-imgcurator[search]"``), or cuVS on a GPU.
 
     References
     ----------
     .. [1] Gadre et al., "DataComp: In search of the next generation of multimodal datasets", 2023, section 3.4 and
-       appendix D: keep what shares a cluster with an image of ImageNet.
+       appendix D: keep images that share a cluster with an image of ImageNet.
 
     Examples
     --------
@@ -105,13 +105,13 @@ def _centroids(df: Any, k: int, seed: int, column: str) -> np.ndarray:
     if len(rows) < k:
         raise ValueError(f"k={k}: there are only {len(rows)} vectors in {column!r}")
     unit = torch.nn.functional.normalize(values)
-    # k-means ends in the optimum next to its beginning: of a few, the best counts.
+    # k-means finds a local optimum: keep the best of a few runs.
     tried = [backend.kmeans(unit, k, seed * _TRIES + i) for i in range(_TRIES)]
     return min(tried, key=lambda centroids: float(_distances(unit, centroids)[1].square().sum()))
 
 
 def _distances(unit: torch.Tensor, centroids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest centroid of each vector, and how far it is: (m,) each."""
+    """The nearest centroid of each vector, and the distance to it: (m,) each."""
     import torch
 
     centres = torch.from_numpy(centroids).to(unit.device)
@@ -123,7 +123,7 @@ def _distances(unit: torch.Tensor, centroids: np.ndarray) -> tuple[torch.Tensor,
 
 
 def _nearest(frame: Any, use: ClusterUse) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows that have a vector, their clusters, and how far they are from the centroids: (m,) each."""
+    """Rows with a vector, their clusters, and their distances from the centroids: (m,) each."""
     import torch
 
     values, rows = backend_of(frame).matrix(frame[use.column])
@@ -131,7 +131,7 @@ def _nearest(frame: Any, use: ClusterUse) -> tuple[np.ndarray, np.ndarray, np.nd
         return rows, np.empty(0, np.int64), np.empty(0, np.float32)
     if values.shape[1] != use.centroids.shape[1]:
         raise ValueError(
-            f"vectors of {use.column!r} have {values.shape[1]} numbers, those that were clustered "
+            f"vectors of {use.column!r} have {values.shape[1]} numbers, the clustered ones "
             f"{use.centroids.shape[1]}: embed both with the same model"
         )
     found, away = _distances(torch.nn.functional.normalize(values), use.centroids)

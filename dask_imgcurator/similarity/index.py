@@ -1,8 +1,8 @@
-"""Search by an index: only the cells nearest to a query are looked into, and only the rows that are found are read.
+"""Search with an index: only the cells nearest to a query are searched, and only the rows found are read.
 
-An index (`duplicates.index`) holds the vectors as the table has them, so similarities and order are exact; it can only
-miss rows, and how many it misses is measured when it is built. The table's files are known by name and version: one
-that is not the same any more is refused.
+An index (`duplicates.index`) holds the table's vectors unchanged, so similarities and order are exact; it can only miss
+rows, and recall is measured when it is built. It records the name and version of each file of the table, and refuses
+files that have changed.
 """
 
 from __future__ import annotations
@@ -34,24 +34,22 @@ def _versions(urls: Sequence[str], options: Mapping[str, Any]) -> list[dict[str,
 def open_search_index(
     folder: str | os.PathLike[str], urls: Sequence[str], column: str, storage_options: Mapping[str, Any]
 ) -> Index:
-    """Open an index for the table, of these files in order, that it was built of."""
+    """Open the index of a table, which must have been built from the same files in the same order."""
     name = os.fspath(folder)
     try:
         index = open_index(name)
     except FileNotFoundError as err:
-        raise FileNotFoundError(
-            f"no index for searches at {name}: make one with build_search_index (--build-index)"
-        ) from err
+        raise FileNotFoundError(f"no search index at {name}: make one with build_search_index (--build-index)") from err
     except DedupError as err:
         raise SearchError(f"{err} (build_search_index, --build-index)") from err
     built, now = index.about.get("files", []), _versions(urls, storage_options)
     changed = [url for url, was, is_ in zip(urls, built, now, strict=False) if was != is_]
     if not built or len(index.parts) > 1:
-        problem = "it is one of rows for dedup, and not of the files of a table"
+        problem = "it was built from rows for dedup, not from the files of a table"
     elif index.about["column"] != column:
-        problem = f"it was built of column {index.about['column']!r}, not of {column!r}"
+        problem = f"it was built from column {index.about['column']!r}, not from {column!r}"
     elif len(built) != len(now):
-        problem = f"it was built of {len(built)} files, the table has {len(now)}"
+        problem = f"it was built from {len(built)} files, the table has {len(now)}"
     elif changed:
         problem = f"{changed[0]} was written or changed after it was built"
     else:
@@ -74,36 +72,34 @@ def build_search_index(
     scores : str, path, or sequence of them
         Score table, as for `read_scores`.
     folder : str or path
-        Where the index goes, on this machine.
+        Folder of the index, on this machine.
     column : str
         The embeddings.
     overwrite : bool
-        Whether an index that is there is replaced.
+        Whether an existing index is replaced.
     storage_options : mapping, optional
         For the fsspec file system of the table.
 
     Returns
     -------
     Index
-        The index; ``about["recall"]`` says how many of the 20 rows most similar to a row of the table it finds. It also
-        serves `dedup` with ``against=``.
+        The index; ``about["recall"]`` is the share it finds of the 20 rows most similar to a row of the table. It also
+        works for `dedup` with ``against=``.
 
     Raises
     ------
     FileExistsError
-        If there is an index and `overwrite` is False.
+        If the index exists and `overwrite` is False.
     SearchError
-        If the table has no vectors, vectors of several lengths or of several models, or rows that cannot be told apart.
+        If the table has no vectors, vectors of several lengths or models, or indistinguishable rows.
     ModuleNotFoundError
         If k-means is needed, for more than 20,000 rows, and FAISS is not installed.
 
-    Notes
-    -----
-    It takes as much of the disk as the embeddings do, 2 GB for a million rows of 512, and while it is built as much
-    again in Dask's ``temporary-directory``. The files are read once. Rows that are not ``ok`` are left out. There is
-    one cell for up to 20,000 rows, 2 √n from there on; a search looks into as many of them as it takes to find 98 % of
-    the 20 rows that are most similar to 64 rows of the table. Texts lie farther from images than images do, so of a
-    text's rows more are missed.
+    Notes ----- The index takes as much disk space as the embeddings, 2 GB for a million rows of 512, and as much again
+    in Dask's ``temporary-directory`` while it is built. The files are read once. Rows that are not ``ok`` are left out.
+    It has one cell for up to 20,000 rows, then 2 √n; a search covers as many of them as needed to find 98 % of the 20
+    rows most similar to 64 rows of the table. Texts are farther from images than images are from each other, so text
+    queries miss more rows.
     """
     path, options = str(files.local_path(os.fspath(folder))), dict(storage_options or {})
     there = files.join(path, "index.json")
@@ -118,7 +114,7 @@ def build_search_index(
     try:
         rows = gather([Source(table.frame("pandas"), columns)])
     except DedupError as err:
-        raise SearchError(f"{err} (index what one model has embedded)") from err
+        raise SearchError(f"{err} (index embeddings of one model)") from err
     if not rows.width:
         raise SearchError(f"no row of the table has a vector in column {column!r}: there is nothing to find")
     about = {"dtype": "float32", "seed": 0, "columns": list(columns), "provenance": made.get("encoder", {})}
@@ -129,15 +125,15 @@ def build_search_index(
 
 
 def takes(frame: Any, scan: RowScan) -> np.ndarray:
-    """Ids of the rows of a partition that may be found."""
+    """Ids of a partition's rows that a search may find."""
     return row_ids(fetch(frame, eligible(frame, scan), scan.identity))
 
 
 def best_of_index(index: Index, scan: RowScan, queries: np.ndarray, allowed: np.ndarray | None) -> pa.Table:
-    """Find for each query the best rows of the cells that are looked into, and some more.
+    """Find for each query the best rows of the searched cells, and some more.
 
-    Returns ``query_number``, ``similarity``, ``id`` and ``file``. Of rows with sorted `allowed` ids alone, more cells
-    are looked into: as many as leave as much to find.
+    Returns ``query_number``, ``similarity``, ``id`` and ``file``. If only rows with sorted `allowed` ids count, more
+    cells are searched, to cover as many such rows.
     """
     import torch
 
@@ -163,12 +159,12 @@ def best_of_index(index: Index, scan: RowScan, queries: np.ndarray, allowed: np.
 
 
 def read_rows(index: Index, scored: ScoreTable, scan: RowScan, wanted: pa.Table) -> pa.Table:
-    """Read the rows of the table that have the wanted ids, in their order, from the files that hold them."""
+    """Read the table's rows with the wanted ids, in that order, from their files."""
     ids = wanted["id"].to_numpy()
     names = dict.fromkeys([*scan.identity, *scan.returned])
     schema = pa.schema([scored.schema.field(name) for name in names])
     spec = ScoreFiles("pandas", schema, scored.storage_options)
-    # Where nothing is wanted, the first file tells the columns.
+    # If nothing is wanted, the first file provides the columns.
     numbers = np.unique(wanted["file"].to_numpy()).tolist() or [0]
     read = dask.compute(
         *[dask.delayed(_read_file)(scored.urls[number], spec, scan, np.sort(ids)) for number in numbers]
@@ -178,8 +174,7 @@ def read_rows(index: Index, scored: ScoreTable, scan: RowScan, wanted: pa.Table)
     order = np.argsort(there)
     if not is_in(ids, there[order]).all():
         raise SearchError(
-            f"the index {index.path} tells of other rows than the table's: rebuild it (build_search_index, "
-            "--build-index)"
+            f"the index {index.path} lists rows that the table lacks: rebuild it (build_search_index, --build-index)"
         )
     return table.take(order[np.searchsorted(there[order], ids)])
 

@@ -1,4 +1,4 @@
-"""What is searched for, as vectors: texts and images by the model that made a table, rows by their own embeddings."""
+"""Queries as vectors: texts and images by the model that made a table, rows by their own embeddings."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ..steps.score_table import MixedModelsError, ScoreTable, check_makers
 from ..storage import files
 from .scan import SearchError, unit
 
-#: What tells one set of weights from another; a tag or name counts only where no hash does.
+#: Fields that identify weights; a tag or name counts only without a hash.
 _WEIGHTS = ("weights_sha256", "backbone_sha256", "starter_sha256")
 
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """One thing to search for: its unit vector, (d,) float64, and what it is called.
+    """A query: its unit vector, (d,) float64, and its label.
 
     `label` is the text, the image's URL, the row's shard and key, or a number. `own` is the row that it was taken from,
-    which is not among its results.
+    which is excluded from the results.
     """
 
     kind: Literal["text", "image", "like", "embedding"]
@@ -43,7 +43,7 @@ class Query:
 
 
 def table_provenance(table: ScoreTable) -> dict[str, Any]:
-    """Return what the first file of a table says of its making, if anything; all files must name one model."""
+    """Return the provenance of a table's first file, if any; all files must name the same model."""
     try:
         return check_makers(table, ["embedding"])
     except MixedModelsError as err:
@@ -51,9 +51,9 @@ def table_provenance(table: ScoreTable) -> dict[str, Any]:
 
 
 def table_encoder(made: Mapping[str, Any], model: str | None = None, pretrained: str | None = None) -> EncoderSpec:
-    """Settle which model embeds the queries: the one that a table names, unless another is given.
+    """Choose the model that embeds the queries: the one that a table names, unless another is given.
 
-    A table that was made with a checkpoint of your own does not tell where it lies: `pretrained` does.
+    A table made with your own checkpoint does not record its path: pass it as `pretrained`.
     """
     recorded = made.get("encoder", {})
     name = model or recorded.get("model")
@@ -76,7 +76,7 @@ def table_encoder(made: Mapping[str, Any], model: str | None = None, pretrained:
 
 
 def _loaded(spec: EncoderSpec, made: Mapping[str, Any], device: str) -> Encoder:
-    """Load a model that must be the table's."""
+    """Load a model, which must be the table's."""
     encoder = load_encoder(spec, device)
     recorded, here = made.get("encoder", {}), encoder.provenance
     hashed = [name for name in _WEIGHTS if name in recorded and name in here]
@@ -84,7 +84,7 @@ def _loaded(spec: EncoderSpec, made: Mapping[str, Any], device: str) -> Encoder:
         if name in recorded and recorded[name] != here.get(name):
             raise ModelError(
                 f"the table's embeddings were made with {name} {recorded[name]!r}, the query's would be with "
-                f"{here.get(name)!r}: cosines between them mean nothing. Name the same model and weights"
+                f"{here.get(name)!r}: cosines between them are meaningless. Name the same model and weights"
             )
     return encoder
 
@@ -110,7 +110,7 @@ def image_queries(
     backend: Backend,
     storage_options: Mapping[str, Any],
 ) -> list[Query]:
-    """Embed image files, on the very way that the table's rows went: an image file is a shard of one image."""
+    """Embed image files exactly like the table's rows: an image file is a shard with one image."""
     names = [files.absolute(url) for url in urls]
     _loaded(spec, made, backend.device)
     decode, n = made.get("decode", {}), len(names)
@@ -140,7 +140,7 @@ def _size(url: str, storage_options: Mapping[str, Any]) -> int:
 
 
 def vector_queries(embedding: Any) -> list[Query]:
-    """Take vectors as they are: (d,) or (m, d), of any length but 0."""
+    """Use vectors as given: (d,) or (m, d), of any length but 0."""
     try:
         vectors = np.atleast_2d(np.asarray(embedding, np.float64))
     except (TypeError, ValueError) as err:

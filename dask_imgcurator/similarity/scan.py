@@ -1,9 +1,9 @@
 """One partition in, its best rows out: cosine of embeddings with queries. No Dask.
 
-A partition's cosines are computed at once, in float32, whose rounding depends on how many rows there are. So they only
-choose candidates: every row that may be among the k best, given a bound of that rounding. A candidate's own similarity
-is computed in float64 from its two vectors alone and rounded to float32: it is the same in every partition, and equal
-vectors have equal similarities. Rows of one similarity stand in the order of their shard, key and offset.
+A partition's cosines are computed at once, in float32, whose rounding depends on the number of rows. So they only
+select candidates: every row that may be among the k best, given a bound on the rounding. A candidate's similarity is
+computed in float64 from its two vectors alone and rounded to float32: it is the same in every partition, and equal
+vectors have equal similarities. Rows with equal similarity are sorted by shard, key and offset.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _BLOCK = 8192  # rows at a time: 16 MB of 512 float32
 
 
 class SearchError(ValueError):
-    """A search that cannot be made."""
+    """The search is impossible."""
 
 
 @dataclass(frozen=True)
 class RowScan:
-    """Which rows are compared, by which column, and what is returned of the `k` best of them for each query.
+    """Which rows and which column to compare, and what to return of each query's `k` best rows.
 
-    `identity` says which of `ranks.IDENTITY` there are: ties are settled by them. With `has_status`, only rows that are
+    `identity` lists the available columns of `ranks.IDENTITY`, which break ties. With `has_status`, only rows that are
     ``ok`` are compared.
     """
 
@@ -50,13 +50,13 @@ class RowScan:
 
     @property
     def light(self) -> list[str]:
-        """Columns that tell which rows are compared, and who they are."""
+        """Columns that decide which rows are compared, and identify them."""
         names = [*self.identity, *(["status"] if self.has_status else []), *(self.where.columns if self.where else ())]
         return list(dict.fromkeys(names))
 
     @property
     def columns(self) -> list[str]:
-        """All columns that are needed."""
+        """All needed columns."""
         return list(dict.fromkeys([self.column, *self.light, *self.returned]))
 
     def best(self, found: Sequence[pa.Table]) -> pa.Table:
@@ -68,7 +68,7 @@ class RowScan:
         return table.filter(pa.array(np.arange(len(table)) - np.searchsorted(numbers, numbers) < self.k))
 
 
-# --- choosing -------------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 
 
 def eligible(frame: Any, scan: RowScan) -> np.ndarray:
@@ -85,15 +85,15 @@ def eligible(frame: Any, scan: RowScan) -> np.ndarray:
 def best_rows(frame: Any, scan: RowScan, queries: np.ndarray) -> pa.Table:
     """Find the rows of a partition that are most similar to each of (m, d) queries, float64 and of unit length.
 
-    Returns ``query_number``, ``similarity`` and all columns that are wanted, the best first. Rows without a vector, or
-    with one of no direction, are not in it.
+    Returns ``query_number``, ``similarity`` and all wanted columns, the best first. Rows without a nonzero vector are
+    left out.
     """
     rows, matrix = eligible(frame, scan), backend_of(frame).matrix
     if 2 * len(rows) < len(frame):
         values, there = matrix(frame[scan.column].iloc[rows])
         rows = rows[there]
     else:
-        # Rows that failed have no vector: as a rule nothing is left out here, and nothing need be copied.
+        # Failed rows have no vector, so usually nothing is left out and nothing is copied here.
         values, there = matrix(frame[scan.column])
         kept = np.isin(there, rows)
         values, rows = (values, there) if kept.all() else (values[np.flatnonzero(kept)], there[kept])
@@ -105,7 +105,7 @@ def best_rows(frame: Any, scan: RowScan, queries: np.ndarray) -> pa.Table:
 
 
 def check_width(width: int, queries: np.ndarray, column: str) -> None:
-    """Raise SearchError where queries cannot be compared with vectors of that width."""
+    """Raise SearchError if queries cannot be compared with vectors of this width."""
     if width and width != queries.shape[1]:
         raise SearchError(
             f"the query's embedding has {queries.shape[1]} numbers, those of column {column!r} have {width}: "
@@ -114,7 +114,7 @@ def check_width(width: int, queries: np.ndarray, column: str) -> None:
 
 
 def near(values: torch.Tensor, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of query and row of which every query's k best are some."""
+    """Pairs of query and row that include every query's k best."""
     import torch
 
     if not len(values):
@@ -132,7 +132,7 @@ def near(values: torch.Tensor, queries: np.ndarray, k: int) -> tuple[np.ndarray,
 
 
 def similarity(values: torch.Tensor, at: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Cosine of rows `at` with a query each: (n,) float32, the same wherever the rows lie."""
+    """Cosine of rows `at` with a query each: (n,) float32, the same in any partition."""
     import torch
 
     out = np.empty(len(at), np.float32)
@@ -144,7 +144,7 @@ def similarity(values: torch.Tensor, at: np.ndarray, queries: np.ndarray) -> np.
 
 
 def unit(vectors: Any) -> np.ndarray:
-    """Vectors in float64 and of unit length; those without direction become NaN."""
+    """Vectors in float64 at unit length; zero vectors become NaN."""
     x = np.asarray(vectors, np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         return x / np.linalg.norm(x, axis=-1, keepdims=True)
@@ -154,7 +154,7 @@ def unit(vectors: Any) -> np.ndarray:
 
 
 def fetch(frame: Any, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
-    """Copy columns of some rows into host memory; categories as what they stand for."""
+    """Copy columns of some rows into host memory; categories as their values."""
     host = backend_of(frame).to_host(frame[list(columns)].iloc[rows], list(columns))
     for i, field in enumerate(host.schema):
         if pa.types.is_dictionary(field.type):
@@ -163,14 +163,14 @@ def fetch(frame: Any, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
 
 
 def with_similarity(table: pa.Table, query: np.ndarray, values: np.ndarray) -> pa.Table:
-    """Put what was found before the table's own columns, some of which may be called as a result's are."""
+    """Put the result's columns before the table's own, some of which may have the same names."""
     table = table.rename_columns([f"table_{name}" if name in OURS else name for name in table.column_names])
     table = table.add_column(0, "similarity", pa.array(values))
     return table.add_column(0, "query_number", pa.array(query, pa.int32()))
 
 
 def named_rows(frame: Any, scan: RowScan, names: Sequence[str]) -> list[tuple[int, str, np.ndarray | None, Any]]:
-    """Find the rows of a partition that names stand for: number of the name, name in full, vector if any, columns."""
+    """Find named rows in a partition: number of the name, full name, vector if any, columns."""
     backend = backend_of(frame)
     hits = find_names(backend.to_host(frame, [name for name in ("shard", "key") if name in frame.columns]), names)
     rows = np.array([row for _, row, _ in hits], np.int64)
@@ -181,9 +181,9 @@ def named_rows(frame: Any, scan: RowScan, names: Sequence[str]) -> list[tuple[in
 
 
 def find_names(table: pa.Table, names: Sequence[str]) -> list[tuple[int, int, str]]:
-    """Number of the name, row and ``SHARD:KEY`` of all rows that names stand for.
+    """Number of the name, row and ``SHARD:KEY`` of all rows that match names.
 
-    A name is a key, or ``SHARD:KEY`` with the end of a shard's URL, from a slash on.
+    A name is a key, or ``SHARD:KEY`` with the end of a shard's URL after a slash.
     """
     keys = table["key"].cast(pa.string())
     full = keys

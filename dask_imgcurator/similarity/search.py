@@ -1,9 +1,9 @@
 """Search a score table by text, by image or by one of its rows.
 
-Each query is one vector, and what is found are the rows with the highest cosine to it. By default every row is
-compared, in one pass: a partition at a time gives its k best rows, with all their columns, and these are merged. So
-memory holds a few partitions whatever the table's length, and the answer depends on neither partitions nor workers.
-With an index (`build_search_index`) only the rows of some cells are compared, and only the files of those found read.
+Each query is one vector; the result is the rows with the highest cosine to it. By default all rows are compared, in one
+pass: each partition returns its k best rows, with all their columns, and these are merged. So memory holds a few
+partitions whatever the table's length, and the answer does not depend on partitions or workers. With an index
+(`build_search_index`), only the rows of some cells are compared, and only the files of the results are read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .scan import OURS, RowScan, SearchError, best_rows, check_width, find_names
 
 @dataclass(frozen=True)
 class Asked:
-    """What is searched for, and in which rows."""
+    """The queries, and the rows to search."""
 
     texts: Sequence[str] = ()
     images: Sequence[str | os.PathLike[str]] = ()
@@ -51,7 +51,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class _Table:
-    """What is searched: a frame of any kind, of these files if it is a score table; `made` is its provenance."""
+    """The searched table: a frame of any kind, with its files if it is a score table; `made` is its provenance."""
 
     df: Any
     scan: RowScan
@@ -69,7 +69,7 @@ def find(
     client: Place = None,
     monitor: Monitor | None = None,
 ) -> tuple[pd.DataFrame, list[Query], Mapping[str, Any]]:
-    """Search: what was found, for which queries, and the provenance of the table; see `jobs.search.search`."""
+    """Search; returns the result, the queries, and the table's provenance; see `jobs.search.search`."""
     if not (asked.texts or asked.images or asked.like or asked.embedding is not None):
         raise SearchError("nothing to search for: give text=, image=, like= or embedding= (--text …)")
     if asked.k < 1:
@@ -77,14 +77,14 @@ def find(
     vectors = [] if asked.embedding is None else vector_queries(asked.embedding)
     table = _opened(scores, asked, dict(storage_options or {}), backend)
     client = current_client() if client is None else client
-    # Without a client, a frame is computed as its owner has set it.
+    # Without a client, a frame is computed with its owner's settings.
     there = client is not None or table.scores
     name = backend_of(table.df).name
     with place(client, name, monitor or Monitor(), light=True) if there else contextlib.nullcontext():
         queries = [*_embedded(table, asked), *_like(table, list(map(str, asked.like))), *vectors]
         for query in queries[1:]:
             check_width(len(query.vector), queries[0].vector[None], asked.column)
-        # One row more, where a query finds itself first.
+        # One row more if a query finds itself.
         scan = replace(table.scan, k=asked.k + any(query.own is not None for query in queries))
         search = _scanned if table.index is None else _proposed
         found = search(table, scan, np.stack([query.vector for query in queries]))
@@ -92,7 +92,7 @@ def find(
 
 
 def are_paths(scores: Any) -> bool:
-    """Whether a score table is given by its files."""
+    """Whether a score table is given as files."""
     return all(isinstance(one, str | os.PathLike) for one in (scores if isinstance(scores, list | tuple) else [scores]))
 
 
@@ -122,7 +122,7 @@ def _scan(df: Any, asked: Asked) -> RowScan:
 
 
 def _embedded(table: _Table, asked: Asked) -> list[Query]:
-    """Embed what needs a model."""
+    """Embed the queries that need a model."""
     if not (asked.texts or asked.images):
         return []
     backend, spec = backend_of(table.df), table_encoder(table.made, asked.model, asked.pretrained)
@@ -131,10 +131,10 @@ def _embedded(table: _Table, asked: Asked) -> list[Query]:
 
 
 def _like(table: _Table, names: list[str]) -> list[Query]:
-    """Take the embeddings of rows that are named."""
+    """Take the embeddings of named rows."""
     if not names:
         return []
-    require_columns(table.df, ["key"], "like=", "a row is known by its key; or give its vector, embedding=")
+    require_columns(table.df, ["key"], "like=", "it identifies rows; or give a vector, embedding=")
     if table.index is None:
         found = reduce(table.df[table.scan.columns], named_rows, lambda some: list(chain(*some)), table.scan, names)
     else:
@@ -161,7 +161,7 @@ def _like(table: _Table, names: list[str]) -> list[Query]:
     return queries
 
 
-# --- what is found --------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 def _scanned(table: _Table, scan: RowScan, queries: np.ndarray) -> pa.Table:
@@ -171,7 +171,7 @@ def _scanned(table: _Table, scan: RowScan, queries: np.ndarray) -> pa.Table:
 
 
 def _proposed(table: _Table, scan: RowScan, queries: np.ndarray) -> pa.Table:
-    """Compare the rows of the cells that an index looks into."""
+    """Compare the rows in the cells that an index searches."""
     index, allowed = table.index, None
     assert index is not None and table.scores is not None
     check_width(index.about["width"], queries, scan.column)
@@ -183,14 +183,14 @@ def _proposed(table: _Table, scan: RowScan, queries: np.ndarray) -> pa.Table:
 
 
 def _without_own(found: pa.Table, queries: Sequence[Query], scan: RowScan) -> pa.Table:
-    """Leave out the rows that the queries are, and what is more than k."""
+    """Leave out the queries' own rows, and any beyond k."""
     own = [(n, *(q.own[name] for name in scan.identity)) for n, q in enumerate(queries) if q.own is not None]
     rows = zip(*(found[name].to_pylist() for name in ("query_number", *scan.identity)), strict=True)
     return scan.best([found.filter(pa.array([row not in own for row in rows], pa.bool_()))])
 
 
 def _shown(found: pa.Table, queries: Sequence[Query]) -> pd.DataFrame:
-    """Make the result."""
+    """Build the result."""
     numbers = found["query_number"].to_numpy()
     own = {
         "query": pa.array([queries[number].label for number in numbers], pa.string()),

@@ -317,7 +317,7 @@ def test_a_bug_is_a_line_and_its_traceback_is_saved(
     assert result.exit_code == 1, result.output
     found = re.fullmatch(
         r"dask-imgcurator: (reading.*: )?KeyError: 'here'; this is unexpected: please report it with (.*), "
-        r"which holds the traceback\n",
+        r"which contains the traceback\n",
         result.stderr,
     )
     assert found, result.stderr

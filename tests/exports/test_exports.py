@@ -517,7 +517,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
     frame = table()
     with pytest.raises(ExportError, match="unknown format 'csv': use clip-retrieval, datacomp, datacomp-subset"):
         export(frame, tmp_path, "csv")
-    with pytest.raises(ExportError, match=r"arch=None: say of which CLIP model.*'b32' or 'l14'"):
+    with pytest.raises(ExportError, match=r"arch=None: name the CLIP model.*'b32' or 'l14'"):
         to_datacomp(frame, tmp_path)
     with pytest.raises(ExportError, match="needs the column 'vector': embed or embed_text adds it"):
         to_clip_retrieval(frame, tmp_path, embedding="vector")

@@ -66,7 +66,7 @@ def test_report_of_a_selection(run: Run) -> None:
     assert label.text == f"top 50% by aesthetic_score (>= {bound:.5g})"
     just = keys(page.wall(f"Just kept by {label.text}"))
     assert just == [r["key"] for r in reversed(kept)][:6]
-    assert "not of this library" in page.all("p", role="note")[0].text  # the tables here were made by hand
+    assert "this library did not write it" in page.all("p", role="note")[0].text  # the tables here were made by hand
 
 
 def test_report_without_a_selection(run: Run) -> None:
@@ -118,7 +118,7 @@ def test_what_a_reader_must_know_stands_first(run: Run) -> None:
 def test_a_checkpoint_of_an_architecture_with_two_activations_is_told(tmp_path: Path) -> None:
     (tmp_path / "mine.pt").write_bytes(b"")
     (note,) = model_notes("ViT-L-14", str(tmp_path / "mine.pt"))
-    assert "the model is ViT-L-14-quickgelu" in note
+    assert "use ViT-L-14-quickgelu" in note
     for model, pretrained in (("ViT-L-14-quickgelu", str(tmp_path / "mine.pt")), ("ViT-L-14", "openai")):
         assert model_notes(model, pretrained) == []
 
@@ -206,7 +206,7 @@ def test_comparison_of_two_folders_equals_that_of_their_expressions(run: Run) ->
 
 
 def test_an_expression_needs_its_table(run: Run) -> None:
-    with pytest.raises(FileNotFoundError, match="an expression needs the score table that it is on"):
+    with pytest.raises(FileNotFoundError, match="if it is an expression, name the score table"):
         dic.compare_selections(run.folder / "scores", "width >= 100", run.folder / "x.html")
 
 

@@ -135,5 +135,5 @@ def test_a_reference_of_another_model(tmp_path: Path) -> None:
     table(tmp_path / "scores")
     table(tmp_path / "other", 90, width=8)
     df = dic.read_scores(tmp_path / "scores")
-    with pytest.raises(ValueError, match=r"have 8 numbers, those that were clustered 16"):
+    with pytest.raises(ValueError, match=r"have 8 numbers, the clustered ones 16"):
         dic.assign_clusters(df, K, reference=dic.read_scores(tmp_path / "other").compute())

@@ -479,7 +479,7 @@ def test_the_command(clip_table: Path, client: Client, tmp_path: Path) -> None:
         (["--text", "a", "--out", "found.xlsx"], "must end in .parquet, .csv or .json"),
         (["--text", "a", "-k", "0"], "0 is not in the range"),
         (["--like", "nobody"], "no row of the table has that key"),
-        (["--like", "a", "--index", "a", "--build-index", "b"], "--index and --build-index"),
+        (["--like", "a", "--index", "a", "--build-index", "b"], "not both"),
         (["--like", "a", "--where", "widht > 1"], "widht"),
     ],
 )
@@ -555,11 +555,11 @@ def test_an_index_and_where(large: Path, index: Path, client: Client) -> None:
 @needs_faiss
 def test_an_index_of_another_table_is_refused(large: Path, index: Path, client: Client, tmp_path: Path) -> None:
     use: dict[str, Any] = {"embedding": vectors(1), "client": client, "backend": "pandas"}
-    with pytest.raises(FileNotFoundError, match="no index for searches at"):
+    with pytest.raises(FileNotFoundError, match="no search index at"):
         dic.search(large, index=tmp_path, **use)
     with pytest.raises(FileExistsError, match="already holds an index"):
         dic.build_search_index(large, index)
-    with pytest.raises(SearchError, match="built of 6 files, the table has 2"):
+    with pytest.raises(SearchError, match="built from 6 files, the table has 2"):
         dic.search([large / "0.parquet", large / "1.parquet"], index=index, **use)
     copies = tmp_path / "copies"
     copies.mkdir()
@@ -592,7 +592,7 @@ def test_an_index_of_another_table_is_refused(large: Path, index: Path, client: 
     keys[row] = "another"
     pq.write_table(table.set_column(0, "key", pa.array(keys)), copies / "3.parquet")
     forge()
-    with pytest.raises(SearchError, match="other rows than the table's"):
+    with pytest.raises(SearchError, match="lists rows that the table lacks"):
         dic.search(copies, index=forged, **query)
 
 
