@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import BoundedSemaphore
@@ -141,16 +143,27 @@ def log_event(topic: str, message: Mapping[str, Any]) -> None:
         worker.log_event(topic, dict(message))
 
 
+def share_of_cores() -> int:
+    """Return how many cores this worker has to itself, as `Backend.make_cluster` sets it; 1 if that is unknown."""
+    return int(os.environ.get("OMP_NUM_THREADS") or 1)
+
+
+#: Whether a task's thread gave up its slot; no other task gets the thread.
+_seceded = threading.local()
+
+
 @contextmanager
-def turn(needed: bool) -> Iterator[None]:
-    """Let only as many tasks compute as the worker has threads, while as many others prepare and then wait here."""
+def turn(needed: bool, at_once: int = 1) -> Iterator[None]:
+    """Let `at_once` tasks compute per thread of the worker, while as many as it has threads prepare and wait here."""
     # A computing task gives up its slot on the worker, which then receives the next task; that one reads its shard in
     # the meantime and waits here.
     worker = _worker() if needed else None
     if worker is None:
         yield
         return
-    threads = worker.state.nthreads
-    with cache.get("turn", worker.address, lambda: BoundedSemaphore(threads)):
-        secede()
+    places = at_once * worker.state.nthreads
+    with cache.get("turn", (worker.address, places), lambda: BoundedSemaphore(places)):
+        if not getattr(_seceded, "done", False):  # a task may take several turns
+            _seceded.done = True
+            secede()
         yield

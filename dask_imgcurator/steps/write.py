@@ -23,6 +23,7 @@ from distributed import Client
 
 from ..clusters.faults import JobError
 from ..engine.backend import backend_of, is_dask
+from ..engine.cluster import share_of_cores, turn
 from ..engine.frames import meta_of, objects_stay, require_columns
 from ..engine.run import Wave, current_client, results, run, waves
 from ..schema import kinds_of_schema
@@ -41,6 +42,9 @@ from ..storage.curated import (
     write_sizes,
 )
 from ..storage.tar_copy import WriteError, sample_sizes
+
+#: Tasks that write side by side in a worker: hashing and copying run in parallel, a third of the work does not.
+_AT_ONCE = 4
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -183,12 +187,16 @@ def count_tars(frame: Any, spec: WriteSpec) -> int:
 
 def write_partition(frame: Any, first: tuple[int, int], spec: WriteSpec, resume: bool) -> list[dict[str, Any]]:
     """Write a group's rows as curated shards; `first`: the number of its first shard, and their count."""
-    frame = frame[frame["sample_nbytes"] > 0]
-    backend, (number, planned) = backend_of(frame), first
-    cuts = _cuts(_rows(frame), spec)
-    if len(cuts) != planned:
-        raise WriteError(f"the rows of {number:05d}.tar make {len(cuts)} shards, not {planned}: they changed meanwhile")
-    return [write_shard(number + i, [backend.to_arrow(frame.iloc[rows])], spec, resume) for i, rows in enumerate(cuts)]
+    at_once = min(share_of_cores(), _AT_ONCE)
+    with turn(at_once > 1, at_once):
+        frame = frame[frame["sample_nbytes"] > 0]
+        backend, (number, planned) = backend_of(frame), first
+        cuts = _cuts(_rows(frame), spec)
+        if len(cuts) != planned:
+            tars = f"{len(cuts)} shards, not {planned}"
+            raise WriteError(f"the rows of {number:05d}.tar make {tars}: they changed meanwhile")
+        tables = ([backend.to_arrow(frame.iloc[rows])] for rows in cuts)
+        return [write_shard(number + i, table, spec, resume) for i, table in enumerate(tables)]
 
 
 # --- the job --------------------------------------------------------------------------------------

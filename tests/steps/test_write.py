@@ -7,6 +7,7 @@ import gc
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import tracemalloc
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import dask
@@ -28,6 +30,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from distributed import Client, LocalCluster
 from hypothesis import given
 from hypothesis import strategies as st
 from trees import contents, tree
@@ -302,6 +305,27 @@ def test_limits(sources: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="as a size"):
         dic.to_webdataset(read(sources[0]), tmp_path / "none", max_size="many")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_worker_with_many_cores_writes_several_at_once(
+    sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose worker has one thread and many cores."""
+    dic.to_webdataset(read(*sources), tmp_path / "one by one", max_count=7)
+    together, count = Barrier(2), itertools.count()
+    real = curated.write_tar
+
+    def write_tar(*arguments: Any) -> Any:
+        if next(count) < 2:
+            together.wait(20)
+        return real(*arguments)
+
+    monkeypatch.setattr(curated, "write_tar", write_tar)
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    with LocalCluster(**options) as cluster, Client(cluster):
+        dic.to_webdataset(read(*sources), tmp_path / "out", max_count=7)
+    assert contents(tmp_path / "out") == contents(tmp_path / "one by one")
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
