@@ -2,8 +2,8 @@
 
     python benchmarks/write.py --shards 4 --per-shard 4000
 
-Samples of 80 KB with a caption and JSON, all of them kept; each shard has some hundred MB. One worker of one thread, as a
-GPU has it, in this process.
+Samples of 80 KB with a caption and JSON, all of them kept; each shard has some hundred MB. One worker of one thread, as
+a GPU has it, in this process.
 """
 
 from __future__ import annotations
