@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+TIERS = ("exact", "perceptual", "semantic")
+
 
 def _group(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def apply(command: Any) -> Any:

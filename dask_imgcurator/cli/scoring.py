@@ -11,6 +11,7 @@ import click
 
 from .live import display, make_console
 from .options import (
+    TIERS,
     cluster_options,
     given_of,
     light_options,
@@ -49,6 +50,19 @@ def _shown_all_the_same(quiet: bool) -> Iterator[None]:
 @shards_argument
 @click.option("--out", required=True, metavar="DIR", help="Folder for scores/, shards/, report.html and run.json.")
 @steps_options
+@click.option(
+    "--dedup",
+    metavar="TIER",
+    multiple=True,
+    type=click.Choice(TIERS),
+    help="Drop duplicates among the remaining images: exact (same bytes), perceptual (same look) or semantic (similar "
+    "content); repeatable.",
+)
+@click.option(
+    "--keep",
+    metavar="COLUMN",
+    help="With --dedup: keep the best of each group by this column, as in dedup. [default: the first]",
+)
 @model_options
 @pack_options
 @cluster_options
@@ -59,7 +73,16 @@ def _shown_all_the_same(quiet: bool) -> Iterator[None]:
 @limit_option
 @log_option
 @quiet_option
-def curate(shards: tuple[str, ...], out: str, log: str | None, quiet: bool, steps: list[Any], **options: Any) -> None:
+def curate(
+    shards: tuple[str, ...],
+    out: str,
+    log: str | None,
+    quiet: bool,
+    steps: list[Any],
+    dedup: tuple[str, ...],
+    keep: str | None,
+    **options: Any,
+) -> None:
     """Score shards, keep the images that match an expression, write them as curated shards.
 
     \b
@@ -68,11 +91,15 @@ def curate(shards: tuple[str, ...], out: str, log: str | None, quiet: bool, step
 
     Kept samples keep all their members, byte for byte. Completed work is saved; rerun the same command to resume.
     """
+    if keep and not dedup:
+        raise click.UsageError("--keep is for --dedup TIER")
+
     from ..jobs.curate import curate as run
     from . import summary
 
+    unique = {"tiers": dedup, **({"keep": keep} if keep else {})} if dedup else None
     with _shown_all_the_same(quiet), display(quiet, log) as monitor:
-        result = run(list(shards), out, steps=steps, monitor=monitor, **given_of(remote(options)))
+        result = run(list(shards), out, steps=steps, dedup=unique, monitor=monitor, **given_of(remote(options)))
     if not quiet:
         summary.print_run(result)
 

@@ -9,6 +9,7 @@ import click
 
 from .live import display, make_console
 from .options import (
+    TIERS,
     Json,
     asked_of,
     cluster_options_with,
@@ -59,7 +60,7 @@ def select(scores: tuple[str, ...], out: str, quiet: bool, steps: list[Any], **o
     "--tier",
     "tiers",
     multiple=True,
-    type=click.Choice(["exact", "perceptual", "semantic"]),
+    type=click.Choice(TIERS),
     help="Kind of duplicates to drop; repeatable. [default: all whose column exists]",
 )
 @click.option(
@@ -80,7 +81,9 @@ def select(scores: tuple[str, ...], out: str, quiet: bool, steps: list[Any], **o
     help="Maximum number of bits in which hashes differ.",
 )
 @click.option(
-    "--keep", metavar="COLUMN", help="Keep the row of each group with the highest value. [default: the first]"
+    "--keep",
+    metavar="COLUMN",
+    help="Keep the row of each group with the highest value; 'random': one at random. [default: the first]",
 )
 @click.option("--lowest", is_flag=True, help="Keep the row with the lowest value instead.")
 @click.option(
@@ -96,7 +99,7 @@ def select(scores: tuple[str, ...], out: str, quiet: bool, steps: list[Any], **o
     type=click.IntRange(1),
     help="k-means cells of the semantic tier. [default: 2 √rows; 1 up to 20,000 rows]",
 )
-@click.option("--seed", metavar="N", type=int, help="Seed of the cells. [default: 0]")
+@click.option("--seed", metavar="N", type=int, help="Seed of the cells and of --keep random. [default: 0]")
 @click.option(
     "--against",
     metavar="INDEX",

@@ -22,6 +22,7 @@ import pandas as pd
 from ..engine.backend import Backend, backend_of
 from ..engine.frames import meta_of
 from ..schema import kind_of
+from ..select.ranks import random_order
 from ..steps.embed import warn_of_decoding
 from . import hashes
 from .cells import TOLERANCE, Cells, assign, default_cells, near_pairs, on_threads, train
@@ -103,9 +104,9 @@ def find_duplicates(
         Hashes of perceptual duplicates differ in at most this many of 64 bits.
     keep : str, optional
         A column of numbers, booleans or times: the row with the highest value in each group is kept; missing values
-        come last. ``"first"``, the default of the rule ``components``: the first by shard, key and offset. ``"hard"``,
-        the default of the other rules, or ``"easy"``: the row least, or most, similar to its cell's centroid (in the
-        semantic tier; in the others, the first).
+        come last. ``"first"``, the default of the rule ``components``: the first by shard, key and offset.
+        ``"random"``: one at random, by `seed`. ``"hard"``, the default of the other rules, or ``"easy"``: the row
+        least, or most, similar to its cell's centroid (in the semantic tier; in the others, the first).
     lowest : bool
         Whether to keep the lowest value of `keep` instead.
     rule : {"components", "semdedup", "nemo"}
@@ -123,7 +124,7 @@ def find_duplicates(
     probe : int
         Cells in which a row looks for neighbours, including its own. The other rules use 1.
     seed : int
-        Of k-means.
+        Seed of k-means, and of ``keep="random"``.
     provenance : mapping, optional
         How the embeddings were made; it must agree with an index that records it.
     embedding, sha256, phash : str
@@ -150,7 +151,8 @@ def find_duplicates(
     columns = {column: names[column] for column in (_NEEDS[tier][0] for tier in options.tiers)}
     used = [*columns.values(), *([options.keep] if options.keep else [])]
     warn_of_decoding(df, [name for name in used if name in df.columns], "The search for duplicates")
-    sources, index = [Source(df, columns, options.keep, lowest)], None
+    by = random_order(df, seed, "keep='random'") if options.keep == "random" else options.keep
+    sources, index = [Source(df, columns, by, lowest)], None
     if isinstance(against, str | os.PathLike):
         against = open_index(against, storage_options)
     if isinstance(against, Index):
@@ -196,10 +198,10 @@ def _settle(df: Any, asked: Options) -> Options:
     central = keep if keep in ("hard", "easy") else None
     if central and not asked.sequential:
         raise ValueError(f"keep={keep!r} is an order of the rules semdedup and nemo: name a column, or 'first'")
-    if not central and keep != "first":
+    if not central and keep not in ("first", "random"):
         if keep not in df.columns:
             there = ", ".join(map(str, df.columns))
-            raise ValueError(f"keep={keep!r}: no such column (available: {there}, or 'first')")
+            raise ValueError(f"keep={keep!r}: no such column (available: {there}, or 'first', 'random')")
         kind = backend_of(df).to_host(meta_of(df), [keep]).schema.field(keep).type
         if kind_of(kind) in ("string", "list"):
             raise TypeError(f"keep={keep!r} is a column of {kind}: name one of numbers, booleans or times")

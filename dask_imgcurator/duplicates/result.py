@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import dask
@@ -12,11 +13,33 @@ import pandas as pd
 import pyarrow as pa
 
 from ..engine.backend import backend_of, is_dask
+from ..engine.cache import cache
 from ..engine.frames import apply_step
 from ..engine.pandas import from_arrow
 from ..select.ranks import IDENTITY
+from ..storage import files
 from .cells import CellCheck
-from .rows import OF_REFERENCE, Rows, host_rows, row_ids, text
+from .rows import OF_REFERENCE, Rows, host_rows, is_in, row_ids, text
+
+
+@dataclass(frozen=True)
+class Unique:
+    """A selection's condition: the row is not a dropped duplicate. Their ids are in a file, read once per process."""
+
+    text: str
+    columns: tuple[str, ...]
+    url: str
+    sha256: str
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+
+    def evaluate(self, table: pa.Table) -> pa.Array:
+        """Whether each row of an Arrow table is kept."""
+        dropped = cache.get("duplicates", self.sha256, self._read)
+        return pa.array(~is_in(row_ids(table.select(list(self.columns))), dropped))
+
+    def _read(self) -> np.ndarray:
+        with files.opened(self.url, self.storage_options) as file:
+            return np.frombuffer(file.read(), np.uint64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +75,11 @@ class Duplicates:
         self._identity, self._rows, self._numbers, self._levels = identity, rows, numbers, levels
         self._again = again  # rereads rows by id with their vectors, if no tier needed them
         self._ref = numbers >= rows.ours
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The applied tiers."""
+        return tuple(dict.fromkeys(level.tier for level in self._levels))
 
     def counts(self) -> pd.DataFrame:
         """Count the rows that each tier and eps drops, including earlier tiers.
@@ -133,6 +161,14 @@ class Duplicates:
         """
         return self._map(df, _drop_partition, eps, pa.schema([]))
 
+    def unique(self, url: str, text: str, storage_options: Mapping[str, Any] | None = None) -> Unique:
+        """Save the ids of the dropped rows in a file, and return the condition that drops them."""
+        names = self._table(self._level(None))
+        ids = np.sort(names.loc[~names["kept"] & ~names["in_reference"], "id"].to_numpy(np.uint64)).tobytes()
+        with files.write_whole(url, storage_options) as file:
+            file.write(ids)
+        return Unique(text, self._identity, url, hashlib.sha256(ids).hexdigest(), storage_options)
+
     def _map(self, df: Any, function: Any, eps: float | None, added: pa.Schema) -> Any:
         table = self._table(self._level(eps))
         names = table[~table["in_reference"]].sort_values("id", ignore_index=True)
@@ -213,9 +249,9 @@ def _mark_partition(frame: Any, names: pd.DataFrame) -> Any:
     at, there = _found_in(frame, names)
     names = names.assign(**{name: names[name].where(~names["kept"]) for name in ("of", "of_shard")})
     lines, arrays = pa.array(at, mask=~there), []
-    for field in _MARKS:
-        values = pa.array(names[field.name.removeprefix("duplicate_")], from_pandas=True).cast(field.type)
-        arrays.append(values.take(lines) if len(names) else pa.nulls(len(at), field.type))
+    for mark in _MARKS:
+        values = pa.array(names[mark.name.removeprefix("duplicate_")], from_pandas=True).cast(mark.type)
+        arrays.append(values.take(lines) if len(names) else pa.nulls(len(at), mark.type))
     new = backend_of(frame).from_arrow(pa.Table.from_arrays(arrays, schema=_MARKS))
     new.index = frame.index
     return frame.assign(**{name: new[name] for name in _MARKS.names})

@@ -57,7 +57,7 @@ class Source:
 
     frame: Any
     columns: Mapping[str, str]
-    keep: str | None = None
+    keep: str | RandomOrder | None = None
     lowest: bool = False
 
     def __post_init__(self) -> None:
@@ -93,11 +93,11 @@ def host_rows(frame: Any, columns: Iterable[str | None] = ()) -> tuple[pa.Table,
 
 
 def take_rows(
-    frame: Any, columns: Mapping[str, str], keep: str | None, lowest: bool, only: np.ndarray | None
+    frame: Any, columns: Mapping[str, str], keep: str | RandomOrder | None, lowest: bool, only: np.ndarray | None
 ) -> tuple[pa.Table, np.ndarray, np.ndarray]:
     """Return a partition's rows to compare, their nonzero vectors, and the numbers of the rows with vectors."""
     sha256, phash, embedding = (columns.get(name) for name in ("sha256", "phash", "embedding"))
-    table, chosen = host_rows(frame, [sha256, phash, keep])
+    table, chosen = host_rows(frame, [sha256, phash, keep if isinstance(keep, str) else None])
     there, n, ids = table.column_names, len(table), row_ids(table)
     chosen &= True if only is None else is_in(ids, only)
     found = [
@@ -105,7 +105,7 @@ def take_rows(
         text(table["shard"]).fill_null("") if "shard" in there else [""] * n,
         text(table["key"]),
         table["sample_offset"] if "sample_offset" in there else np.zeros(n, np.int64),
-        pa.nulls(n) if keep is None else _rank(table[keep], keep, lowest),
+        pa.nulls(n) if keep is None else _rank(table, keep, lowest),
         pa.nulls(n) if sha256 is None else text(table[sha256]),
         pa.nulls(n) if phash is None else _hashes(table[phash], phash),
         pa.nulls(n),
@@ -122,7 +122,10 @@ def text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.string()).cast(pa.large_string())
 
 
-def _rank(values: pa.ChunkedArray, name: str, lowest: bool) -> np.ndarray:
+def _rank(table: pa.Table, name: str | RandomOrder, lowest: bool) -> np.ndarray:
+    if isinstance(name, RandomOrder):  # the first of a random order, as `sample` takes them
+        return -(name.keys(table)[0] >> np.uint64(11)).astype(np.float64)
+    values = table[name]
     if kind_of(values.type) not in ("number", "boolean") and not pa.types.is_temporal(values.type):
         raise TypeError(f"keep={name!r} is a column of {values.type}: name one of numbers, booleans or times")
     if pa.types.is_temporal(values.type):

@@ -20,6 +20,7 @@ LIMITS = {
     "language": 1,
     "turn": 64,
     "differs": 4,
+    "duplicates": 1,
 }
 
 

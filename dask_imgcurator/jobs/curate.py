@@ -25,7 +25,7 @@ from ..runs.measured import Last
 from ..runs.plan import ScoreOptions, make_plan
 from ..runs.records import COMMON, Run, note_unfinished
 from ..select import selection
-from ..select.settle import settled_where
+from ..select.settle import Condition, Settled, settled_where
 from ..select.steps import Step, expand_steps
 from ..select.where import Where, combine, conjunction, parse_where
 from ..steps.read import URLPath
@@ -34,6 +34,7 @@ from ..steps.write import Group, check_keys, plan_write, run_write, write_spec
 from ..storage import files
 from ..storage.curated import Finished, check_replaced, find_finished, remember_finished, write_sizes
 from ..storage.urls import expand, fingerprint, folders_of
+from .dedup import Dedup, dedup_options, unique_rows
 from .pack import pack, pictures_of
 from .score import MissingShardsError, Scored, measure_files, score_into
 
@@ -161,6 +162,7 @@ def curate(
     min_aesthetic: float | None = None,
     max_nsfw: float | None = None,
     steps: str | Step | Iterable[str | Step] = (),
+    dedup: Dedup = None,
     max_count: int = 10_000,
     max_size: int | str = "1GB",
     resume: bool = True,
@@ -188,6 +190,9 @@ def curate(
         Shorthands for ``aesthetic_score >= X`` and ``nsfw_score < X``.
     steps : str, Step, or iterable of them
         Further steps on the remaining rows, as for `apply_steps`: ``"top 30% by clip_score"``, ``"sample 10000"``.
+    dedup : str, sequence of str, or mapping, optional
+        Last of all, drop duplicates: the tiers (``"exact"``, ``["exact", "perceptual"]``), or options of
+        `find_duplicates` (``{"tiers": ["exact"], "keep": "aesthetic_score"}``).
     max_count, max_size : int, str
         Size of the curated shards, see `to_webdataset`.
     resume : bool
@@ -251,14 +256,17 @@ def curate(
         check_replaced(curated, urls, given.out_options)
     plan, parsed = make_plan(urls, given, where, monitor, client)
     selection.check_steps(then, plan.kinds)
-    last = Last(settled_where(parsed, planned=plan.planned), None if then else spec, plan.chosen)
+    unique = dedup_options(dedup, plan.kinds)
+    last = Last(settled_where(parsed, planned=plan.planned), None if then or unique else spec, plan.chosen)
     scores, run_of = files.join(folder, "scores"), Run(resume, overwrite, monitor, result)
     with files.no_partial(scores, curated), place(client, plan.read.backend, monitor) as lent:
         assert lent is not None
         scored = score_into(lent, urls, scores, plan, last, run_of)
-        if then:
-            whole = then if parsed is None else [parsed, *then]
-            scored, last = _selected(lent, scored, whole, replace(last, spec=spec))
+        if then or unique:
+            settled = _settled(scored, then if parsed is None else [parsed, *then], last.settled)
+            if unique:
+                settled = _unique(scored, settled, unique, folder, run_of)
+            scored, last = _recounted(lent, scored, replace(last, spec=spec, settled=settled))
         counts = scored.counts
         result.samples, result.by_status = counts.rows, counts.by_status
         result.kept, result.funnel = counts.kept, counts.funnel
@@ -276,6 +284,7 @@ def curate(
         "out": folder,
         "where": where,
         "steps": [step.text for step in then],
+        "dedup": unique or None,
     } | given.record
     _record(folder, arguments, result, plan.storage_options)
     source_options = plan.read.storage_options
@@ -289,11 +298,22 @@ def curate(
     return result
 
 
-def _selected(client: Client, scored: Scored, steps: Sequence[Step], last: Last) -> tuple[Scored, Last]:
-    """Find the bounds of ranking steps on the scored rows, and count again with them."""
+def _settled(scored: Scored, steps: Sequence[Step], before: Settled) -> Settled:
+    """Find the bounds of ranking steps on the scored rows."""
     df = scores_from_files(scored.urls, scored.read)
-    settled = selection.settle(df, steps, alone=True, planned=last.settled.planned).settled
-    last = replace(last, settled=settled)
+    return selection.settle(df, steps, alone=True, planned=before.planned).settled
+
+
+def _unique(scored: Scored, settled: Settled, options: Mapping[str, Any], folder: str, run_of: Run) -> Settled:
+    """Add to a selection that it drops the duplicates among its rows."""
+    df = settled.filter(scores_from_files(scored.urls, scored.read))
+    url, storage = files.join(folder, ".duplicates"), scored.read.storage_options
+    step = unique_rows(df, options, url, run_of.result.provenance, run_of.monitor, storage)
+    return replace(settled, conditions=(*settled.conditions, Condition(step)))
+
+
+def _recounted(client: Client, scored: Scored, last: Last) -> tuple[Scored, Last]:
+    """Count the scored rows again, with another selection."""
     found = measure_files(client, scored.urls, last, scored.read)
     return replace(scored, measured=[found[url] for url in scored.urls]), last
 

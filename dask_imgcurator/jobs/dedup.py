@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..duplicates import deduplication
 from ..duplicates import index as dedup_index
 from ..duplicates.cells import CellCheck
+from ..duplicates.result import Unique
 from ..engine.run import Place
 from ..monitor import Monitor
 from ..runs.records import made_of, replacing
+from ..select.selection import frame_of_kinds
 from ..steps.read import URLPath
 from ..storage import files
 from .tables import open_table, targets_of, write_table
+
+#: Tiers to drop, or a mapping of options of `find_duplicates`.
+Dedup: TypeAlias = str | Sequence[str] | Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -95,11 +100,8 @@ def drop_duplicates(
         semantic = "semantic" in (options.get("tiers") or deduplication.TIERS) and vectors in table.scores.schema.names
         used = [vectors] if semantic or index is not None else []
         encoder = table.made(options.get("keep") or "key", *used).get("encoder", {})
-        if encoder.get("model") == "starter" and semantic:
-            monitor.note(
-                "The starter's embeddings lie close together: its semantic duplicates at the usual eps are mostly "
-                "other pictures. Look at the groups, or use the tiers exact and perceptual."
-            )
+        if semantic:
+            _warn_of_starter(encoder, monitor)
         made = encoder or None
         found = deduplication.find_duplicates(df, provenance=made, storage_options=storage_options, **options)
         counts = json.loads(found.counts().to_json(orient="records"))
@@ -118,3 +120,37 @@ def drop_duplicates(
         if index is not None:
             dedup_index.build_index(left, index, provenance=made, storage_options=storage_options)
     return Deduplicated(rows, kept, counts, found.cells)
+
+
+def _warn_of_starter(encoder: Mapping[str, Any], monitor: Monitor) -> None:
+    if encoder.get("model") == "starter":
+        monitor.note(
+            "The starter's embeddings lie close together: its semantic duplicates at the usual eps are mostly other "
+            "pictures. Look at the groups, or use the tiers exact and perceptual."
+        )
+
+
+# --- as the last step of a run --------------------------------------------------------------------
+
+
+def dedup_options(dedup: Dedup, kinds: Mapping[str, str]) -> dict[str, Any]:
+    """Options of `find_duplicates`, empty for no deduplication; raises for mistakes, given a table's columns."""
+    if dedup is None or (not isinstance(dedup, Mapping) and not len(dedup)):
+        return {}
+    options = dict(dedup) if isinstance(dedup, Mapping) else {"tiers": [dedup] if isinstance(dedup, str) else dedup}
+    if not isinstance(options.get("eps", 0.05), int | float):
+        raise ValueError(f"dedup: eps={options['eps']}: name one")
+    options["tiers"] = deduplication.find_duplicates(frame_of_kinds(kinds), **options).tiers
+    return options
+
+
+def unique_rows(
+    df: Any, options: Mapping[str, Any], url: str, provenance: Mapping[str, Any], monitor: Monitor, storage: Any
+) -> Unique:
+    """Find the duplicates of a frame, and return the condition that drops them; their ids go into a file."""
+    encoder = provenance.get("encoder", {})
+    if "semantic" in options["tiers"]:
+        _warn_of_starter(encoder, monitor)
+    found = deduplication.find_duplicates(df, provenance=encoder or None, **options)
+    others = "".join(f" {name} {value}" for name, value in options.items() if name != "tiers")
+    return found.unique(url, f"dedup {', '.join(options['tiers'])}{others}", storage)

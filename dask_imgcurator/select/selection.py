@@ -53,8 +53,12 @@ Steps = str | Step | Iterable[str | Step]
 
 def check_steps(steps: Iterable[Step], kinds: Mapping[str, str]) -> None:
     """Raise an error for a step that does not fit columns of these kinds."""
-    empty = pa.schema({name: KINDS[kind][1] for name, kind in kinds.items()}).empty_table()
-    begin(from_arrow(empty), list(steps), True)
+    begin(frame_of_kinds(kinds), list(steps), True)
+
+
+def frame_of_kinds(kinds: Mapping[str, str]) -> pd.DataFrame:
+    """An empty frame with columns of these kinds, to check arguments against."""
+    return from_arrow(pa.schema({name: KINDS[kind][1] for name, kind in kinds.items()}).empty_table())
 
 
 def settle(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from ..json_fields import FIELD_TYPES, as_type
 from ..results import ConditionCount, Counts
 from ..schema import kind_of, plain_type
 from .ranks import Order, RandomOrder, SelectionError, by_value
-from .steps import Listed, RandomSample, Step
+from .steps import RandomSample, Step
 from .where import Where
 
 ALL = 2**64 - 1
@@ -42,11 +42,26 @@ class GroupBounds:
     bounds: pd.Series
 
 
+class RowTest(Protocol):
+    """A condition that decides each row by itself."""
+
+    @property
+    def text(self) -> str:
+        """Its text; equal texts mean equal conditions."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that it uses."""
+
+    def evaluate(self, table: pa.Table) -> pa.Array | pa.ChunkedArray:
+        """Whether each row of an Arrow table is kept."""
+
+
 @dataclass(frozen=True)
 class Condition:
     """One condition: an expression, or a step that ranks, with its bounds once known."""
 
-    step: Step
+    step: Step | RowTest
     order: Order | None = None
     bound: Bound | GroupBounds | None = None  # on the rows left by the conditions before
     alone: Bound | GroupBounds | None = None  # on all readable rows
@@ -211,7 +226,7 @@ def _is_ok_text(texts: Any) -> np.ndarray:
     return np.asarray(pc.fill_null(pc.equal(texts.cast(pa.string()), "ok"), False).to_numpy(zero_copy_only=False), bool)
 
 
-def _truth(where: Where | Listed, table: pa.Table) -> np.ndarray:
+def _truth(where: RowTest, table: pa.Table) -> np.ndarray:
     return np.asarray(pc.fill_null(where.evaluate(table), False).to_numpy(zero_copy_only=False), bool)
 
 

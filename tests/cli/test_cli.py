@@ -100,6 +100,7 @@ WRONG = {
     ("curate", "{samples}", "--out", "o", "--model", "starter", "--aesthetic-head", "v3"): "aesthetic-v2-l14",
     ("curate", "{samples}", "--out", "o", "--model", "starter", "--column", "status"): "status",
     ("curate", "{samples}", "--out", "o", "--batch-size", "0"): "--batch-size",
+    ("curate", "{samples}", "--out", "o", "--keep", "blur"): "--keep is for --dedup TIER",
     ("curate", "{samples}", "--out", "o", "--model", "starter", "--backend", "cudf"): "pip install",
     ("write", "/nowhere", "--out", "o"): "no score table at '/nowhere'",
     ("export", "{samples}", "--out", "o", "--format", "list", "--arch", "b32"): "--arch is for the format datacomp",
@@ -393,7 +394,13 @@ def test_cheap_commands_import_no_torch(scores: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("sel", "select"), ("", "curate"), ("select --ove", "--overwrite"), ("export --format dat", "datacomp")],
+    [
+        ("sel", "select"),
+        ("", "curate"),
+        ("select --ove", "--overwrite"),
+        ("export --format dat", "datacomp"),
+        ("curate --dedup ", "exact"),
+    ],
 )
 def test_a_shell_completes_commands_and_options(words: str, expected: str) -> None:
     line = f"dask-imgcurator {words}"

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
+import dask_imgcurator as dic
 from dask_imgcurator.duplicates import cells as in_cells
 from dask_imgcurator.duplicates import hashes
 from dask_imgcurator.duplicates.components import Forest
@@ -221,6 +222,26 @@ def test_partitions_and_order_do_not_matter(rule: Any) -> None:
     for other in tables[1:]:
         for left, right in zip(tables[0], other, strict=True):
             pd.testing.assert_frame_equal(left, right)
+
+
+@pytest.mark.parametrize("rule", ["components", "semdedup"])
+def test_a_random_row_stays(rule: Any) -> None:
+    """Those that `sample` draws from each group, by the same seed; each of a group as often as the others."""
+    n, copies = 600, 3
+    sha = [f"{i % n:064x}" for i in range(n * copies)]
+    shards = [f"{i % 5}.tar" for i in range(n * copies)]
+    frame = frame_of(np.eye(4)[np.zeros(n * copies, int)], sha256=sha, shard=shards)
+    kept = {}
+    for seed, npartitions in ((7, 1), (7, 4), (8, 3)):
+        mixed = dd.from_pandas(frame.sample(frac=1, random_state=npartitions).reset_index(drop=True), npartitions)
+        found = find_duplicates(mixed, ["exact"], keep="random", seed=seed, rule=rule).drop(mixed).compute()
+        drawn = dic.sample(mixed, 1, by="sha256", seed=seed).compute()
+        assert sorted(found["key"]) == sorted(drawn["key"])
+        assert kept.setdefault(seed, set(found["key"])) == set(found["key"])  # whatever the partitions
+    order = {key: i // n for i, key in enumerate(frame["key"])}
+    counts = np.bincount([order[key] for key in kept[7]], minlength=copies)
+    assert np.abs(counts - n / copies).max() < 4 * (n / copies * (1 - 1 / copies)) ** 0.5  # four standard deviations
+    assert len(kept[7] & kept[8]) < n / 2
 
 
 def test_in_cells_neither_threads_nor_partitions_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -670,7 +691,7 @@ def test_index_errors(tmp_path: Path) -> None:
         ({"max_distance": -1}, "max_distance=-1: it must be 0 to 16"),
         ({"probe": 0}, "probe=0: it must be 1"),
         ({"n_cells": 0}, "n_cells=0: it must be at least 1"),
-        ({"keep": "beauty"}, "keep='beauty': no such column .*or 'first'"),
+        ({"keep": "beauty"}, "keep='beauty': no such column .*or 'first', 'random'"),
         ({"keep": "hard"}, "keep='hard' is an order of the rules semdedup and nemo"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -247,6 +248,49 @@ def test_select_then_write_equals_curate(finished: tuple[Path, RunResult], clien
     _, written = dic.write_selection(tmp_path / "selected", tmp_path / "shards", max_count=10, client=client)
     assert contents(tmp_path / "shards") == contents(out / "shards")
     assert [s["sha256"] for s in written] == [s["sha256"] for s in result.written]
+
+
+def groups_of(rows: pd.DataFrame, same: Any) -> list[list[int]]:
+    """Connected rows, by comparing all pairs."""
+    groups: list[list[int]] = []
+    for i in range(len(rows)):
+        near = [group for group in groups if any(same(rows.iloc[i], rows.iloc[j]) for j in group)]
+        groups = [group for group in groups if group not in near] + [[*itertools.chain(*near), i]]
+    return groups
+
+
+def test_duplicates_are_dropped_last(copy: Path, made: SampleShards, client: Any) -> None:
+    """As by hand: of all pairs of the selected rows; the best of each group stays."""
+    shards = [str(p) for p in made.shards]
+    asked = {"tiers": ["exact", "perceptual"], "keep": "blur", "lowest": True}
+    result = dic.curate(shards, copy, where="width >= 100", dedup=asked, model="starter", client=client)
+
+    rows = score_tables(copy / "scores").query("status == 'ok' and width >= 100")
+    rows = rows.sort_values(["blur", "shard", "key"], kind="stable")  # the best of a group first
+    plain = {key for key, entry in made.manifest.items() if entry["kind"] in ("flat", "tiny")}  # hashes say nothing
+    for same in (
+        lambda a, b: a["sha256"] == b["sha256"],
+        lambda a, b: not {a["key"], b["key"]} & plain and (int(a["phash"], 16) ^ int(b["phash"], 16)).bit_count() <= 4,
+    ):
+        rows = rows.iloc[sorted(min(group) for group in groups_of(rows, same))]
+    written = [key for path in sorted((copy / "shards").glob("*.tar")) for key in source_members([path])]
+    assert sorted(written) == sorted(rows["key"])
+    selected = result.funnel[0].left
+    assert (result.funnel[-1].condition, result.funnel[-1].left) == (
+        "dedup exact, perceptual keep blur lowest True",
+        len(rows),
+    )
+    assert len(rows) < selected < result.by_status["ok"]
+
+    again = dic.curate(shards, copy, where="width >= 100", dedup=asked, model="starter", client=client)
+    assert [one["sha256"] for one in again.written] == [one["sha256"] for one in result.written]
+    assert again.funnel == result.funnel
+    record = json.loads((copy / "run.json").read_text())
+    assert record["arguments"]["dedup"] == {**asked, "tiers": ["exact", "perceptual"]}
+    with pytest.raises(ValueError, match="keep='beauty': no such column"):
+        dic.curate(shards, copy, dedup={"tiers": ["exact"], "keep": "beauty"}, model="starter", client=client)
+    with pytest.raises(ValueError, match="perceptual needs the column phash"):
+        dic.curate(shards, copy, dedup="perceptual", measures=False, model="starter", client=client)
 
 
 def test_curated_shards_are_a_score_table_of_their_own(
