@@ -7,7 +7,8 @@ Synthetic embeddings of n rows, a tenth of which are near copies of rows of othe
 partition from seeds. Each search is a process of its own. Reported are its seconds, CPU seconds and peak memory (files
 in the page cache), the balance of the cells with its own estimate of recall, the recall of the planted pairs, and the
 recall of all pairs that a sample of the rows has (by comparing it with every row); a pair counts if both are in one
-group. With --all-pairs, the same without cells. With --pairs, real embeddings too, in forced cells. With --scores
+group. With --parts, what each part of a search among n rows would cost, scaled up from some of the rows: for more
+than fit. With --all-pairs, the same without cells. With --pairs, real embeddings too, in forced cells. With --scores
 and --manifest, how many of the duplicates that `make_sample_shards` planted are found, by tier.
 """
 
@@ -19,7 +20,9 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +226,52 @@ def planted_in_shards(scores: str, manifest: Path) -> dict[str, Any]:
     return result
 
 
+def parts(n: int, cells_tried: int = 12) -> dict[str, Any]:
+    """CPU seconds of the parts of a search among n rows, measured on as many rows as k-means sees and scaled up."""
+    import dask.dataframe as dd
+
+    from dask_imgcurator.duplicates import cells as c
+    from dask_imgcurator.duplicates.rows import Source, gather
+    from dask_imgcurator.engine.backend import get_backend
+
+    backend, k = get_backend("pandas"), c.default_cells(n)
+    m = -(-32 * k // ROWS) * ROWS
+    found: dict[str, Any] = {"rows": n, "cells": k, "rows_measured": m}
+
+    def timed(name: str, scale: float, work: Callable[[], Any]) -> Any:
+        before = os.times()
+        out = work()
+        found[name] = round((sum(os.times()[:2]) - sum(before[:2])) * scale, 1)
+        return out
+
+    with tempfile.TemporaryDirectory() as folder:
+        for part in range(m // ROWS):
+            write_part(Path(folder), part, m // ROWS, ROWS, max(10, n // 500))
+        df = dic.read_scores(folder)
+        assert isinstance(df, dd.DataFrame)
+        rows = timed("gather", n / m, lambda: gather([Source(df, {"embedding": "embedding"})]))
+    there = rows.with_vector
+    centroids = timed("train", 1, lambda: c.train(rows, there, backend, k, 0))
+    cells, _ = timed("assign", n / m, lambda: c.assign(rows, there, centroids, "cpu", 3))
+    # Cells as n rows would fill them; a few are compared, of rows that lie anywhere: the products are the work.
+    homes, visits = (np.bincount(cells[:, i].ravel(), minlength=len(centroids)) * n // m for i in (0, slice(1, None)))
+    work, rng = homes * (homes / 2 + visits), np.random.default_rng(0)
+    tried = rng.choice(len(work), cells_tried, replace=False, p=work / work.sum())
+    fits = tried[(homes + visits)[tried] <= m]
+
+    def compare() -> None:
+        how = partial(rows.tensor, "cpu"), 1 - max(EPS), False
+        for cell in fits:
+            some = c.Cell(rng.choice(there, int(homes[cell] + visits[cell]), replace=False), 0, int(homes[cell]))
+            list(c.on_threads(lambda task: c.near_pairs(*task, *how), some.tasks(), "cpu"))
+
+    timed("compare", float(work.sum() / work[fits].sum()), compare)
+    found["cells"] = len(centroids)
+    found["cell_sizes"] = {"median": int(np.median(homes)), "largest": int(homes.max())}
+    found["sum"] = round(sum(found[name] for name in ("gather", "train", "assign", "compare")), 1)
+    return found
+
+
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -230,6 +279,7 @@ def main() -> None:
     parser.add_argument("--probe", type=int, nargs="+", default=[3], metavar="N", help="cells a row (default: 3)")
     parser.add_argument("--queries", type=int, default=2000, metavar="N", help="rows compared with all others")
     parser.add_argument("--all-pairs", action="store_true", help="also without cells: n² products")
+    parser.add_argument("--parts", type=float, nargs="+", metavar="N", help="what the parts of n rows would cost")
     parser.add_argument("--scratch", metavar="DIR", help="where the files go (default: the system's)")
     parser.add_argument("--ask", nargs=2, metavar=("DIR", "OPTIONS"), help=argparse.SUPPRESS)
     parser.add_argument(
@@ -250,6 +300,7 @@ def main() -> None:
         if args.scores:
             result["planted"] = planted_in_shards(args.scores, args.manifest)
             say("planted", result["planted"])
+    result["parts"] = [parts(int(n)) for n in args.parts or ()]
     result["sizes"] = [measure(n, args) for n in args.sizes]
     print(json.dumps(result))
 
