@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,12 @@ class _Formats(click.Choice):
 )
 @click.option("--where", metavar="EXPR", help="Only rows that match the expression.")
 @click.option("--arch", type=click.Choice(["b32", "l14"]), help="For datacomp: CLIP model of scores and embeddings.")
+@click.option("--column", metavar="COLUMN", help="For list: the column to list. [default: key]")
+@click.option(
+    "--repeat",
+    metavar="COLUMN",
+    help="For datacomp-subset and list: column with the number of times that each row is listed.",
+)
 @light_options
 @storage_option
 @overwrite_option
@@ -221,16 +228,22 @@ def export_(scores: tuple[str, ...], out: str, format_: str, where: str | None, 
     \b
     dask-imgcurator export run/scores --format clip-retrieval --out index
     dask-imgcurator export run/selected --format list --out keys.txt
+    dask-imgcurator export run/selected --format datacomp-subset --repeat times --out subset.npy
     """
+    from ..exports.base import formats
     from ..jobs.tables import export_scores as run
+    from ..results import count
 
-    if options["arch"] is not None and format_ != "datacomp":
-        raise click.UsageError(f"--arch is for the format datacomp, not for {format_}")
+    takes = {name: inspect.signature(known.function).parameters for name, known in formats().items()}
+    for option in ("arch", "column", "repeat"):
+        if options[option] is not None and option not in takes[format_]:
+            able = " or ".join(name for name, parameters in takes.items() if option in parameters)
+            raise click.UsageError(f"--{option} is for the format {able}, not for {format_}")
     with display(quiet) as monitor:
         given = asked_of(options)
         written = run(list(scores), out, format_, where, monitor=monitor, **given)
     if not quiet:
-        make_console().print(f"{written.rows:,} rows in {len(written.files):,} files: {out}")
+        make_console().print(f"{count(written.rows, 'row')} in {count(len(written.files), 'file')}: {out}")
 
 
 @click.command()

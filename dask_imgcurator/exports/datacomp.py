@@ -72,20 +72,22 @@ def _made_uids(table: pa.Table) -> pa.Array:
 
 
 @export_format("datacomp-subset", "sorted uids (u8,u8) for DataComp's resharder, one .npy file", folder=False)
-def datacomp_subset(df: Any, file: IO[bytes], uid: str = "uid") -> int:
+def datacomp_subset(df: Any, file: IO[bytes], uid: str = "uid", repeat: str | None = None) -> int:
     """Write the rows' uids for DataComp's resharder (README, "filtering track", and resharder.py).
 
-    A NumPy array of dtype ``u8,u8``, shape (n,): the upper and the lower 64 bits, sorted by both, each uid once (the
-    resharder writes a sample as often as its uid occurs). Sorted in the memory of this process, about 64 bytes a uid.
+    A NumPy array of dtype ``u8,u8``, shape (n,): the upper and the lower 64 bits, sorted by both. Each uid occurs once,
+    or, with `repeat`, as often as this column of whole numbers says: the resharder writes a sample as often as its uid
+    occurs. Sorted in the memory of this process, about 64 bytes per uid.
     `uid` is a column of 32 hexadecimal digits: the samples' own uids, from their JSON
     (``read_webdataset(columns=["uid"])``), because the resharder looks there.
     """
-    require(df, uid, "datacomp-subset")
-    words = np.concatenate([np.empty((0, 2), np.uint64), *(_words(values, uid) for values in values_of(df, uid))])
+    parts = (_words(values, uid) for values in values_of(df, uid, repeat, "datacomp-subset"))
+    words = np.concatenate([np.empty((0, 2), np.uint64), *parts])
     words = words[np.lexsort((words[:, 1], words[:, 0]))]
-    once = np.r_[True, (words[1:] != words[:-1]).any(1)][: len(words)]
-    np.save(file, np.ascontiguousarray(words[once]).view(np.dtype("u8,u8")).reshape(-1))
-    return int(once.sum())
+    if repeat is None:
+        words = words[np.r_[True, (words[1:] != words[:-1]).any(1)][: len(words)]]
+    np.save(file, np.ascontiguousarray(words).view(np.dtype("u8,u8")).reshape(-1))
+    return len(words)
 
 
 def _words(values: pa.ChunkedArray, column: str) -> np.ndarray:

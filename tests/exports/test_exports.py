@@ -258,6 +258,26 @@ def test_a_uid_that_is_there_twice_is_written_once(tmp_path: Path) -> None:
     assert np.load(tmp_path / "none.npy").shape == (0,)
 
 
+def test_rows_are_listed_as_often_as_a_column_says(tmp_path: Path) -> None:
+    frame = table()
+    frame["times"] = pd.array([None if i == 3 else i % 4 for i in range(len(frame))], "Int64")
+    kept = ok(frame)
+    times = [0 if pd.isna(n) else int(n) for n in kept["times"]]
+    assert {0, 1, 2, 3} == set(times)
+    uids = [uid for uid, n in zip(kept["uid"], times, strict=True) for _ in range(n)]
+    done = export(split(frame), tmp_path / "subset.npy", "datacomp-subset", repeat="times")
+    assert (tmp_path / "subset.npy").read_bytes() == documented_subset(uids)
+    assert done.rows == len(uids) == sum(times)
+    export(split(frame), tmp_path / "keys.txt", "list", repeat="times")
+    keys = [key for key, n in zip(kept["key"], times, strict=True) for _ in range(n)]
+    assert (tmp_path / "keys.txt").read_text().split() == keys
+    for wrong, message in ((0.5, "give a column of whole numbers"), (-1, "holds -1: it must be 0 or more")):
+        with pytest.raises(ExportError, match=f"repeat='times' .*{message}"):
+            export(split(frame.assign(times=wrong)), tmp_path / "no.txt", "list", repeat="times")
+    with pytest.raises(ExportError, match="needs the column 'often'"):
+        export(split(frame), tmp_path / "no.txt", "list", repeat="often")
+
+
 @pytest.mark.parametrize("uid", ["xyz", "0" * 31, "0" * 33, "g" * 32, "", " " * 32])
 def test_a_wrong_uid_is_named(tmp_path: Path, uid: str) -> None:
     frame = table()
