@@ -99,9 +99,11 @@ def run_decode(settings: Any) -> Found:
 
             rates[f"{name}, {label}"] = common.rate(work, settings.seconds, device)
             yield "images_per_s", rates
-        rates[f"{name}, header check alone"] = common.rate(
-            lambda images=images: sum(1 for image in images if inspect(image)), settings.seconds / 2
-        )
+
+        def look(images: list[bytes] = images) -> int:
+            return len([inspect(image) for image in images])
+
+        rates[f"{name}, header check alone"] = common.rate(look, settings.seconds / 2)
         yield "images_per_s", rates
 
 

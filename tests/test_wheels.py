@@ -2,7 +2,7 @@
 
 Skipped without the wheels. In an environment of its own, since RAPIDS brings another Dask::
 
-    python3 -m venv .venv-wheels && .venv-wheels/bin/pip install -e ".[cu13]" pytest pytest-xdist
+    python3 -m venv .venv-wheels && .venv-wheels/bin/pip install -e ".[cu13]" mypy pytest pytest-xdist
     .venv-wheels/bin/python -m pytest -m wheels
 """
 
@@ -11,7 +11,10 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +110,42 @@ def test_every_method_is_there_with_its_arguments(owner: str) -> None:
         except ValueError:  # of Cython
             text = str(inspect.getdoc(method)) + str(inspect.getdoc(thing))
         assert [a for a in arguments.split() if not re.search(rf"\b{a}\b", text)] == [], name
+
+
+# --- types ----------------------------------------------------------------------------------------
+
+#: pylibcudf, RMM and DALI ship their types. The others' code has a few, which say little: what is used of them is looked
+#: up above.
+MYPY = """
+[mypy]
+check_untyped_defs = True
+implicit_reexport = True
+disable_error_code = import-untyped
+[mypy-cudf.*,cupy.*,cuvs.*,dask_cuda.*,dask_cudf.*]
+follow_untyped_imports = True
+"""
+
+#: Arguments that there are not: seen only if the types are.
+WRONG = {
+    "pylibcudf": "import pylibcudf as plc; plc.copying.gather(1, 2, 3)",
+    "dali": "from nvidia.dali import fn; fn.resize(1, no_such=1)",
+}
+
+
+def test_what_lies_behind_the_seam_has_the_types_of_the_wheels(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "mypy.ini").write_text(MYPY)
+    for name, call in WRONG.items():
+        (tmp_path / f"wrong_{name}.py").write_text(call)
+    options = ["--config-file", str(tmp_path / "mypy.ini"), "--cache-dir", str(tmp_path / "cache")]
+    files = [*FILES, *tmp_path.glob("*.py")]
+    environment = {**os.environ, "MYPYPATH": os.pathsep.join(map(str, (PACKAGE.parent, BENCHMARKS)))}
+    command = [sys.executable, "-m", "mypy", *options, *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    # DALI makes the members of `nvidia.dali.types` when it is imported: they too are looked up above.
+    errors = [e for e in done.stdout.splitlines() if ": error: " in e and "Module has no attribute" not in e]
+    assert [e for e in errors if "wrong_" not in e] == []
+    assert {name for name in WRONG if any(f"wrong_{name}.py" in e for e in errors)} == set(WRONG), done.stdout
 
 
 # --- dtypes, which cuDF makes without a driver ----------------------------------------------------

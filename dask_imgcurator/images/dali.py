@@ -123,7 +123,7 @@ class Pipeline:
             # For "mixed" only. libjpeg (hence Pillow and open_clip) upsamples colours in the fancy way.
             # The load goes to the JPEG engines of GPUs that have them (A100, A30, H100 …).
             mixed: dict[str, Any] = {"hw_decoder_load": HW_DECODER_LOAD, "jpeg_fancy_upsampling": True}
-            image = fn.decoders.image(
+            image: Any = fn.decoders.image(
                 encoded,
                 device=self.device,
                 output_type=types.RGB,
@@ -160,7 +160,7 @@ def _views(image: Any) -> tuple[Any, Any]:
     """Small views like those of `quality.views`; bits of the hash that are near their threshold may differ."""
     from nvidia.dali import fn, types
 
-    small = fn.resize(image, size=[SIDE, SIDE], interp_type=types.INTERP_LINEAR, antialias=True)
-    gray = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
+    small: Any = fn.resize(image, size=[SIDE, SIDE], interp_type=types.INTERP_LINEAR, antialias=True)
+    gray: Any = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
     gray = fn.resize(gray, size=[HASH_SIDE, HASH_SIDE], interp_type=types.INTERP_LANCZOS3, antialias=True)
     return fn.transpose(small, perm=[2, 0, 1]), fn.squeeze(gray, axes=[2])
