@@ -114,8 +114,8 @@ def test_every_method_is_there_with_its_arguments(owner: str) -> None:
 
 # --- types ----------------------------------------------------------------------------------------
 
-#: pylibcudf, RMM and DALI ship their types. The others' code has a few, which say little: what is used of them is looked
-#: up above.
+#: pylibcudf, RMM and DALI ship their types. The code of the others has a few, which say little: what is used of them is
+#: looked up above.
 MYPY = """
 [mypy]
 check_untyped_defs = True
