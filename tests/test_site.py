@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -15,9 +16,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import click
+import pandas as pd
 import pytest
 
 import dask_imgcurator as dic
+from dask_imgcurator.checks.samples import make_sample_shards
 from dask_imgcurator.cli.main import cli
 from dask_imgcurator.schema import COLUMNS, STATUSES
 
@@ -291,3 +294,26 @@ def test_the_quickstart_runs(tmp_path: Path) -> None:
     # Both ways lead to the same shard.
     one, other = (tmp_path / "run" / folder / "00000.tar" for folder in ("shards", "shards-py"))
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="the demo extra is missing")
+def test_the_scripts_of_the_slurm_array_run(tmp_path: Path) -> None:
+    """As Slurm would start them: each job of the array, then the other script; the table is that of one run."""
+    scripts = [code for _, code in blocks(DOCS / "howto/slurm.md", "bash") if code.startswith("#!")]
+    array, then = (code for code in scripts if "srun" not in code)
+    assert "#SBATCH --array" in array and "#SBATCH --array" not in then
+    shards = make_sample_shards(tmp_path / "shards", count=72, per_shard=24).shards
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
+    starter = re.sub(r"--model \S+ --pretrained \S+", "--model starter", array)
+    jobs = [(starter, {"SLURM_ARRAY_TASK_ID": f"{i}", "SLURM_ARRAY_TASK_COUNT": "2"}) for i in (0, 1)]
+    for code, env in [*jobs, (then, {})]:
+        subprocess.run(["bash", "-c", code], cwd=tmp_path, env={**os.environ, **env}, check=True, timeout=300)
+    found = dic.read_scores(tmp_path / "run/scores", backend="pandas").compute()
+    with dic.start_client(n_workers=1) as client:
+        dic.score_shards([str(shard) for shard in shards], tmp_path / "whole", model="starter", client=client)
+    pd.testing.assert_frame_equal(found, dic.read_scores(tmp_path / "whole", backend="pandas").compute())
+    kept = found[(found["status"] == "ok") & (found["aesthetic_score"] >= 5)]
+    with tarfile.open(tmp_path / "run/shards/00000.tar") as tar:
+        assert [n.partition(".")[0] for n in tar.getnames() if n.endswith(".txt")] == kept["key"].tolist()
