@@ -28,7 +28,7 @@ class Request:
     sent: int = 0
 
 
-#: What is done to a request: None, "500", "cut" (half of the answer, then the connection is closed) or "slow".
+#: What is done to a request: None, "500", "403", "cut" (half of the answer, then the connection is closed) or "slow".
 Fault = Callable[[Request], str | None]
 
 
@@ -68,6 +68,12 @@ class S3:
         return fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, **self.options)
 
 
+#: What S3 answers to a token that is too old.
+_EXPIRED = (
+    b'<?xml version="1.0"?><Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>'
+)
+
+
 class _Cut(Exception):
     """Ends an answer in the middle."""
 
@@ -96,6 +102,12 @@ def s3_server() -> Iterator[S3]:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("500 Internal Server Error", [("Content-Type", "text/plain"), ("Content-Length", "9")])
             return [b"injected!"]
+        if fault == "403":
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response(
+                "403 Forbidden", [("Content-Type", "application/xml"), ("Content-Length", str(len(_EXPIRED)))]
+            )
+            return [b"" if request.method == "HEAD" else _EXPIRED]
         with turn:  # moto is not safe for threads
             body = b"".join(app(environ, start_response))
         return _answer(request, body, fault)

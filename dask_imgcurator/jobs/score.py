@@ -35,7 +35,8 @@ from ..steps.heads import score_partition
 from ..steps.read import URLPath, index_partition
 from ..steps.score_table import ScoreFile, ScoreFiles, file_provenance, scores_from_files, write_score_file
 from ..storage import files
-from ..storage.urls import expand, fingerprint, marks_changes
+from ..storage.tar_index import explain
+from ..storage.urls import expand, find_version, fingerprint, marks_changes
 
 # --- the graph ------------------------------------------------------------------------------------
 
@@ -284,11 +285,16 @@ def _describe(_: Any, plan: ScorePlan) -> tuple[str, dict[str, Any]]:
 class MissingShardsError(JobError):
     """Shards could not be read; everything else is done, see `result`."""
 
-    def __init__(self, result: RunResult, then: str = "") -> None:
+    def __init__(self, result: RunResult, storage_options: Mapping[str, Any] | None, then: str = "") -> None:
         names = result.shards_missing
-        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        more = f", and {len(names) - 1:,} more" if len(names) > 1 else ""
+        try:
+            find_version(names[0], storage_options)
+            why = names[0]
+        except OSError as err:
+            why = explain(names[0], err)
         super().__init__(
-            f"{count(len(names), 'shard')} cannot be read now: {names[0]}{more}. Their finished "
+            f"{count(len(names), 'shard')} cannot be read now: {why}{more}. Their finished "
             f"scores are kept, all others are scored{then}. --allow-missing (allow_missing=True) continues without"
         )
         self.result = result
@@ -357,5 +363,5 @@ def score_shards(
     result.samples, result.by_status = counts.rows, counts.by_status
     result.seconds = time.perf_counter() - begin
     if result.shards_missing and not allow_missing:
-        raise MissingShardsError(result)
+        raise MissingShardsError(result, given.storage_options)
     return result

@@ -139,6 +139,8 @@ def persist(url: str, action: Callable[[], T]) -> T:
             again = _is_transient(err)
             if isinstance(err, TypeError):  # a file system may be constructed only now
                 raise ValueError(f"cannot open {url}: {err}; are the storage options right?") from err
+            if isinstance(err, PermissionError) and url.split("://")[-1] not in str(err):  # s3fs does not name the file
+                raise PermissionError(f"{url}: {err}") from err
             if not again and (isinstance(err, _PERMANENT) or (isinstance(err, OSError) and err.errno in _FULL)):
                 raise
             if not again or attempt == ATTEMPTS:
@@ -231,11 +233,10 @@ def opened_parquet(url: str, options: Mapping[str, Any] | None = None, coded: It
     if is_local(url):
         # Python file objects, and prefetching by threads as object stores need it, would make reads 50 % slower.
         path = local_path(url)
-        version = _version(path)
-        footer = _footer(str(path), version)
+        footer = _footer(str(path), version := _version(path))
         with pa.OSFile(str(path)) as file:
-            footer = footer if _version(path) == version else None  # the file was replaced meanwhile
-            yield pq.ParquetFile(file, metadata=footer, read_dictionary=list(coded), pre_buffer=False)
+            same = _version(path) == version  # else it was replaced meanwhile
+            yield pq.ParquetFile(file, metadata=footer if same else None, read_dictionary=list(coded), pre_buffer=False)
         return
     with opened(url, options) as remote:
         yield persist(url, lambda: pq.ParquetFile(remote, read_dictionary=list(coded)))
@@ -256,8 +257,7 @@ def _version(path: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-# Every pass over a table reads its footers first. Those of 1,000 score files take 31 MB.
-@lru_cache(2000)
+@lru_cache(2000)  # each pass over a table reads its footers first; those of 1,000 score files take 31 MB
 def _footer(path: str, version: tuple[int, ...]) -> pq.FileMetaData:
     return pq.read_metadata(path)
 

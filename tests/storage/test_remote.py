@@ -266,6 +266,27 @@ def test_a_table_that_cannot_be_written_stops_the_run_and_the_next_goes_on(
     same_as_local(s3, local)
 
 
+@pytest.mark.parametrize("methods", [("GET",), ("PUT",), ("GET", "HEAD")])
+def test_credentials_that_expire(
+    methods: tuple[str, ...], s3: S3, client: Any, local: Path, made: SampleShards
+) -> None:
+    stems = {path.stem for path in made.shards[2:]}
+
+    def fault(request: Request) -> str | None:
+        here = request.method in methods and ("/source/" in request.path or request.method == "PUT")
+        return "403" if here and any(stem in request.path for stem in stems) else None
+
+    s3.fault = fault
+    where = "target" if "PUT" in methods else "source"
+    with pytest.raises(JobError, match=rf"s3://{where}/\S+: .*(?i:expired|forbidden)"):
+        curate(s3, client)
+    s3.fault = lambda _request: None
+    done = s3.file_system().glob("target/run/scores/0*.parquet")
+    result = curate(s3, client)
+    assert result.shards_taken_over == len(done) <= 2
+    same_as_local(s3, local)
+
+
 def test_an_error_that_will_not_pass_is_told_at_once(s3: S3) -> None:
     with pytest.raises(FileNotFoundError), remote.hold_copy("s3://source/no-such.tar", s3.options):
         pass
