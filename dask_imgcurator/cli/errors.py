@@ -67,9 +67,10 @@ def _failure(err: Exception, kept: Callable[[str], str]) -> Failure:
     from ..models.weights import WeightsError
     from ..storage.tar_copy import WriteError
 
-    if isinstance(err, WriteError) or isinstance(err.__cause__, WriteError):  # which would occur again
+    repeated = WriteError | WeightsError  # these would occur again
+    if isinstance(err, repeated) or isinstance(err.__cause__, repeated):
         return Failure(_text(err), FAILED)
-    if isinstance(err, JobError | WeightsError):
+    if isinstance(err, JobError):
         return Failure(f"{_text(err)}{kept(chr(10))}", FAILED)
     if isinstance(err, OSError):
         wrong_name = isinstance(err, FileNotFoundError | FileExistsError | NotADirectoryError)

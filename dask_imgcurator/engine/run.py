@@ -46,6 +46,13 @@ _MOST_FAULTS = 8
 # --- where ----------------------------------------------------------------------------------------
 
 
+def starts_here(where: Place) -> bool:
+    """Whether a place means new processes on this machine."""
+    if where is None:
+        return dask.config.get("scheduler-address", None) is None
+    return isinstance(where, int)
+
+
 @contextmanager
 def place(where: Place, backend: str, monitor: Monitor, light: bool = False) -> Iterator[Client | None]:
     """Open the place where a job runs, and make it Dask's default; None means threads of this process."""

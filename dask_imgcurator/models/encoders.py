@@ -83,6 +83,14 @@ def resolve_encoder(model: str, pretrained: str | None = None, dtype: str | None
     return spec
 
 
+def width_of(spec: EncoderSpec) -> int | None:
+    """Width of a model's embeddings, if known without loading it."""
+    if spec.is_starter:
+        return len(starter.load_arrays()["map_b"])
+    listed = ":" not in spec.model and spec.model not in plugins.registered(plugins.ENCODERS)
+    return open_clip.width_of(spec.model) if listed else None
+
+
 @once
 def _sha256(path: Path, _mtime_ns: int) -> str:
     with path.open("rb") as file:

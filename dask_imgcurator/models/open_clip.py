@@ -63,6 +63,13 @@ def resolve(model: str, pretrained: str | None) -> tuple[str, str | Path]:
     return model, path
 
 
+def width_of(model: str) -> int:
+    """Width of a listed model's embeddings, from its configuration."""
+    import open_clip
+
+    return int(open_clip.get_model_config(model)["embed_dim"])
+
+
 def needs_quick_gelu(model: str, pretrained: str) -> bool:
     """Whether published weights were trained with QuickGELU, whatever the model's name says.
 

@@ -14,11 +14,11 @@ import pyarrow as pa
 
 from ..engine.backend import get_backend
 from ..engine.cluster import backend_for
-from ..engine.run import Place
+from ..engine.run import Place, starts_here
 from ..images import quality
 from ..json_fields import FIELD_TYPES
 from ..models import heads, open_clip, starter, weights
-from ..models.encoders import load_encoder
+from ..models.encoders import EncoderSpec, load_encoder, width_of
 from ..monitor import Monitor
 from ..schema import COLUMNS, kind_of
 from ..select.where import Where, parse_where
@@ -136,6 +136,7 @@ def make_plan(
     plan = ScorePlan(read, embed, uses, dict(options.out_options or {}))
     # Report a mistake in the expression now, not after scoring.
     parsed = parse_where(where, plan.kinds) if where is not None else None
+    _check_heads(uses, embed.encoder, starts_here(client))
     if parsed is not None and model == "starter" and "nsfw_score" in parsed.columns:
         monitor.note(
             "The starter's nsfw_score stays near 0 for every picture: a condition on it removes next to nothing."
@@ -238,6 +239,16 @@ def choose_heads(model: str, pretrained: str | None, options: ScoreOptions, moni
             )
         uses.append(HeadUse(kind, spec.name, "embedding", weights_dir, spec.round_to))
     return tuple(uses)
+
+
+def _check_heads(uses: Sequence[HeadUse], encoder: EncoderSpec, here: bool) -> None:
+    """Raise now what workers would find once their model is loaded; `here`: weights are read on this machine."""
+    if (width := width_of(encoder)) is not None:
+        for use in uses:
+            heads.resolve(use.kind, use.head, width)
+    for use in uses:
+        if here and (file := heads.named(use.kind, use.head).weights) is not None:
+            weights.read(file, use.weights_dir)
 
 
 # --- files ----------------------------------------------------------------------------------------

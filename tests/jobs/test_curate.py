@@ -26,6 +26,8 @@ import dask_imgcurator as dic
 from dask_imgcurator.checks.samples import SampleShards, make_sample_shards
 from dask_imgcurator.cli.main import cli
 from dask_imgcurator.clusters.faults import JobError
+from dask_imgcurator.models.heads import HeadError
+from dask_imgcurator.models.weights import WeightsError
 from dask_imgcurator.monitor import Monitor, Progress
 from dask_imgcurator.results import RunResult
 from dask_imgcurator.runs import plan as planning
@@ -355,6 +357,36 @@ def test_missing_head_weights_stop_the_run_with_a_remedy(made: SampleShards, cli
             str(made.shards[0]), tmp_path / "scores", model="starter", aesthetic_head="aesthetic-v1-b32",
             weights_dir=tmp_path / "empty", client=client,
         )  # fmt: skip
+
+
+class NoCluster(Monitor):
+    """Fails once a cluster is there."""
+
+    def started(self, client: Any) -> None:
+        pytest.fail("a cluster was started")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"model": "starter", "aesthetic_head": "aesthetic-v2-l14"},
+            "width 768 .*, these have 512",
+        ),
+        ({"model": "ViT-L-14", "pretrained": "random:0", "nsfw_head": "nsfw-b32"}, "width 512 .*, these have 768"),
+        ({"model": "ViT-B-32", "pretrained": "random:0", "weights_dir": "/nowhere"}, "/nowhere is not a folder"),
+        ({"model": "ViT-B-32", "pretrained": "random:0", "weights_dir": "wrong"}, "is not the published"),
+    ],
+)
+def test_wrong_heads_and_weights_are_told_before_the_cluster_starts(
+    options: dict[str, str], message: str, made: SampleShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("wrong").mkdir()
+    Path("wrong/sa_0_4_vit_b_32_linear.pth").write_bytes(b"not the published file")
+    with pytest.raises((WeightsError, HeadError), match=message):
+        dic.score_shards(str(made.shards[0]), "scores", client=1, monitor=NoCluster(), **options)  # type: ignore[arg-type]
+    assert not Path("scores").exists()
 
 
 def test_choose_heads_by_model() -> None:
