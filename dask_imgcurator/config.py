@@ -9,19 +9,14 @@ import dask
 import dask.config
 import yaml
 
-_DEFAULTS = Path(__file__).with_name("imgcurator.yaml")
+_DEFAULTS = yaml.safe_load(Path(__file__).with_name("imgcurator.yaml").read_text())
 
-
-def _load_defaults() -> None:
-    defaults = yaml.safe_load(_DEFAULTS.read_text())
-    dask.config.update_defaults(defaults)
-
-
-_load_defaults()
+dask.config.update_defaults(_DEFAULTS)
 
 
 def get(name: str, override: Any = None) -> Any:
     """Return `override` unless it is None, else the setting ``imgcurator.NAME``."""
     if override is not None:
         return override
-    return dask.config.get(f"imgcurator.{name}")
+    # If they were registered within a `dask.config.set`, its end has removed them.
+    return dask.config.get(f"imgcurator.{name}", _DEFAULTS["imgcurator"][name])

@@ -32,6 +32,20 @@ def test_defaults_are_registered(tmp_path: Path) -> None:
     assert DEFAULTS["max-pixels"] == 2 * 89_478_485  # Pillow's limit, at which it warns
 
 
+def test_defaults_hold_whichever_is_imported_first(tmp_path: Path) -> None:
+    """Also where they are registered within a `dask.config.set`, which takes away what came after it began."""
+    code = """
+import dask_imgcurator as dic
+import dask
+with dask.config.set({"imgcurator.max-pixels": 5}):
+    dic.read_webdataset
+    from dask_imgcurator import config
+    print(config.get("max-pixels"), config.get("batch-size"))
+print(config.get("max-pixels"), dic.__version__ != "")
+"""
+    assert in_a_process(code, DASK_CONFIG=str(tmp_path)).splitlines() == ["5 None", "178956970 True"]
+
+
 def test_who_wins(tmp_path: Path) -> None:
     """An argument goes before `dask.config.set`, that before the environment, that before a file, that before ours."""
     (tmp_path / "mine.yaml").write_text("imgcurator: {batch-size: 3, max-pixels: 5, decoder: pillow}")

@@ -17,7 +17,6 @@ from typing import Any
 
 import click
 
-from .. import __version__
 from ..results import visible
 
 USAGE, FAILED = 2, 1
@@ -116,6 +115,8 @@ def _text(err: BaseException) -> str:
 
 def _reported(err: BaseException) -> str:
     """Save a traceback, and say where and why."""
+    from .. import __version__
+
     lines = [f"dask_imgcurator {__version__}, Python {sys.version}, {platform.platform()}\n"]
     lines += traceback.format_exception(err)
     try:

@@ -8,38 +8,36 @@ import logging
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
-from rich.text import Text
-
-from .. import __version__, monitor
+from .. import monitor
 from ..results import count, visible
 
 if TYPE_CHECKING:
     from distributed import Client
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+    from rich.text import Text
 
 #: Seconds between progress lines in a log.
 _EVERY = 10.0
 
 
-class _Console(Console):
-    """A console on which only Rich's own styles have an effect."""
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(visible(text), **options)
-
-
 def make_console(stderr: bool = False, quiet: bool = False) -> Console:
     """Make a console that prints text literally: file names, keys and expressions may look like Rich's markup."""
-    return _Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    from rich.console import Console
+
+    class Plain(Console):
+        """A console on which only Rich's own styles have an effect."""
+
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(visible(text), **options)
+
+    return Plain(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -48,6 +46,8 @@ def make_monitor(console: Console) -> Iterator[monitor.Monitor]:
     if not console.is_terminal or console.quiet:
         yield _Lines(console)
         return
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -172,6 +172,9 @@ def _told(state: monitor.Progress, seconds: float) -> str:
 
 def _has_dashboard(link: str) -> bool:
     """Whether the dashboard exists; Dask returns a link even for schedulers without dashboard or bokeh."""
+    import urllib.error
+    import urllib.request
+
     # A page that cannot be reached from here (a relative link, a firewall) may still open elsewhere.
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(link, timeout=3) as page:
@@ -251,6 +254,8 @@ def display(quiet: bool, log: str | None = None) -> Iterator[monitor.Monitor]:
             yield shown
             return
         logged = _Logged(shown, stack.enter_context(Path(log).open("a", encoding="utf-8")))
+        from .. import __version__
+
         logged.event("begin", version=__version__, command=sys.argv[1:2])
         handler = _Notes(logged)
         logging.getLogger("dask_imgcurator").addHandler(handler)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from .. import __version__
 from . import checks, scoring, tables
 from .errors import PlainGroup
 
@@ -12,7 +11,7 @@ from .errors import PlainGroup
 @click.group(
     "imgcurator", cls=PlainGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
-@click.version_option(__version__, prog_name="dask-imgcurator")
+@click.version_option(package_name="dask-imgcurator", prog_name="dask-imgcurator")
 def cli() -> None:
     """Curate image datasets: score every image once, decide as often as you like.
 

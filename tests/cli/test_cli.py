@@ -273,7 +273,7 @@ def test_one_function_makes_consoles() -> None:
         for c in ast.walk(t)
         if isinstance(c, ast.Call) and isinstance(c.func, ast.Name)
     ]
-    assert [name for name, function in calls if function in ("Console", "_Console")] == ["live.py"]
+    assert [name for name, function in calls if function in ("Console", "Plain")] == ["live.py"]
     columns = [c for c in ast.walk(trees["live.py"]) if isinstance(c, ast.Call) and ast.unparse(c.func) == "TextColumn"]
     assert columns
     assert all("markup=False" in ast.unparse(column) for column in columns)
