@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -136,6 +137,8 @@ def load(spec: EncoderSpec, device: str) -> Loaded:
     for module in model.modules():
         if isinstance(module, open_clip.transformer.QuickGELU):
             module.forward = _quick_gelu
+        elif isinstance(module, torch.nn.MultiheadAttention) and spec.dtype == "float32":
+            module.forward = functools.partial(_attention, module)  # type: ignore[method-assign]
     preprocess = Preprocess.from_open_clip(open_clip.get_model_preprocess_cfg(model))
     with torch.inference_mode():
         probe = torch.zeros((1, 3, *preprocess.size), dtype=getattr(torch, spec.dtype), device=device)
@@ -155,6 +158,21 @@ def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """QuickGELU with one temporary tensor; open_clip's uses three and spends half its time allocating them."""
     out = 1.702 * x
     return out.sigmoid_().mul_(x)
+
+
+def _attention(
+    own: torch.nn.MultiheadAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of images to themselves in one kernel; on a CPU, torch's module writes all its weights to memory."""
+    import torch
+
+    plain = options == {"need_weights": False, "attn_mask": None} and own.batch_first and own.in_proj_weight is not None
+    if not (plain and q is k is v):
+        return type(own).forward(own, q, k, v, **options)
+    functional = torch.nn.functional
+    heads = functional.linear(q, own.in_proj_weight, own.in_proj_bias).unflatten(-1, (3, own.num_heads, -1))
+    out = functional.scaled_dot_product_attention(*heads.permute(2, 0, 3, 1, 4))
+    return own.out_proj(out.transpose(1, 2).flatten(2)), None
 
 
 def _state_sha256(model: torch.nn.Module) -> str:

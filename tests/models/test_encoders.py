@@ -28,7 +28,7 @@ from dask_imgcurator.images.decoder import Decoder
 from dask_imgcurator.images.pillow import decode
 from dask_imgcurator.models import ModelError, starter
 from dask_imgcurator.models.encoders import DTYPES, EncoderSpec, best_dtype, load_encoder, resolve_encoder
-from dask_imgcurator.models.open_clip import needs_quick_gelu
+from dask_imgcurator.models.open_clip import _quick_gelu, needs_quick_gelu
 
 TINY = "dic-tiny-models"
 TINY_CONFIG = {
@@ -365,14 +365,28 @@ def test_published_weights_get_the_activation_that_they_were_trained_with(
 
 
 def test_quick_gelu_is_open_clip_s_to_the_last_bit() -> None:
-    encoder = load_encoder(resolve_encoder("ViT-B-32-quickgelu", "random:0", "float32"))
+    x = torch.randn((1000, 64), generator=torch.manual_seed(0))
+    assert torch.equal(_quick_gelu(x), open_clip.transformer.QuickGELU()(x))
+
+
+@pytest.mark.parametrize(("dtype", "layers", "atol"), [("float32", 12, 3e-7), ("bfloat16", 0, 3e-3)])
+def test_attention_in_one_kernel_is_open_clip_s(
+    dtype: str, layers: int, atol: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, where it is faster."""
+    encoder = load_encoder(resolve_encoder("ViT-B-32-quickgelu", "random:0", dtype))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        theirs = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None).eval()
+        theirs = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None).eval().to(getattr(torch, dtype))
     pixels = torch.randn((2, 3, 224, 224), generator=torch.manual_seed(1))
     with torch.inference_mode():
-        expected = torch.nn.functional.normalize(theirs.encode_image(pixels), dim=-1)
-    assert torch.equal(encoder(pixels), expected)
+        expected = theirs.encode_image(pixels.to(getattr(torch, dtype))).float()
+    calls: list[int] = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    counted = lambda *tensors: calls.append(1) or kernel(*tensors)  # type: ignore[func-returns-value]  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    torch.testing.assert_close(encoder(pixels), torch.nn.functional.normalize(expected, dim=-1), rtol=0, atol=atol)
+    assert len(calls) == layers
 
 
 @pytest.mark.parametrize(("tag", "expected"), [("openai", True), ("laion2b_s34b_b79k", False), ("random:0", False)])
