@@ -119,5 +119,5 @@ class ShardProgress:
         with self._lock:
             running = [url.rpartition("/")[2].partition("?")[0] for url in list(self._running)[:8]]
         state = self.state
-        told = {"shards": state.total_shards, "finished": state.shards, "images": state.images, "errors": state.errors}
-        return {**told, "running": running}
+        found = {"shards": state.total_shards, "finished": state.shards, "images": state.images, "errors": state.errors}
+        return {**found, "running": running}

@@ -108,14 +108,14 @@ def why_they_died(client: Client, since: float, limits: Collection[int]) -> str:
 def require_workers(client: Client, what: str) -> None:
     """Wait for a worker, as long as the settings say, then raise `JobError`."""
     limit, address = parse_timedelta(config.get("worker-timeout")), client.scheduler_info()["address"]
-    told = min(_NO_WORKER, limit)
+    patience = min(_NO_WORKER, limit)
     try:
-        return client.wait_for_workers(1, timeout=told)
+        return client.wait_for_workers(1, timeout=patience)
     except TimeoutError:
-        if limit > told:
-            _log.warning("No worker for %s at %s: waiting %.0f s for one", what, address, limit - told)
+        if limit > patience:
+            _log.warning("No worker for %s at %s: waiting %.0f s for one", what, address, limit - patience)
     try:
-        return client.wait_for_workers(1, timeout=max(limit - told, 0.1))  # 0 would wait forever
+        return client.wait_for_workers(1, timeout=max(limit - patience, 0.1))  # 0 would wait forever
     except TimeoutError:
         raise JobError(
             f"no worker for {what} at {address} for {limit:.0f} s (imgcurator.worker-timeout): start one"

@@ -37,7 +37,7 @@ def datacomp(
     `text_embedding`. `arch`, ``b32`` or ``l14``, is the CLIP model of scores and vectors, and required if there are
     any.
 
-    Without a column ``uid``, uids are generated: 128 bits of BLAKE2b of ``shard``, ``key`` and ``sample_offset``. The
+    Without a column ``uid``, uids are computed: 128 bits of BLAKE2b of ``shard``, ``key`` and ``sample_offset``. The
     resharder will not find these in the tars. ``original_width`` and ``original_height`` are the size before
     img2dataset resized the image: read these JSON fields if they exist, otherwise the decoded size is written.
     """

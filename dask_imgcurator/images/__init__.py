@@ -1,1 +1,1 @@
-"""Bytes to pixels, and what is measured on them."""
+"""Bytes to pixels, and measures on pixels."""

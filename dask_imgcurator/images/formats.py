@@ -155,7 +155,7 @@ class Format:
     plugin: str | None = None
     register: str | None = None
     package: str | None = None
-    #: Width and height from the bytes, so that `max_pixels` is checked before the file is opened.
+    #: Width and height from the bytes, to check `max_pixels` before the file is opened.
     size: Callable[[bytes], tuple[int, int] | None] = lambda _data: None
     #: Raises `BadImage` if the end of the file is missing, for its bytes and title.
     check_end: Callable[[bytes, str], None] = lambda _data, _title: None

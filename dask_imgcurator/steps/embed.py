@@ -182,7 +182,7 @@ class _Embedded:
 def _columns(frame: Any, spec: EmbedSpec, rows: _Rows, embedded: _Embedded) -> dict[str, Any]:
     """New and replaced columns, in the order of the spec's schema."""
     backend, places = backend_of(frame), embedded.rows
-    told: dict[str, list[Any]] = {
+    found: dict[str, list[Any]] = {
         "status": rows.status,
         "error_message": rows.message,
         "width": rows.width,
@@ -191,13 +191,13 @@ def _columns(frame: Any, spec: EmbedSpec, rows: _Rows, embedded: _Embedded) -> d
     }
     if spec.measures:
         by_row = dict(zip(places.tolist(), embedded.hashes, strict=True))
-        told["phash"] = [by_row.get(i) for i in range(len(rows.status))]
+        found["phash"] = [by_row.get(i) for i in range(len(rows.status))]
     schema = spec.schema
     if rows.notes is not None:
-        told["note"], schema = rows.notes, schema.append(pa.field("note", pa.string()))
-    updates = backend.from_arrow(pa.Table.from_pydict(told, schema=pa.schema([f for f in schema if f.name in told])))
+        found["note"], schema = rows.notes, schema.append(pa.field("note", pa.string()))
+    updates = backend.from_arrow(pa.Table.from_pydict(found, schema=pa.schema([f for f in schema if f.name in found])))
     updates.index = frame.index
-    columns = {name: updates[name] for name in told}
+    columns = {name: updates[name] for name in found}
     if spec.measures:
         values = embedded.measures
         for k, name in enumerate(MEASURES):

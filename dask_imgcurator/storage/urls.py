@@ -128,8 +128,8 @@ def _expand_folder(folder: str, storage_options: Mapping[str, Any] | None = None
 
 #: How files begin that are mistaken for shards, what they are, and what to do.
 _BEGINNINGS = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for: fetch that with git lfs pull"),
-    (b"/annex/objects/", "a git-annex pointer, not the file that it stands for: fetch that with git annex get"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: fetch it with git lfs pull"),
+    (b"/annex/objects/", "a git-annex pointer, not the file itself: fetch it with git annex get"),
     (b"PAR1", "a Parquet file: shards are tars; a score table is for select, dedup, write and the like"),
     (b"PK\x03\x04", "a ZIP archive: unpack it, and pack its files into a tar"),
     (b"\x89PNG", "an image: pack images into tars, each with what belongs to it under one name"),

@@ -1,4 +1,4 @@
-"""Parts of the pages that are made from the code: they stand between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
+"""Parts of the pages that are generated from the code, between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 
 ``python docs/_ext/imgcurator_site.py`` writes them into the pages, so that the pages can be read in the repository. The
 site's build makes them again, with the anchors that only the site has. A test checks that the pages are current.

@@ -13,7 +13,7 @@ from site_markdown import table
 
 import dask_imgcurator as dic
 
-#: Sections of the reference: each name of ``dask_imgcurator.__all__`` stands in one of them.
+#: Sections of the reference: each name of ``dask_imgcurator.__all__`` is in one of them.
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Read, score and write": (
         "start_client",
@@ -67,7 +67,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
-#: What stands beside them, until it is public itself.
+#: Further names to list, until they are public.
 FURTHER: Mapping[str, tuple[str, ...]] = {
     "Results": (
         "RunResult",
@@ -118,7 +118,7 @@ def overview() -> str:
 
 
 def public() -> str:
-    """Every public name with all that its docstring says, in sections."""
+    """Every public name with its full docstring, in sections."""
     shown = [name for names in SECTIONS.values() for name in names]
     if sorted(shown) != sorted(dic.__all__):
         raise ValueError(f"SECTIONS and dask_imgcurator.__all__ differ by {sorted({*shown} ^ {*dic.__all__})}")

@@ -153,8 +153,8 @@ def test_shards_that_are_no_tars(command: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, [command, str(tmp_path), "--model", "starter", *out])
     assert result.exit_code == 2
     assert result.stderr == (
-        f"dask-imgcurator: {pointer} is not a tar; it is a Git LFS pointer, not the file that it stands for: "
-        "fetch that with git lfs pull\n"
+        f"dask-imgcurator: {pointer} is not a tar; it is a Git LFS pointer, not the file itself: "
+        "fetch it with git lfs pull\n"
     )
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-// Shows a picture large, with all that is known of it: by a click, Enter or Space; Escape or a click closes it.
+// Enlarges a picture, with all its data, by a click, Enter or Space; Escape or a click closes it.
 const large = document.body.appendChild(document.createElement("dialog"));
 large.className = "large";
 large.addEventListener("click", () => large.close());
@@ -9,7 +9,7 @@ const enlarge = (image) => {
   picture.src = image.src;
   picture.alt = image.alt;
   text.append(...image.closest("figure").querySelector("figcaption").cloneNode(true).childNodes);
-  // What a card shortens stands whole in its title.
+  // A card's title holds the text that the card shortens.
   for (const short of text.querySelectorAll("[title]")) short.textContent = short.title;
   large.setAttribute("aria-label", image.alt);
   large.replaceChildren(close, picture, text);

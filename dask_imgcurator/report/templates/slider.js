@@ -1,4 +1,4 @@
-// Lets a cut be tried on a figure's slider. Without it the figures are whole: their tables hold the same numbers.
+// A slider to try cuts on a figure. Without this script, figures are still complete: their tables hold the same numbers.
 for (const box of document.querySelectorAll(".try")) {
   const [input, output] = [box.querySelector("input"), box.querySelector("output")];
   const tries = JSON.parse(box.dataset.tries), line = box.closest("figure").querySelector(".moved");
