@@ -233,6 +233,16 @@ def benchmark_dedup() -> str:
     return table([*header, "peak memory", "rows a cell (largest)"], rows)
 
 
+def benchmark_dedup_parts() -> str:
+    """What the parts of a search for duplicates cost, of sizes that do not fit too."""
+    rows = []
+    for _, record in _records():
+        for found in record.get("parts", []):
+            parts = [f"{found[name]:,.0f}" for name in ("gather", "train", "assign", "compare", "sum")]
+            rows.append((f"{found['rows']:,}", f"{found['rows_measured']:,}", f"{found['cells']:,}", *parts))
+    return table(["rows", "measured on", "cells", "read", "k-means", "assign", "compare", "sum, CPU s"], rows)
+
+
 MARKS = {
     "commands": commands,
     "benchmark-files": benchmark_files,
@@ -242,6 +252,7 @@ MARKS = {
     "benchmark-large-shard": benchmark_large_shard,
     "benchmark-selection": benchmark_selection,
     "benchmark-dedup": benchmark_dedup,
+    "benchmark-dedup-parts": benchmark_dedup_parts,
     "benchmark-report": benchmark_report,
     "benchmark-search": benchmark_search,
 }
