@@ -133,7 +133,7 @@ def test_batches_are_halved_until_they_fit_and_stay_so(count: int) -> None:
     forward = Small(3)
     encoder = make_encoder(forward)
     pixels = torch.randn((count, 3, 8, 8), generator=torch.manual_seed(count))
-    with pytest.warns(UserWarning, match="memory ran out") as said:
+    with pytest.warns(UserWarning, match="out of memory") as said:
         found = encoder.encode(pixels, 16)
     first = 8 if count == 9 else 16
     tried = [size for size in (16, 8, 4) if size <= first]
@@ -150,7 +150,7 @@ def test_batches_are_halved_until_they_fit_and_stay_so(count: int) -> None:
 def test_a_size_below_what_fits_is_kept() -> None:
     forward = Small(3)
     encoder = make_encoder(forward)
-    with pytest.warns(UserWarning, match="memory ran out"):
+    with pytest.warns(UserWarning, match="out of memory"):
         encoder.encode(torch.ones((4, 3, 8, 8)), 4)
     forward.sizes.clear()
     encoder.encode(torch.ones((1, 3, 8, 8)), 1)
@@ -158,7 +158,7 @@ def test_a_size_below_what_fits_is_kept() -> None:
 
 
 def test_not_even_one_image() -> None:
-    with pytest.warns(UserWarning, match="memory ran out"), pytest.raises(ModelError, match="not even with one image"):
+    with pytest.warns(UserWarning, match="out of memory"), pytest.raises(ModelError, match="not even with one image"):
         make_encoder(Small(0)).encode(torch.ones((2, 3, 8, 8)), 2)
 
 
@@ -240,7 +240,7 @@ def check_same(found: list[list[float] | None], expected: list[list[float] | Non
 
 def test_a_partition_goes_on_where_the_encoder_runs_out(monkeypatch: pytest.MonkeyPatch, shard: str) -> None:
     expected = embed(monkeypatch, shard, Small(8))
-    with pytest.warns(UserWarning, match="going on with 4"):
+    with pytest.warns(UserWarning, match="continuing with 4"):
         found = embed(monkeypatch, shard, Small(5))
     check_same(found, expected)
 
@@ -299,7 +299,7 @@ def test_a_real_limit_of_memory_is_met_by_smaller_batches() -> None:
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + (1 << 30)) / total)
     try:
-        with pytest.warns(UserWarning, match="memory ran out"):
+        with pytest.warns(UserWarning, match="out of memory"):
             found = encoder.encode(pixels, 64)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1039,7 +1039,7 @@ def test_object_store(sources: list[Path], tmp_path: Path, memory: Any) -> None:
     assert len(stats) == len(tars(tmp_path / "out"))
     with pytest.raises(FileExistsError, match="holds files of curated shards"):
         dic.to_webdataset(df, "memory://out")
-    with pytest.raises(WriteError, match="is read, and lies in the folder"):
+    with pytest.raises(WriteError, match="is a source shard in the output folder"):
         dic.to_webdataset(dic.read_webdataset("memory://out/*.tar", backend="pandas"), "memory://out/", overwrite=True)
     dic.to_webdataset(df.partitions[:1], "memory://out", overwrite=True)
     names = [f"00000{suffix}" for suffix in (".idx", ".parquet", ".tar", "_stats.json")]
