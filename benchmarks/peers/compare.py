@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+")
     parser.add_argument("--model", default="ViT-B-32")
-    parser.add_argument("--peer", default="plain_loop", choices=["plain_loop"])
+    parser.add_argument("--peer", default="plain_loop", choices=["plain_loop", "nemo_curator"])
     parser.add_argument("--python", default=sys.executable, help="the peer's interpreter (default: this one)")
     args = parser.parse_args()
 
