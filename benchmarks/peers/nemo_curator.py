@@ -2,9 +2,9 @@
 
     python3 -m venv peer && peer/bin/pip install "nemo-curator[image_cpu]==1.4.0" "transformers<5" nvidia-dali-cuda130
 
-It knows one model, ViT-L/14 of transformers, here with random weights, and reads members called ``.jpg`` only. Its reader
-gives DALI a GPU's number even where there is none, which DALI 2.4 refuses: the number is left out here. Prints JSON with
-images, CPU and wall seconds, loading left out.
+It knows one model, ViT-L/14 of transformers, here with random weights, and reads members called ``.jpg`` only. Its
+reader gives DALI a GPU's number even where there is none, which DALI 2.4 refuses: the number is left out here. Prints
+JSON with images, CPU and wall seconds, loading left out.
 """
 
 from __future__ import annotations
