@@ -295,7 +295,7 @@ class MissingShardsError(JobError):
             why = explain(names[0], err)
         super().__init__(
             f"{count(len(names), 'shard')} cannot be read now: {why}{more}. Their finished "
-            f"scores are kept, all others are scored{then}. --allow-missing (allow_missing=True) continues without"
+            f"scores are kept, all others are scored{then}. --allow-missing (allow_missing=True) continues without them"
         )
         self.result = result
 

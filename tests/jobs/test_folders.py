@@ -283,7 +283,7 @@ def test_finished_scores_stay_while_their_shards_are_away(shards: Path, client: 
     for given in (names, source / "*.tar"):
         for resume in (True, False):
             with pytest.raises(
-                MissingShardsError, match=r"2 shards .*00002\.tar and 1 more.*are left unchanged"
+                MissingShardsError, match=r"2 shards .*00002\.tar, and 1 more.*are left unchanged"
             ) as told:
                 dic.curate(given, out, resume=resume, **options)
             assert told.value.result.shards_missing == names[2:]
@@ -303,7 +303,7 @@ def test_missing_shards_are_no_images(shards: Path, tmp_path: Path) -> None:
     done = command(*arguments, "--out", tmp_path / "out")
     assert done.returncode == 1
     assert "2 shards cannot be read now" in done.stderr
-    assert "00001.tar and 1 more" in done.stderr
+    assert "00001.tar, and 1 more" in done.stderr
     assert "Traceback" not in done.stderr
     assert "missing: 2 shards" in done.stdout
     assert len(keys(tmp_path / "out")) == 8
