@@ -34,13 +34,13 @@ encoder_options = _group(
     click.option(
         "--model",
         metavar="NAME",
-        help="open_clip's name of a model (ViT-L-14, ViT-B-32 …), or 'starter': a preview that needs no download. "
-        "[default: ViT-L-14 of OpenAI; the starter if its weights are unavailable]",
+        help="Name of an open_clip model (ViT-L-14, ViT-B-32 …), or 'starter': a preview that needs no download. "
+        "[default: OpenAI's ViT-L-14; the starter if its weights are unavailable]",
     ),
     click.option(
         "--pretrained",
         metavar="TAG|PATH",
-        help="open_clip's tag of the weights, or a checkpoint's path; 'random:SEED' for benchmarks.",
+        help="open_clip's tag for the weights, or a checkpoint's path; 'random:SEED' for benchmarks.",
     ),
     click.option(
         "--aesthetic-head",
@@ -64,7 +64,7 @@ encoder_options = _group(
         metavar="[COLUMN=]FIELD[:TYPE]",
         multiple=True,
         help="Field of the samples' .json to keep as a column, under its own or another name (original_width=width); "
-        "TYPE is string, int64, float64 or bool. [default: the type that holds all values; repeatable]",
+        "TYPE is string, int64, float64 or bool; repeatable. [default type: one that holds all values]",
     ),
     click.option(
         "--caption",
