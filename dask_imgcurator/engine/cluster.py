@@ -49,6 +49,11 @@ class _OwnerClient(Client):
             self._started_cluster.close()
 
 
+#: A cluster closes a worker for good if it is away 15 s after it died, though its nanny restarts it: a worker that died
+#: again just then, or starts slowly, would be lost.
+_LOST, _GIVEN_UP = "distributed.deploy.lost-worker-timeout", "15s"
+
+
 def start_client(
     n_workers: int | None = None, *, scheduler: str | None = None, backend: str | None = None, **kwargs: Any
 ) -> Client:
@@ -101,6 +106,8 @@ def start_client(
         return client
     if n_workers is not None and n_workers < 1:
         raise ValueError(f"n_workers={n_workers}: it must be at least 1")
+    if dask.config.get(_LOST, _GIVEN_UP) == _GIVEN_UP:
+        dask.config.set({_LOST: "1 day"})
     return _OwnerClient(get_backend(resolve_name(backend)).make_cluster(n_workers, **kwargs))
 
 

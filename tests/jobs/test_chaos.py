@@ -83,6 +83,25 @@ def test_many_kills_change_nothing(tmp_path: Path) -> None:
     assert results(tmp_path / "chaos") == undisturbed
 
 
+@pytest.mark.slow
+def test_a_worker_that_dies_again_is_not_given_up() -> None:
+    """Dask looks 15 s after a death whether the worker is there; here it is dead again just then."""
+
+    def kill() -> float:
+        client.wait_for_workers(1, timeout=60)
+        (pid,) = client.run(os.getpid).values()
+        os.kill(pid, signal.SIGKILL)
+        return time.monotonic()
+
+    with dic.start_client(1, backend="pandas") as client:
+        first = kill()
+        time.sleep(first + 14.8 - time.monotonic())
+        kill()
+        time.sleep(max(0, first + 17 - time.monotonic()))
+        client.wait_for_workers(1, timeout=30)
+        assert client.submit(lambda: 1).result(timeout=30) == 1
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SampleShards:
     return make_sample_shards(tmp_path_factory.mktemp("samples"), count=48, per_shard=4)
