@@ -170,7 +170,7 @@ def _decode_in_parts(decoder: Any, data: Sequence[bytes | BadImage], device: str
 def _lend_decoder(
     spec: EmbedSpec, preprocess: Preprocess, backend: Backend, batch_size: int
 ) -> Iterator[Decoder | IsolatedDecoder]:
-    """Lend one of this process's decoders, once it is free: partitions share them, since each takes much memory."""
+    """Lend one of this process's decoders: building a pipeline takes longer than a small partition."""
     import torch
 
     kind = settle_decoder(spec.decoder, backend.decoder_device)
@@ -191,7 +191,10 @@ def _lend_decoder(
             isolated.close()
         return
     key = (preprocess, batch_size, *options.values())
-    free = cache.get("turn", f"{backend.name} decoders", lambda: BoundedSemaphore(backend.decoders))
+    # The partitions of a GPU share its decoders, each of which takes much memory there.
+    free: Any = contextlib.nullcontext()
+    if backend.overlaps:
+        free = cache.get("turn", "decoders", lambda: BoundedSemaphore(backend.decoders))
     with free, cache.lend("decoder", key, lambda: Decoder(preprocess, batch_size, **options)) as decoder:
         yield decoder
 
