@@ -302,11 +302,13 @@ def check(folder: Path, files: dict[str, bytes], known: dict[str, Mutant]) -> pd
     assert matrix.shape[1] == 512
     assert np.abs(np.linalg.norm(matrix, axis=1) - 1).max() < 1e-5
     assert np.isfinite(mixed.loc[ok, list(SCORES)].to_numpy(float)).all()
-    # Good images: all ok, and not a bit differs for their neighbours' sake.
+    # Good images: all ok, and the same beside any neighbours, but for what the size of a batch does to the last bits.
     assert set(good.status) == {"ok"}
-    for column in ("status", "width", "height", "sha256", *SCORES):
+    for column in ("status", "width", "height", "sha256"):
         assert with_neighbours[column].tolist() == good[column].tolist(), column
-    assert np.array_equal(np.stack(with_neighbours.embedding.tolist()), np.stack(good.embedding.tolist()))
+    for column in SCORES:
+        np.testing.assert_allclose(with_neighbours[column], good[column], rtol=1e-4, err_msg=column)
+    np.testing.assert_allclose(np.stack(with_neighbours.embedding), np.stack(good.embedding), rtol=0, atol=1e-6)
     # What is cut is an error, or lacks nothing of its picture.
     names = list(files)
     whole = {names[int(key.rpartition("-")[2])]: one for key, one in zip(good.key, good.embedding, strict=True)}
@@ -314,7 +316,9 @@ def check(folder: Path, files: dict[str, bytes], known: dict[str, Mutant]) -> pd
     bad["source"] = [known[key].source for key in bad.key]
     cut = bad[bad.mutation.str.startswith("truncate") & (bad.status == "ok")]
     for row in cut[cut.source.isin(list(whole))].itertuples():
-        assert np.array_equal(row.embedding, whole[row.source]), (row.key, row.source)
+        np.testing.assert_allclose(
+            row.embedding, whole[row.source], rtol=0, atol=1e-6, err_msg=f"{row.key} {row.source}"
+        )
     return bad
 
 

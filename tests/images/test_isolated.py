@@ -160,6 +160,7 @@ def test_a_worker_that_dies_costs_one_image(crashing: None, tmp_path: Path) -> N
     )
     assert sorted(bad.index.drop("fatal")) == sorted(tables["good"].index)
     for key, row in tables["good"].iterrows():
-        assert np.array_equal(bad.loc[key, "embedding"], row["embedding"])
-        assert bad.loc[key, "aesthetic_score"] == row["aesthetic_score"]
-    assert [n for n in monitor.notes if "bad-1.tar" in n and "apart" in n]
+        # The size of a batch, which is another with one image more, affects the last bits.
+        np.testing.assert_allclose(bad.loc[key, "embedding"], row["embedding"], rtol=0, atol=1e-6)
+        assert bad.loc[key, "aesthetic_score"] == pytest.approx(row["aesthetic_score"], rel=1e-5)
+    assert [n for n in monitor.notes if "bad-1.tar" in n and "separate process" in n]
