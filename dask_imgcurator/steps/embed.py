@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 _LOCATORS = ["shard", "offset", "nbytes", "status", "error_message"]
 
+#: Columns whose values stay in rows that are not embedded.
+_KEPT = ["width", "height", "sha256", "note"]
+
 
 @dataclass(frozen=True)
 class EmbedSpec:
@@ -65,8 +68,8 @@ def embed_partition(frame: Any, spec: EmbedSpec) -> Any:
     """Read, decode and embed the images of a partition's rows, in any order and number."""
     # Each shard is read once, in byte order. Rows that were not ``ok`` are left as they are.
     backend = backend_of(frame)
-    notes = ["note"] if "note" in frame.columns else []
-    host = backend.to_host(frame, [*_LOCATORS, *notes]).to_pydict()
+    kept = [name for name in _KEPT if name in frame.columns]
+    host = backend.to_host(frame, [*_LOCATORS, *kept]).to_pydict()
     rows = _Rows(host, "scaled to 8 bits" if spec.scale_high_bit_depth else "clipped at 255")
     n, todo = len(rows.status), rows.todo()
     progress = _progress(spec.topic, host["shard"])
@@ -101,13 +104,13 @@ class _Rows:
     """Per-row results in host memory."""
 
     def __init__(self, host: Mapping[str, list[Any]], deep: str) -> None:
-        n = len(host["shard"])
+        none = [None] * len(host["shard"])
         self._host, self._deep = host, deep
         self.notes = list(host["note"]) if "note" in host else None
         self.status, self.message = list(host["status"]), list(host["error_message"])
-        self.width: list[int | None] = [None] * n
-        self.height: list[int | None] = [None] * n
-        self.sha256: list[str | None] = [None] * n
+        self.width: list[int | None] = list(host.get("width", none))
+        self.height: list[int | None] = list(host.get("height", none))
+        self.sha256: list[str | None] = list(host.get("sha256", none))
 
     def todo(self) -> list[int]:
         """Rows to embed: by shard in order of first appearance, then by offset; one pass over each file."""
@@ -327,4 +330,6 @@ def embed(
         measures=measures,
         storage_options=storage_options,
     )
-    return apply_step(df, embed_partition, spec, spec.schema, _LOCATORS)
+    kept = [name for name in _KEPT if name in df.columns]
+    added = spec.schema.append(pa.field("note", pa.string())) if "note" in kept else spec.schema
+    return apply_step(df, embed_partition, spec, added, [*_LOCATORS, *kept])

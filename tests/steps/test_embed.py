@@ -20,6 +20,7 @@ from threading import Event
 from typing import Any
 
 import dask
+import dask.dataframe as dd
 import numpy as np
 import open_clip
 import pandas as pd
@@ -267,6 +268,32 @@ def test_embedding_twice_replaces(frame: pd.DataFrame, spec: EmbedSpec, made: Sh
     check(twice[good], frame[good.to_numpy()], made)
     # What is not ok is not tried again, and keeps its reason.
     assert list(twice["error_message"]) == list(once["error_message"])
+
+
+@pytest.mark.parametrize("how", ["pandas", "dask"])
+def test_a_second_embedding_keeps_what_the_first_found_of_failed_rows(
+    how: str, frame: pd.DataFrame, settings_of_spec: dask.config.set
+) -> None:
+    source = frame.assign(note=pd.array([f"row {i}" for i in range(len(frame))], dtype=frame["key"].dtype))
+    with settings_of_spec:
+        df = dd.from_pandas(source, npartitions=2, sort=False) if how == "dask" else source
+        once = dic.embed(df, TINY, "random:0", dtype="float32")
+        twice = dic.embed(once, TINY, "random:1", dtype="float32", column="other")
+    once, twice = dask.compute(once, twice, scheduler="synchronous")
+    failed = once["status"] != "ok"
+    assert once.loc[failed, "sha256"].notna().any() and once.loc[failed, "width"].notna().any()
+    for column in ("status", "error_message", "width", "height", "sha256", "note"):
+        assert twice[column].equals(once[column]), column
+
+
+def test_notes_come_through_dask(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.mgrid[0:80, 0:90][1].astype(np.uint16)).save(buffer, "PNG")
+    write_tar(tmp_path / "a.tar", {"deep": ("png", buffer.getvalue())})
+    df = dic.read_webdataset(str(tmp_path / "a.tar"), backend="pandas")
+    df = df.assign(note="mine")
+    (note,) = dic.embed(df, TINY, "random:0")["note"].compute(scheduler="synchronous")
+    assert note.startswith("mine; samples of more than 8 bits are ")
 
 
 # --- rows that fail ---------------------------------------------------------------------------------
