@@ -216,9 +216,13 @@ def begin(df: Any, steps: Sequence[Step], ok_only: bool, planned: pa.Schema | No
 
 def _digest_items(items: Sequence[Any], reader: Reader, names: Sequence[str], settled: Settled) -> pd.DataFrame:
     tables = [reader.table([item], names) for item in items]
-    found = digest(pa.concat_tables(tables), settled)
-    found["item"] = np.repeat(np.arange(len(items), dtype=np.int32), [len(table) for table in tables])
-    return found
+    numbers = np.repeat(np.arange(len(items), dtype=np.int32), [len(table) for table in tables])
+    return _with_column(digest(pa.concat_tables(tables), settled), "item", numbers)
+
+
+def _with_column(digests: pd.DataFrame, name: str, values: np.ndarray) -> pd.DataFrame:
+    """Add a column; pandas itself would copy it."""
+    return pd.DataFrame({**{n: digests[n].values for n in digests}, name: values}, copy=False)
 
 
 def _eligible(digests: pd.DataFrame, before: Settled, i: int) -> np.ndarray:
@@ -263,7 +267,7 @@ def _itself(frame: Any) -> Any:
 def _set_ties(digests: pd.DataFrame, rows: np.ndarray, keys: np.ndarray) -> pd.DataFrame:
     ties = digests["tie"].to_numpy().copy() if "tie" in digests else np.zeros(len(digests), np.uint64)
     ties[rows] = keys
-    return digests.assign(tie=ties)
+    return _with_column(digests, "tie", ties)
 
 
 def _count_digests(digests: pd.DataFrame, settled: Settled) -> Counts:
