@@ -163,7 +163,8 @@ def random_order(df: Any, seed: int, why: str) -> RandomOrder:
 def _hashes(array: pa.Array, repeated: bool) -> np.ndarray:
     """Hash numbers or text: (n,) uint64, the same in every process and for every storage type."""
     if pa.types.is_integer(array.type):
-        return array.fill_null(-1).cast(pa.int64()).to_numpy().view(np.uint64)
+        known = array.fill_null(-1) if array.null_count else array
+        return known.cast(pa.int64()).to_numpy().view(np.uint64)
     if repeated or pa.types.is_dictionary(array.type):
         return by_value(array if pa.types.is_dictionary(array.type) else array.dictionary_encode(), _hashes_of)
     return _hashes_of(array)
@@ -173,6 +174,8 @@ def by_value(coded: pa.DictionaryArray, function: Callable[[pa.Array], np.ndarra
     """Apply a function once to each value of dictionary-encoded text, including null."""
     values = coded.dictionary
     of = function(pa.concat_arrays([values, pa.nulls(1, values.type)]))
+    if len(values) == 1 and not coded.null_count:
+        return np.broadcast_to(of[0], len(coded))
     return of[coded.indices.fill_null(len(values)).to_numpy()]
 
 
