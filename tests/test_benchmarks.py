@@ -71,6 +71,7 @@ def test_a_section_that_fails_is_written_down_and_the_others_go_on(tmp_path: Pat
     assert "no-such-model" in (tmp_path / "gpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_a_section_found_before_its_limit_is_kept(gpu: Any, tmp_path: Path) -> None:
     settings = gpu.Settings("pandas", {}, "starter", None, "float32", [2], [64] * 10_000, 0.1, str(tmp_path))
     found = gpu.run_section("matmul", settings, tmp_path / "found.json", 15)
@@ -151,6 +152,7 @@ def test_the_host_s_cost_is_measured_by_stage() -> None:
     assert 1 < found["inspect"] < 10_000
 
 
+@pytest.mark.slow
 def test_a_card_s_idle_share_is_that_of_the_encoder() -> None:
     options = ["--per-shard", "24", "--shards", "2", "--encode", "5000", "--decode", "100"]
     command = [sys.executable, str(SCRIPT.with_name("idle.py")), *options]

@@ -120,7 +120,11 @@ def test_committed_with_the_outputs_of_its_code(path: Path) -> None:
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    # Without a card, the GPU notebook takes the same steps as the others.
+    [pytest.param(path, marks=[pytest.mark.slow] * ("gpu" in path.stem), id=path.stem) for path in NOTEBOOKS],
+)
 def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("nbformat", "nbclient", "ipykernel", "ipywidgets", "webdataset", "skimage", "sklearn"):
         pytest.importorskip(module, reason=f"{module} is not installed (the extras notebook and demo, webdataset)")
