@@ -273,7 +273,7 @@ def curate(
         new = set(result.shards_missing) <= set(urls) and not scored.lost
         if not (new or allow_missing):  # their kept samples would vanish from the curated shards
             result.kept = None
-            raise MissingShardsError(result, given.storage_options, "; the curated shards are left unchanged")
+            raise MissingShardsError(result, scored.why, "; the curated shards are left unchanged")
         scored = scored.readable
         last = replace(last, spec=replace(spec, made=_made(result.provenance)))
         finished = write_scored(lent, scored, last, resume, monitor)
@@ -294,7 +294,7 @@ def curate(
         version = fingerprint(page, plan.storage_options)
         remember_finished(spec, scored.decides(last.kind), result.written, version)
     if result.shards_missing and not allow_missing:
-        raise MissingShardsError(result, given.storage_options)
+        raise MissingShardsError(result, scored.why)
     return result
 
 

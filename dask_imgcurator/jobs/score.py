@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dask.dataframe as dd
@@ -35,8 +35,7 @@ from ..steps.heads import score_partition
 from ..steps.read import URLPath, index_partition
 from ..steps.score_table import ScoreFile, ScoreFiles, file_provenance, scores_from_files, write_score_file
 from ..storage import files
-from ..storage.tar_index import explain
-from ..storage.urls import expand, find_version, fingerprint, marks_changes
+from ..storage.urls import expand, fingerprint, marks_changes
 
 # --- the graph ------------------------------------------------------------------------------------
 
@@ -103,13 +102,14 @@ def measure_files(client: Client | None, urls: Sequence[str], last: Last, read: 
 
 @dataclass(frozen=True)
 class Scored:
-    """Score files in shard order, and their totals; `lost` are those whose shard cannot be read now."""
+    """Score files in shard order, and their totals; `lost` are those whose shard cannot be read now, `why` of one."""
 
     urls: list[str]
     measured: list[Measured]
     read: ScoreFiles  # how to read them
     versions: Mapping[str, str]  # of these files and of their shards
     lost: Collection[str] = ()
+    why: str = ""
 
     @property
     def counts(self) -> Counts:
@@ -120,7 +120,7 @@ class Scored:
     def readable(self) -> Scored:
         """The files whose samples can be copied."""
         pairs = [(url, one) for url, one in zip(self.urls, self.measured, strict=True) if url not in self.lost]
-        return Scored([url for url, _ in pairs], [one for _, one in pairs], self.read, self.versions)
+        return replace(self, urls=[url for url, _ in pairs], measured=[one for _, one in pairs], lost=())
 
     def decides(self, kind: str) -> str:
         """Hash of everything that decides what is written; empty if some of it is unknown."""
@@ -139,7 +139,7 @@ def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan
     result.provenance = provenance = _load(client, plan)
     plan = plan.settled(as_read(provenance), _topic())
     work = settle_work(there, urls, plan, run_of)
-    result.shards_missing = work.missing
+    result.shards_missing = list(work.missing)
     result.shards_taken_over = len(work.targets) - len(work.todo)
     result.loading_seconds = time.perf_counter() - begin
     monitor.scoring(len(work.targets), result.shards_taken_over)
@@ -159,7 +159,8 @@ def score_into(client: Client, urls: Sequence[str], folder: str, plan: ScorePlan
     lost = {work.targets[url].url for url in work.missing if url in work.targets}
     versions = {target.shard: target.version for target in work.targets.values()}
     versions |= {table: done[table].version if table in done else there.versions[table] for table in tables}
-    scored = Scored(tables, [measured[table] for table in tables], read, versions, lost)
+    why = next(iter(work.missing.values()), "")
+    scored = Scored(tables, [measured[table] for table in tables], read, versions, lost, why)
     tell(scored.measured, read.schema, plan, monitor)
     return scored
 
@@ -285,14 +286,9 @@ def _describe(_: Any, plan: ScorePlan) -> tuple[str, dict[str, Any]]:
 class MissingShardsError(JobError):
     """Shards could not be read; everything else is done, see `result`."""
 
-    def __init__(self, result: RunResult, storage_options: Mapping[str, Any] | None, then: str = "") -> None:
+    def __init__(self, result: RunResult, why: str, then: str = "") -> None:
         names = result.shards_missing
         more = f", and {len(names) - 1:,} more" if len(names) > 1 else ""
-        try:
-            find_version(names[0], storage_options)
-            why = names[0]
-        except OSError as err:
-            why = explain(names[0], err)
         super().__init__(
             f"{count(len(names), 'shard')} cannot be read now: {why}{more}. Their finished "
             f"scores are kept, all others are scored{then}. --allow-missing (allow_missing=True) continues without them"
@@ -363,5 +359,5 @@ def score_shards(
     result.samples, result.by_status = counts.rows, counts.by_status
     result.seconds = time.perf_counter() - begin
     if result.shards_missing and not allow_missing:
-        raise MissingShardsError(result, given.storage_options)
+        raise MissingShardsError(result, scored.why)
     return result

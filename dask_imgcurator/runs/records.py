@@ -22,6 +22,7 @@ from ..results import RunResult, count
 from ..steps.read import URLPath
 from ..steps.score_table import ScoreFile, look_at, model_name
 from ..storage import files
+from ..storage.tar_index import explain
 from ..storage.urls import find_versions, parent, versions_in
 from .manifest import Manifest, read_manifest
 from .marks import Mark, alone, encode, marks, read_json, working, write_json
@@ -276,11 +277,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Work:
-    """Existing and future score files by shard, those to be made, and shards that cannot be read."""
+    """Existing and future score files by shard, those to be made, and why shards cannot be read."""
 
     targets: dict[str, Target]
     todo: dict[str, Target]
-    missing: list[str]
+    missing: dict[str, str]
 
 
 def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, run_of: Run) -> Work:
@@ -289,15 +290,15 @@ def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, run_of: Run)
     shards = {str(made["shard"]): url for url, made in there.items() if "shard" in made}
     names = score_files(urls, found.folder, shards)
     versions = dict(zip(names, find_versions(list(names), options), strict=True))
-    work = Work({}, {}, [])
+    work = Work({}, {}, {})
     for url, version in versions.items():
-        target = Target(url, names[url], version or "")
+        target = Target(url, names[url], version if isinstance(version, str) else "")
         before = {k: v for k, v in there.get(names[url], {}).items() if k != "added"}  # columns added later
-        if version is None:
-            work.missing.append(url)
+        if isinstance(version, OSError):
+            work.missing[url] = explain(url, version)
         elif not (run_of.resume and before == plan.provenance_of(target)):
             work.todo[url] = target
-        if version is not None or url in shards:  # finished scores are kept, even if their shard is gone
+        if url not in work.missing or url in shards:  # finished scores are kept, even if their shard is gone
             work.targets[url] = target
     others = [shard for shard in shards if shard not in versions]
     lost = _gone(others, options)
@@ -312,7 +313,7 @@ def settle_work(found: Found, urls: Sequence[str], plan: ScorePlan, run_of: Run)
         run_of.monitor.note(
             f"{found.folder} holds scores of {count(more, 'more shard')} from other runs: all form one table."
         )
-    work.missing.extend(lost)
+    work.missing.update({shard: f"no such file: {shard}" for shard in lost})
     return work
 
 

@@ -215,18 +215,18 @@ def _describe_stat(found: os.stat_result) -> str:
     return f"size={found.st_size} mtime_ns={found.st_mtime_ns}"
 
 
-def find_versions(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[str | None]:
-    """Versions of many files, as from `find_version`; None if unknown at present."""
+def find_versions(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[str | OSError]:
+    """Versions of many files, as from `find_version`, or why one is unknown at present."""
     listed: dict[str, str] = {}
     for folder, n in Counter(parent(url) for url in urls if not is_local(url)).items():
         if n >= _MANY and not folder.startswith("http"):
             listed |= _listed_versions(folder, storage_options)
 
-    def find(url: str) -> str | None:
+    def find(url: str) -> str | OSError:
         try:
             return listed.get(url) or find_version(url, storage_options)
-        except OSError:
-            return None
+        except OSError as err:
+            return err
 
     return at_once(find, urls)
 
@@ -286,7 +286,7 @@ def lies_in(url: str, folders: Iterable[str]) -> bool:
 
 def fingerprints(urls: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> list[str]:
     """Versions of files, or ``"unreadable"``."""
-    return [found or "unreadable" for found in find_versions(urls, storage_options)]
+    return [found if isinstance(found, str) else "unreadable" for found in find_versions(urls, storage_options)]
 
 
 def fingerprint(url: str, storage_options: Mapping[str, Any] | None = None) -> str:
