@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..results import count
 from ..schema import kind_of, plain_type
@@ -348,15 +347,15 @@ def _listed(path: str | os.PathLike[str], column: str, keep: bool, options: Mapp
 
 
 def _read_list(url: str, column: str, options: Mapping[str, Any] | None) -> pa.ChunkedArray | pa.Array:
-    with files.opened(url, options) as file:
-        if url.endswith(".parquet"):
-            parquet = pq.ParquetFile(file)
+    if url.endswith(".parquet"):
+        with files.opened_parquet(url, options) as parquet:
             names = parquet.schema_arrow.names
             name = column if column in names else names[0] if len(names) == 1 else None
             if name is None:
                 raise SelectionError(f"{url} has no column {column!r} (available: {', '.join(names)})")
             found = parquet.read([name])[name]
             return found.cast(plain_type(found.type)).combine_chunks()
+    with files.opened(url, options) as file:
         if url.endswith(".npy"):
             return _from_numpy(np.load(file, allow_pickle=False), url)
         try:
