@@ -109,9 +109,9 @@ MEASURES = tuple(c.name for c in COLUMNS.values() if c.step == "measure" and c.t
 STATUSES: Mapping[str, str] = {
     "ok": "decoded and embedded (before `embed`: readable as far as the tar shows)",
     "decode_error": "damaged image data or an unsupported format",
-    "too_large": "more pixels than `imgcurator.max-pixels` allows",
-    "no_image": "the sample has no member with an image extension",
-    "read_error": "the tar ends early, is damaged or cannot be opened here",
+    "too_large": "more pixels than `imgcurator.max-pixels`",
+    "no_image": "no member of the sample has an image extension",
+    "read_error": "the tar is cut off, damaged or cannot be read",
 }
 
 

@@ -25,6 +25,7 @@ from dask_imgcurator.cli.main import cli
 from dask_imgcurator.engine.frames import from_map
 from dask_imgcurator.engine.run import Wave, results
 from dask_imgcurator.engine.run import run as engine_run
+from dask_imgcurator.schema import STATUSES
 
 
 def run(
@@ -418,3 +419,17 @@ def test_a_shell_completes_commands_and_options(words: str, expected: str) -> No
     done = run(env={**os.environ, **shell, "_DASK_IMGCURATOR_COMPLETE": "bash_complete"})
     assert (done.returncode, done.stderr) == (0, "")
     assert f"plain,{expected}" in done.stdout.splitlines()
+
+
+def test_the_summary_says_each_status_on_a_line_of_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dask_imgcurator.cli import summary
+    from dask_imgcurator.results import RunResult
+
+    monkeypatch.setenv("COLUMNS", "80")
+    summary.print_run(RunResult("out", samples=50_000, by_status=dict.fromkeys(STATUSES, 10_000)))
+    lines = capsys.readouterr().out.splitlines()
+    for status, meaning in STATUSES.items():
+        if status != "ok":
+            assert sum(f"{status}: {meaning} " in line and "10,000" in line for line in lines) == 1, lines
