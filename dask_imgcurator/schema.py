@@ -235,6 +235,7 @@ def _floats(type_: pa.DataType) -> bool:
 
 def conform(table: pa.Table, schema: pa.Schema, file: str) -> pa.Table:
     """Convert a file's columns to a table's schema: missing ones are null; ValueError if a value would change."""
+    # The metadata stays.
     if table.schema.equals(schema):
         return table
     columns, there = [], set(table.column_names)
@@ -248,7 +249,7 @@ def conform(table: pa.Table, schema: pa.Schema, file: str) -> pa.Table:
             raise ValueError(
                 f"column {field.name!r} of {file} cannot be read as {field.type}, as other files have it: {err}"
             ) from err
-    return pa.Table.from_arrays(columns, schema=schema)
+    return pa.Table.from_arrays(columns, schema=schema.with_metadata(table.schema.metadata))
 
 
 def _as_type(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:

@@ -87,7 +87,7 @@ def _record_problem(folder: str, record: Mapping[str, Any], kept: int, options: 
             continue
         if shard not in by_shard:
             return f"there are no scores of {shard}"
-        samples += files.parquet_footer(by_shard[shard], options).num_rows
+        samples += files.parquet_footer(by_shard[shard], options)[0].num_rows
     if samples != record.get("samples"):
         return f"it counts {record.get('samples')} samples, the score table holds {samples}"
     return None

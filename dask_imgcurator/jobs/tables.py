@@ -121,7 +121,7 @@ def _write_partition(frame: Any, pair: tuple[str, str], read: ScoreFiles, note: 
 
 def _write_selected(pair: tuple[str, str], read: ScoreFiles, note: Mapping[str, Any], settled: Settled) -> Counts:
     (source, target), counting = pair, _Counting(settled)
-    table, _ = read.keeping(counting).rows(source, read.schema.names)
+    table, _ = read.keeping(counting).rows(source, read.schema)
     write_score_file(table, target, _noted(provenance_of(table.schema), note), read.backend, read.storage_options)
     return counting.counts
 

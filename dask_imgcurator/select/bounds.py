@@ -124,7 +124,8 @@ class Settling:
         if isinstance(step, RandomSample) and step.by is not None:
             return self._group_bounds(before, i, condition, step)
         keys = partial(keys_of, before=before, i=i)
-        n, found = find_ranks(self.digests, keys, lambda n: [k for k in [step.amount.of(n)] if 0 < k < n])
+        assert condition.order is not None
+        n, found = find_ranks(self.digests, keys, condition.order.bits, lambda n: [k for k in [step.amount.of(n)] if 0 < k < n])
         if not found:
             return Bound(ALL if step.amount.of(n) else NONE)
         (place,) = found.values()
@@ -136,14 +137,15 @@ class Settling:
             return Bound(place.key - 1)
         if isinstance(step, RandomSample):
             raise self._indistinct(before, i, place.key, None, step.text)
-        self._break_ties(before, i, place.key, step.text)
-        _, found = find_ranks(self.digests, partial(_tied_keys, before=before, i=i, key=place.key), lambda n: [left])
+        order = self._break_ties(before, i, place.key, step.text)
+        keys = partial(_tied_keys, before=before, i=i, key=place.key)
+        _, found = find_ranks(self.digests, keys, order.bits, lambda n: [left])
         second = found[left]
         if second.before + second.equal != left:
             raise self._indistinct(before, i, place.key, second.key, step.text)
         return Bound(place.key, second.key)
 
-    def _break_ties(self, before: Settled, i: int, key: int, text: str) -> None:
+    def _break_ties(self, before: Settled, i: int, key: int, text: str) -> RandomOrder:
         """Add tie-breaking keys to the digests of the rows with a key, reading those rows' identity."""
         order = random_order(self.df, 0, f"`{text}` has ties to break and")
         self.settled = replace(self.settled, tied=order)
@@ -155,12 +157,13 @@ class Settling:
         if isinstance(self.digests, list):
             there = beside if isinstance(beside, list) else stream(beside, _itself)
             self.digests = [function(part, own) for part, own in zip(self.digests, there, strict=True)]
-            return
+            return order
         own = objects_of(beside, "items") if isinstance(beside, list) else beside
         meta = self.digests._meta.assign(tie=np.empty(0, np.uint64))
         self.digests = self.digests.map_partitions(
             function, own, meta=meta, enforce_metadata=False, align_dataframes=False, token="ties"
         ).persist()
+        return order
 
     def _group_bounds(self, before: Settled, i: int, condition: Condition, step: RandomSample) -> Bound | GroupBounds:
         assert step.n is not None
@@ -216,7 +219,7 @@ def begin(df: Any, steps: Sequence[Step], ok_only: bool, planned: pa.Schema | No
 
 def _digest_items(items: Sequence[Any], reader: Reader, names: Sequence[str], settled: Settled) -> pd.DataFrame:
     tables = [reader.table([item], names) for item in items]
-    numbers = np.repeat(np.arange(len(items), dtype=np.int32), [len(table) for table in tables])
+    numbers = np.repeat(np.arange(len(items), dtype=np.min_scalar_type(len(items))), [len(t) for t in tables])
     return _with_column(digest(pa.concat_tables(tables), settled), "item", numbers)
 
 
@@ -230,7 +233,7 @@ def _eligible(digests: pd.DataFrame, before: Settled, i: int) -> np.ndarray:
 
 
 def keys_of(digests: pd.DataFrame, before: Settled, i: int) -> np.ndarray:
-    """Keys of the rows left by the conditions before a ranking step: (m,) uint64."""
+    """Keys of the rows left by the conditions before a ranking step: (m,) unsigned."""
     return digests[f"{i}"].to_numpy()[_eligible(digests, before, i)]
 
 
@@ -240,7 +243,7 @@ def _tied_keys(digests: pd.DataFrame, before: Settled, i: int, key: int) -> np.n
 
 def _tied(digests: pd.DataFrame, before: Settled, i: int, key: int) -> np.ndarray:
     """The rows left by the conditions before a ranking step that have a key: (n,) bool."""
-    return _eligible(digests, before, i) & (digests[f"{i}"].to_numpy() == np.uint64(key))
+    return _eligible(digests, before, i) & (digests[f"{i}"].to_numpy() == key)
 
 
 def _with_ties(digests: pd.DataFrame, frame: Any, order: RandomOrder, which: Callable[..., np.ndarray]) -> pd.DataFrame:
@@ -276,7 +279,8 @@ def _count_digests(digests: pd.DataFrame, settled: Settled) -> Counts:
 
 def _kept_by_item(digests: pd.DataFrame, items: int, settled: Settled) -> list[np.ndarray]:
     """The kept rows of each item: (n,) bool."""
-    ends = np.searchsorted(digests["item"].to_numpy(), np.arange(1, items))
+    own = digests["item"].to_numpy()
+    ends = np.searchsorted(own, np.arange(1, items, dtype=own.dtype))  # of another type, all would be converted
     return np.split(settled.judge_digest(digests).kept, ends)
 
 

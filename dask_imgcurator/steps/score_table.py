@@ -59,52 +59,51 @@ class ScoreFiles(Reader):
 
     def __call__(self, items: Sequence[Any], columns: Sequence[str] | None = None) -> Any:
         """Read files as one partition; Dask's optimizer sets `columns` to those used later."""
-        read = [self.rows(item, self.schema.names if columns is None else columns) for item in items]
+        wanted = self.schema if columns is None else _schema_of(self.schema, columns)
+        read = [self.rows(item, wanted) for item in items]
         frame = get_backend(self.backend).from_arrow(pa.concat_tables([table for table, _ in read]))
-        kept = np.concatenate([kept for _, kept in read])
-        if not kept.all():  # labels as if all rows had been read
-            frame.index = np.flatnonzero(kept)
+        if not all(len(table) == len(kept) for table, kept in read):  # labels as if all rows had been read
+            frame.index = np.flatnonzero(np.concatenate([kept for _, kept in read]))
         return frame
 
     def table(self, items: Sequence[Any], names: Sequence[str]) -> pa.Table:
         """Read columns of some files."""
-        return pa.concat_tables([self.rows(item, names, _REPEATED)[0] for item in items])
+        wanted = _schema_of(self.schema, names, _REPEATED)
+        return pa.concat_tables([self.rows(item, wanted)[0] for item in items])
 
-    def rows(self, item: Any, names: Sequence[str], coded: Sequence[str] = ()) -> tuple[pa.Table, np.ndarray]:
+    def rows(self, item: Any, wanted: pa.Schema) -> tuple[pa.Table, np.ndarray]:
         """Read columns of a file's wanted rows, with its metadata; also returns which rows: (n,) bool."""
-        # Text of the columns in `coded` stays dictionary-encoded, as stored.
+        # Text whose wanted type is a dictionary stays encoded, as stored.
         url, picked = (item.item, item.mask) if isinstance(item, Picked) else (item, None)
-        wanted = _schema_of(self.schema, names, coded)
-        if isinstance(item, Picked) and not item.kept:
-            return wanted.empty_table(), item.mask
+        if picked is not None and not item.kept:
+            return wanted.empty_table(), picked
+        coded = [field.name for field in wanted if field.type == _CODED]
         with files.opened_parquet(url, self.storage_options, coded) as parquet:
-            schema = parquet.schema_arrow
-            names_there = set(schema.names)
 
-            def read(names: Iterable[str]) -> pa.Table:
-                there = [name for name in names if name in names_there]
-                table = files.persist(url, lambda: parquet.read(there, use_threads=False))
-                return conform(table, _schema_of(self.schema, names, coded), url)
+            def read(schema: pa.Schema) -> pa.Table:
+                found = files.persist(url, lambda: parquet.read(schema.names, use_threads=False))
+                return conform(found, schema, url)
 
-            kept = np.ones(parquet.metadata.num_rows, bool) if picked is None else picked
-            if picked is None and not self.filters:
-                return read(names).replace_schema_metadata(schema.metadata), kept
+            kept = np.broadcast_to(np.True_, parquet.metadata.num_rows) if picked is None else picked
             if len(kept) != parquet.metadata.num_rows:
                 raise ValueError(f"{url} has changed since its rows were selected: select them again")
-            table = pa.table({})
-            if self.filters:
-                first = dict.fromkeys(n for rows in self.filters for n in rows.first if n in self.schema.names)
-                table = read(first)
-                kept = np.logical_and.reduce([kept, *(rows.kept(table, read) for rows in self.filters)])
-            rest = read([name for name in names if name not in table.column_names] if kept.any() else [])
-        if not kept.any():
-            return wanted.empty_table().replace_schema_metadata(schema.metadata), kept
-        columns = [(table if name in table.column_names else rest)[name] for name in names]
-        found = pa.Table.from_arrays(columns, schema=wanted.with_metadata(schema.metadata))
+            if not self.filters:
+                table = read(wanted)
+                return (table if picked is None else table.filter(pa.array(kept))), kept
+            first = dict.fromkeys(n for rows in self.filters for n in rows.first if n in self.schema.names)
+            table = read(_schema_of(self.schema, first, coded))
+            more = lambda names: read(_schema_of(self.schema, names, coded))
+            kept = np.logical_and.reduce([kept, *(rows.kept(table, more) for rows in self.filters)])
+            if not kept.any():
+                return wanted.empty_table().replace_schema_metadata(table.schema.metadata), kept
+            rest = [name for name in wanted.names if name not in first]
+            others = read(_schema_of(wanted, rest))
+        columns = [(table if name in first else others)[name] for name in wanted.names]
+        found = pa.Table.from_arrays(columns, schema=wanted.with_metadata(table.schema.metadata))
         return (found if kept.all() else found.filter(pa.array(kept))), kept
 
 
-def _schema_of(schema: pa.Schema, names: Iterable[str], coded: Container[str]) -> pa.Schema:
+def _schema_of(schema: pa.Schema, names: Iterable[str], coded: Container[str] = ()) -> pa.Schema:
     """Choose columns; text columns in `coded` become dictionaries."""
     fields = [schema.field(name) for name in names]
     return pa.schema([f.with_type(_CODED) if f.name in coded and f.type == pa.string() else f for f in fields])
@@ -157,8 +156,7 @@ class ScoreFile:
 def look_at(url: str, storage_options: Mapping[str, Any] | None = None) -> ScoreFile:
     """Read a score file's footer."""
     try:
-        footer = files.parquet_footer(url, storage_options)
-        schema = footer.schema.to_arrow_schema()
+        footer, schema = files.parquet_footer(url, storage_options)
     except pa.ArrowException as err:
         words = what_is(first_bytes(url, storage_options))
         raise ValueError(f"{url} is not a readable Parquet file{f'; it is {words}' if words else f': {err}'}") from err
@@ -189,8 +187,10 @@ def file_provenance(url: str, storage_options: Mapping[str, Any] | None = None) 
 def schema_of(found: Iterable[ScoreFile]) -> pa.Schema:
     """Schema of a table of several files: all their columns."""
     distinct: dict[pa.Schema, ScoreFile] = {}
+    last = None
     for file in found:
-        distinct.setdefault(file.schema, file)
+        if last is None or not file.schema.equals(last):  # hashing a schema takes a hundred times as long
+            distinct.setdefault(last := file.schema, file)
     loose = set[str]().union(*(file.json_fields for file in distinct.values()))
     return unify_schemas(((file.url, schema) for schema, file in distinct.items()), loose)
 
@@ -248,10 +248,10 @@ class ScoreTable:
         by_file: dict[int, list[int]] = {}
         for place in sorted(set(places)):
             by_file.setdefault(place >> 32, []).append(place)
-        names = [name for name in self.schema.names if name in columns]
+        wanted = _schema_of(self.schema, [name for name in self.schema.names if name in columns])
         read, found = ScoreFiles("pandas", self.schema, self.storage_options), dict[int, dict[str, Any]]()
         for number, some in by_file.items():
-            table, _ = read.rows(self.files[number].url, names)
+            table, _ = read.rows(self.files[number].url, wanted)
             rows = table.take([place & 0xFFFFFFFF for place in some]).to_pylist()
             found.update(zip(some, rows, strict=True))
         return found

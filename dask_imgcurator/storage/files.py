@@ -52,15 +52,19 @@ def is_local(url: str) -> bool:
 
 def local_path(url: str) -> Path:
     """Return a local URL's absolute path; links are kept."""
-    path = url.split("://", 1)[-1]
-    if path.startswith("~") and not os.path.exists(path):  # noqa: PTH110
-        path = os.path.expanduser(path)  # noqa: PTH111  (no such user: it is a file name)
-    return Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow links)
+    return Path(_local_name(url))
+
+
+def _local_name(url: str) -> str:
+    name = url.split("://", 1)[-1]
+    if name.startswith("~") and not os.path.exists(name):  # noqa: PTH110
+        name = os.path.expanduser(name)  # noqa: PTH111  (no such user: it is a file name)
+    return os.path.abspath(name)  # noqa: PTH100  (resolve() would follow links)
 
 
 def absolute(url: str | os.PathLike[str]) -> str:
     """A URL that means the same in processes with other working directories."""
-    return str(local_path(os.fspath(url))) if is_local(os.fspath(url)) else os.fspath(url)
+    return _local_name(os.fspath(url)) if is_local(os.fspath(url)) else os.fspath(url)
 
 
 def at_once(function: Callable[[str], T], urls: Iterable[str]) -> list[T]:
@@ -232,34 +236,38 @@ def opened_parquet(url: str, options: Mapping[str, Any] | None = None, coded: It
     """Open a Parquet file (`pyarrow.parquet.ParquetFile`); text columns in `coded` are read as dictionaries."""
     if is_local(url):
         # Python file objects, and prefetching by threads as object stores need it, would make reads 50 % slower.
-        path = local_path(url)
-        footer = _footer(str(path), version := _version(path))
-        with pa.OSFile(str(path)) as file:
-            same = _version(path) == version  # else it was replaced meanwhile
+        name = _local_name(url)
+        footer, _ = _footer(name, version := _version(name))
+        with pa.OSFile(name) as file:
+            same = _version(name) == version  # else it was replaced meanwhile
             yield pq.ParquetFile(file, metadata=footer if same else None, read_dictionary=list(coded), pre_buffer=False)
         return
     with opened(url, options) as remote:
         yield persist(url, lambda: pq.ParquetFile(remote, read_dictionary=list(coded)))
 
 
-def parquet_footer(url: str, storage_options: Mapping[str, Any] | None = None) -> pq.FileMetaData:
-    """Read a Parquet file's footer; that of an unchanged local file is cached."""
+def parquet_footer(
+    url: str, storage_options: Mapping[str, Any] | None = None
+) -> tuple[pq.FileMetaData, pa.Schema]:
+    """Read a Parquet file's footer, and its schema; those of an unchanged local file are cached."""
     if not is_local(url):
-        with opened(url, storage_options) as remote:
-            return persist(url, lambda: pq.read_metadata(remote))
-    return _footer(str(local_path(url)), _version(local_path(url)))
+        with opened_parquet(url, storage_options) as remote:
+            return remote.metadata, remote.schema_arrow
+    return _footer(name := _local_name(url), _version(name))
 
 
-def _version(path: Path) -> tuple[int, ...]:
-    found = path.stat()
+def _version(name: str) -> tuple[int, ...]:
+    found = os.stat(name)  # noqa: PTH116  (a Path takes twice the time)
     if not stat.S_ISREG(found.st_mode):
-        open_local(str(path))  # raises
+        open_local(name)  # raises
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @lru_cache(2000)  # each pass over a table reads its footers first; those of 1,000 score files take 31 MB
-def _footer(path: str, version: tuple[int, ...]) -> pq.FileMetaData:
-    return pq.read_metadata(path)
+def _footer(name: str, version: tuple[int, ...]) -> tuple[pq.FileMetaData, pa.Schema]:
+    with pa.OSFile(name) as file:
+        parquet = pq.ParquetFile(file, pre_buffer=False)
+        return parquet.metadata, parquet.schema_arrow
 
 
 def read_text(url: str, storage_options: Mapping[str, Any] | None = None) -> str | None:
