@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ class Picked:
     bits: bytes
 
     def __dask_tokenize__(self) -> Any:
-        return self.item, self.rows, self.bits
+        return self.item, self.rows, hashlib.sha256(self.bits).hexdigest()  # Dask would write bytes out as text
 
     @property
     def mask(self) -> np.ndarray:

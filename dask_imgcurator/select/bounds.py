@@ -125,7 +125,8 @@ class Settling:
             return self._group_bounds(before, i, condition, step)
         keys = partial(keys_of, before=before, i=i)
         assert condition.order is not None
-        n, found = find_ranks(self.digests, keys, condition.order.bits, lambda n: [k for k in [step.amount.of(n)] if 0 < k < n])
+        bits = condition.order.bits
+        n, found = find_ranks(self.digests, keys, bits, lambda n: [k for k in [step.amount.of(n)] if 0 < k < n])
         if not found:
             return Bound(ALL if step.amount.of(n) else NONE)
         (place,) = found.values()
@@ -232,13 +233,13 @@ def _eligible(digests: pd.DataFrame, before: Settled, i: int) -> np.ndarray:
     return before.judge_digest(digests).kept & digests[f"{i} known"].to_numpy()
 
 
-def keys_of(digests: pd.DataFrame, before: Settled, i: int) -> np.ndarray:
-    """Keys of the rows left by the conditions before a ranking step: (m,) unsigned."""
-    return digests[f"{i}"].to_numpy()[_eligible(digests, before, i)]
+def keys_of(digests: pd.DataFrame, before: Settled, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of a ranking step, (n,) unsigned, and the rows that the conditions before it leave: (n,) bool."""
+    return digests[f"{i}"].to_numpy(), _eligible(digests, before, i)
 
 
-def _tied_keys(digests: pd.DataFrame, before: Settled, i: int, key: int) -> np.ndarray:
-    return digests["tie"].to_numpy()[_tied(digests, before, i, key)]
+def _tied_keys(digests: pd.DataFrame, before: Settled, i: int, key: int) -> tuple[np.ndarray, np.ndarray]:
+    return digests["tie"].to_numpy(), _tied(digests, before, i, key)
 
 
 def _tied(digests: pd.DataFrame, before: Settled, i: int, key: int) -> np.ndarray:

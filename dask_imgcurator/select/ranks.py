@@ -2,8 +2,8 @@
 
 Every row's value becomes an unsigned key of 32 or 64 bits with the same order. A pass counts each partition's rows by
 the first 16 bits of their keys; the sums show which bucket holds the wanted rank, and the next pass counts within that
-bucket by the next bits, or by all remaining bits once it holds few enough rows. Only counts move between workers: at most 65,536 per
-rank, or as many as there are rows in the last bucket.
+bucket by the next bits, or by all remaining bits once it holds few enough rows. Only counts move between workers: at
+most 65,536 per rank, or as many as there are rows in the last bucket.
 """
 
 from __future__ import annotations
@@ -119,10 +119,10 @@ class RandomOrder:
     def keys(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         """Return the (n,) uint64 keys of rows, and which rows have a key: all of them."""
         # Uses all bits of a seed, however long or negative.
-        (seed,) = pd.util.hash_array(np.array([str(self.seed)], object))
+        seed = pd.util.hash_array(np.array([str(self.seed)], object))
         keys, at = np.empty(len(table), np.uint64), 0
         for batch in table.select(list(self.identity)).to_batches():  # one after the other: they fit in the cache
-            some = seed
+            some: np.ndarray = seed
             for name in self.identity:
                 some = _mix(some ^ _hashes(batch[name], repeated=name == "shard"))
             keys[at : at + len(batch)] = some
@@ -243,8 +243,8 @@ class Bracket:
         return Bracket(self.rank, int(buckets[at]), low, int(ends[at]) - equal, equal)
 
 
-#: Returns the keys of a partition's participating rows: (m,) unsigned.
-Keys = Callable[[Any], np.ndarray]
+#: Returns a partition's keys, (n,) unsigned, and which rows participate: (n,) bool.
+Keys = Callable[[Any], tuple[np.ndarray, np.ndarray]]
 
 #: For each question, the sorted prefixes of the keys that occur, and how many rows have them.
 _Counts = list[tuple[np.ndarray, np.ndarray]]
@@ -271,21 +271,30 @@ def _ask(df: Any, keys: Keys, questions: list[tuple[int, int, int]]) -> _Counts:
 
 
 def _count(frame: Any, keys_of: Keys, questions: list[tuple[int, int, int]]) -> _Counts:
-    keys = keys_of(frame)
+    keys, taking_part = keys_of(frame)
+    keys = np.ascontiguousarray(keys)
     out = []
     for key, top, low in questions:
-        inside = keys if top == 8 * keys.itemsize else keys[keys >> top == key]
+        rows = taking_part if top == 8 * keys.itemsize else taking_part & (keys >> top == key)
         if top - low == _DIGIT:
-            digits = inside.view(np.uint16)[low // _DIGIT :: keys.itemsize // 2]  # the least significant is the first
-            counts = np.zeros(1 << _DIGIT, np.int64)
-            for start in range(0, len(digits), _BLOCK):
-                counts += np.bincount(digits[start : start + _BLOCK], minlength=1 << _DIGIT)
+            digits = keys.view(np.uint16)[low // _DIGIT :: keys.itemsize // 2]  # the least significant comes first
+            if 2 * np.count_nonzero(rows) <= len(rows):
+                counts = _count_digits(digits[rows])
+            else:  # the fewer rows are copied
+                counts = _count_digits(digits) - _count_digits(digits[~rows])
             there = np.flatnonzero(counts)
             out.append((there.astype(np.uint64) + np.uint64(key << _DIGIT), counts[there]))
         else:
-            buckets, counts = np.unique(inside >> low, return_counts=True)
+            buckets, counts = np.unique(keys[rows] >> low, return_counts=True)
             out.append((buckets.astype(np.uint64), counts))
     return out
+
+
+def _count_digits(digits: np.ndarray) -> np.ndarray:
+    counts = np.zeros(1 << _DIGIT, np.int64)
+    for start in range(0, len(digits), _BLOCK):
+        counts += np.bincount(digits[start : start + _BLOCK], minlength=1 << _DIGIT)
+    return counts
 
 
 def _merge(found: list[_Counts]) -> _Counts:

@@ -260,7 +260,8 @@ def quantile(df: Any, column: str, q: float | Sequence[float], *, where: str | W
         return max(1, math.ceil(share * n))
 
     keys = partial(keys_of, before=Settled(settling.settled.conditions[:at], ok_only=False), i=at)
-    n, found = find_ranks(settling.digest(), keys, order.bits, lambda n: sorted({rank(s, n) for s in shares}) if n else [])
+    digests = settling.digest()
+    n, found = find_ranks(digests, keys, order.bits, lambda n: sorted({rank(s, n) for s in shares}) if n else [])
     values = [order.value(found[rank(share, n)].key) if n else None for share in shares]
     as_int = pa.types.is_integer(arrow_type(df, column))
     values = [int(v) if as_int and v is not None else v for v in values]

@@ -80,24 +80,23 @@ class ScoreFiles(Reader):
         coded = [field.name for field in wanted if field.type == _CODED]
         with files.opened_parquet(url, self.storage_options, coded) as parquet:
 
-            def read(schema: pa.Schema) -> pa.Table:
-                found = files.persist(url, lambda: parquet.read(schema.names, use_threads=False))
-                return conform(found, schema, url)
+            def read(names: Iterable[str]) -> pa.Table:
+                schema = _schema_of(self.schema, names, coded)
+                return conform(files.persist(url, lambda: parquet.read(schema.names, use_threads=False)), schema, url)
 
             kept = np.broadcast_to(np.True_, parquet.metadata.num_rows) if picked is None else picked
             if len(kept) != parquet.metadata.num_rows:
                 raise ValueError(f"{url} has changed since its rows were selected: select them again")
             if not self.filters:
-                table = read(wanted)
+                table = read(wanted.names)
                 return (table if picked is None else table.filter(pa.array(kept))), kept
             first = dict.fromkeys(n for rows in self.filters for n in rows.first if n in self.schema.names)
-            table = read(_schema_of(self.schema, first, coded))
-            more = lambda names: read(_schema_of(self.schema, names, coded))
-            kept = np.logical_and.reduce([kept, *(rows.kept(table, more) for rows in self.filters)])
+            table = read(first)
+            kept = np.logical_and.reduce([kept, *(rows.kept(table, read) for rows in self.filters)])
             if not kept.any():
                 return wanted.empty_table().replace_schema_metadata(table.schema.metadata), kept
             rest = [name for name in wanted.names if name not in first]
-            others = read(_schema_of(wanted, rest))
+            others = read(rest)
         columns = [(table if name in first else others)[name] for name in wanted.names]
         found = pa.Table.from_arrays(columns, schema=wanted.with_metadata(table.schema.metadata))
         return (found if kept.all() else found.filter(pa.array(kept))), kept

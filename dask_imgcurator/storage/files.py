@@ -28,11 +28,8 @@ T = TypeVar("T")
 
 _PARTIAL = ".partial-"
 
-#: Files to process concurrently.
-_AT_ONCE = 16
-
-#: How many files are timed first, and seconds per file above which threads pay off.
-_TRIED, _QUICK = 8, 0.002
+#: Files to process concurrently, how many are timed first, and seconds per file above which threads pay off.
+_AT_ONCE, _TRIED, _QUICK = 16, 8, 0.002
 
 #: Attempts per request to a remote file system, besides the file system's own retries.
 ATTEMPTS = 5
@@ -197,7 +194,6 @@ def list_files(
     fs, path = file_system(folder, storage_options)
 
     def look() -> list[str]:
-        # A cached listing would lack what other processes wrote since.
         fs.invalidate_cache()
         return list(fs.glob(f"{glob.escape(path.rstrip('/'))}/{prefix}*{suffix}"))
 
@@ -246,9 +242,7 @@ def opened_parquet(url: str, options: Mapping[str, Any] | None = None, coded: It
         yield persist(url, lambda: pq.ParquetFile(remote, read_dictionary=list(coded)))
 
 
-def parquet_footer(
-    url: str, storage_options: Mapping[str, Any] | None = None
-) -> tuple[pq.FileMetaData, pa.Schema]:
+def parquet_footer(url: str, storage_options: Mapping[str, Any] | None = None) -> tuple[pq.FileMetaData, pa.Schema]:
     """Read a Parquet file's footer, and its schema; those of an unchanged local file are cached."""
     if not is_local(url):
         with opened_parquet(url, storage_options) as remote:
@@ -350,7 +344,7 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
-        return True
+        pass
     return True
 
 
@@ -374,8 +368,9 @@ def write_whole(url: str, storage_options: Mapping[str, Any] | None = None) -> I
     with tempfile.NamedTemporaryFile(dir=scratch_folder(), prefix="upload-") as file:
         yield file
         file.flush()
+        options = {"chunksize": 16 << 20} if "s3" in fs.protocol else {}  # by default, s3fs keeps 500 MB in memory
         try:
-            persist(url, lambda: fs.put_file(file.name, path, **_upload_options(fs)))
+            persist(url, lambda: fs.put_file(file.name, path, **options))
         except NotImplementedError as err:
             raise RemoteError(f"{url}: nothing can be written there ({type(fs).__name__} only reads)") from err
 
@@ -401,8 +396,3 @@ def write_new(url: str, data: bytes, storage_options: Mapping[str, Any] | None =
     finally:
         temporary.unlink(missing_ok=True)
     return True
-
-
-def _upload_options(fs: Any) -> dict[str, Any]:
-    # s3fs keeps ten parts of 50 MB in memory by default.
-    return {"chunksize": 16 << 20} if "s3" in fs.protocol else {}

@@ -119,7 +119,10 @@ def test_top_of_integers_is_that_of_a_sort(data: st.DataObject, dtype: str, n: i
     assert sorted(kept["score"].tolist()) == sorted(sorted(values, reverse=largest)[:n])
 
 
-@pytest.mark.parametrize("dtype", ["Int32", "UInt8", "Int64", "Float32", "int16[pyarrow]", "float[pyarrow]", object])
+STORED = ["Int32", "UInt8", "Int64", "Float32", "int16[pyarrow]", "float[pyarrow]", pd.ArrowDtype(pa.float16()), object]
+
+
+@pytest.mark.parametrize("dtype", STORED)
 def test_top_of_every_way_to_store_numbers(dtype: Any) -> None:
     frame = named(pd.array([3, None, 1, 2, 5, None, 4], dtype=dtype))
     assert top_count(frame, "score", 3)["score"].tolist() == [3, 5, 4]
@@ -199,11 +202,26 @@ def test_partitions_of_other_types() -> None:
     assert top_count(df, "score", 2).compute()["score"].tolist() == [2, 4]
 
 
-@pytest.mark.parametrize("values", [[2**53 + 1], ["4"]])
-def test_a_value_that_cannot_be_compared_exactly_is_told(values: list[Any]) -> None:
-    pieces = [named([1.0]), named(np.array(values))]
+def test_a_partition_of_wider_floats() -> None:
+    pieces = [named(np.array([1.0, 2.0], "f4")), named(np.array([0.5, np.nan, 2**-30, math.inf], "f8"))]
     df = dd.from_map(lambda i: pieces[i], range(2), meta=pieces[0].iloc[:0])
-    with pytest.raises(SelectionError, match=r"'score'.*float64.*Give it one type"):
+    assert top_count(df, "score", 2).compute()["score"].tolist() == [2, math.inf]
+    assert quantile(df, "score", [0, 0.4, 0.6, 0.8, 1]) == [2**-30, 0.5, 1, 2, math.inf]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "told"),
+    [
+        ("f8", [2**53 + 1], "float64"),
+        ("f8", ["4"], "float64"),
+        ("f4", [2**24 + 1], "float32"),
+        ("f4", [0.5, 0.1], "float32.*0.1 as double"),
+    ],
+)
+def test_a_value_that_cannot_be_compared_exactly_is_told(dtype: str, values: list[Any], told: str) -> None:
+    pieces = [named(np.array([1.0], dtype)), named(np.array(values))]
+    df = dd.from_map(lambda i: pieces[i], range(2), meta=pieces[0].iloc[:0])
+    with pytest.raises(SelectionError, match=rf"'score'.*{told}.*Give it one type"):
         top_count(df, "score", 1)
 
 

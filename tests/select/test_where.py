@@ -20,6 +20,7 @@ from dask.base import tokenize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dask_imgcurator.select.settle import settled_where
 from dask_imgcurator.select.where import Where, WhereError, combine, filter_frame, kinds_of, parse_where
 
 KINDS = {
@@ -822,6 +823,23 @@ def test_any_text_is_read_or_refused(text):
     else:
         assert isinstance(where, Where)
         assert where.mask(frame).dtype == bool
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["s == 'a'", "not s == 'a'", "s is null", "s is not null", "s in ('b', '')", "contains(s, 'a')", "s < 'b'"],
+)
+def test_repeated_text_is_judged_as_any_text(text: str) -> None:
+    """Conditions on dictionary-encoded text are evaluated once per value, and the dictionaries of chunks may differ."""
+    chunks = [["a", None, "b"], [], ["b", "a", "", None], [None], ["b", "a", "", "a"]]
+    coded = pa.chunked_array([pa.array(chunk, pa.string()).dictionary_encode() for chunk in chunks])
+    plain = [value for chunk in chunks for value in chunk]
+    kept = settled_where(parse_where(text)).kept(pa.table({"s": coded}))
+    db = sqlite3.connect(":memory:")
+    db.execute("create table t (i, s)")
+    db.executemany("insert into t values (?, ?)", list(enumerate(plain)))
+    wanted = text.replace("contains(s, 'a')", "s like '%a%'")
+    assert np.flatnonzero(kept).tolist() == [i for (i,) in db.execute(f"select i from t where {wanted} order by i")]
 
 
 TEXTS = [None, "", "a cat", "Cats and dogs", "concat", "a\\b", "π ≈ 3.14", "100%", "line\nbreak"]
