@@ -27,7 +27,6 @@ _PLACE = ("shard", "sample_offset")
 
 _DIGIT = 16
 _GATHER = 1 << 21  # rows whose whole keys may be counted at once: 32 MB
-_BLOCK = 1 << 18  # rows counted at a time, whose digits fit in the cache
 
 
 class SelectionError(ValueError):
@@ -279,9 +278,9 @@ def _count(frame: Any, keys_of: Keys, questions: list[tuple[int, int, int]]) -> 
         if top - low == _DIGIT:
             digits = keys.view(np.uint16)[low // _DIGIT :: keys.itemsize // 2]  # the least significant comes first
             if 2 * np.count_nonzero(rows) <= len(rows):
-                counts = _count_digits(digits[rows])
+                counts = np.bincount(digits[rows], minlength=1 << _DIGIT)
             else:  # the fewer rows are copied
-                counts = _count_digits(digits) - _count_digits(digits[~rows])
+                counts = np.bincount(digits, minlength=1 << _DIGIT) - np.bincount(digits[~rows], minlength=1 << _DIGIT)
             there = np.flatnonzero(counts)
             out.append((there.astype(np.uint64) + np.uint64(key << _DIGIT), counts[there]))
         else:
@@ -290,19 +289,16 @@ def _count(frame: Any, keys_of: Keys, questions: list[tuple[int, int, int]]) -> 
     return out
 
 
-def _count_digits(digits: np.ndarray) -> np.ndarray:
-    counts = np.zeros(1 << _DIGIT, np.int64)
-    for start in range(0, len(digits), _BLOCK):
-        counts += np.bincount(digits[start : start + _BLOCK], minlength=1 << _DIGIT)
-    return counts
-
-
 def _merge(found: list[_Counts]) -> _Counts:
     out = []
     for pieces in zip(*found, strict=True):
         buckets, counts = (np.concatenate(side) for side in zip(*pieces, strict=True))
-        by = np.argsort(buckets, kind="stable")
-        buckets, counts = buckets[by], counts[by]
-        first = np.flatnonzero(np.r_[True, buckets[1:] != buckets[:-1]]) if len(buckets) else by
-        out.append((buckets[first], np.add.reduceat(counts, first) if len(first) else counts))
+        if len(buckets) and buckets.max() - (start := buckets.min()) < 1 << _DIGIT:  # unsorted
+            sums = np.bincount((buckets - start).view(np.int64), counts)
+            there = np.flatnonzero(sums)
+            buckets, sums = there.astype(np.uint64) + start, sums[there]
+        else:
+            buckets, at = np.unique(buckets, return_inverse=True)
+            sums = np.bincount(at, counts)
+        out.append((buckets, sums.astype(np.int64)))  # float64, exact up to 2**53 rows
     return out

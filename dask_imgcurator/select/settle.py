@@ -237,14 +237,27 @@ def _is_ok(status: pa.ChunkedArray) -> np.ndarray:
 
 
 def _is_ok_text(texts: Any) -> np.ndarray:
-    return np.asarray(pc.fill_null(pc.equal(texts.cast(pa.string()), "ok"), False).to_numpy(zero_copy_only=False), bool)
+    return _where_true(pc.equal(texts.cast(pa.string()), "ok"))
 
 
 def _truth(where: RowTest, table: pa.Table) -> np.ndarray:
     if len(where.columns) == 1 and pa.types.is_dictionary(table[where.columns[0]].type):
         (name,) = where.columns
         return by_value(table[name], lambda values: _truth(where, pa.table({name: values})))
-    return np.asarray(pc.fill_null(where.evaluate(table), False).to_numpy(zero_copy_only=False), bool)
+    return _where_true(where.evaluate(table))
+
+
+def _where_true(truth: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Unpack truth values: (n,) bool, False for null."""
+    array = truth.combine_chunks() if isinstance(truth, pa.ChunkedArray) else truth
+    if not len(array):
+        return np.zeros(0, bool)
+    # Arrow's own conversion takes ten times as long.
+    end, (known, truths) = array.offset + len(array), array.buffers()
+    bits = np.frombuffer(truths, np.uint8, -(-end // 8))
+    if known is not None:
+        bits = bits & np.frombuffer(known, np.uint8, len(bits))
+    return np.unpackbits(bits, count=end, bitorder="little")[array.offset :].view(bool)
 
 
 def _groups(groups: pa.ChunkedArray, by: str) -> tuple[pd.Series, np.ndarray]:

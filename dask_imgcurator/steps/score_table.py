@@ -62,8 +62,9 @@ class ScoreFiles(Reader):
         wanted = self.schema if columns is None else _schema_of(self.schema, columns)
         read = [self.rows(item, wanted) for item in items]
         frame = get_backend(self.backend).from_arrow(pa.concat_tables([table for table, _ in read]))
-        if not all(len(table) == len(kept) for table, kept in read):  # labels as if all rows had been read
-            frame.index = np.flatnonzero(np.concatenate([kept for _, kept in read]))
+        if any(kept is not None for _, kept in read):  # labels as if all rows had been read
+            masks = [np.ones(len(table), bool) if kept is None else kept for table, kept in read]
+            frame.index = np.flatnonzero(np.concatenate(masks))
         return frame
 
     def table(self, items: Sequence[Any], names: Sequence[str]) -> pa.Table:
@@ -71,8 +72,8 @@ class ScoreFiles(Reader):
         wanted = _schema_of(self.schema, names, _REPEATED)
         return pa.concat_tables([self.rows(item, wanted)[0] for item in items])
 
-    def rows(self, item: Any, wanted: pa.Schema) -> tuple[pa.Table, np.ndarray]:
-        """Read columns of a file's wanted rows, with its metadata; also returns which rows: (n,) bool."""
+    def rows(self, item: Any, wanted: pa.Schema) -> tuple[pa.Table, np.ndarray | None]:
+        """Read columns of a file's wanted rows, with its metadata; also returns which rows: (n,) bool, None for all."""
         # Text whose wanted type is a dictionary stays encoded, as stored.
         url, picked = (item.item, item.mask) if isinstance(item, Picked) else (item, None)
         if picked is not None and not item.kept:
@@ -80,23 +81,25 @@ class ScoreFiles(Reader):
         coded = [field.name for field in wanted if field.type == _CODED]
         with files.opened_parquet(url, self.storage_options, coded) as parquet:
 
-            def read(names: Iterable[str]) -> pa.Table:
-                schema = _schema_of(self.schema, names, coded)
+            def read(schema: pa.Schema) -> pa.Table:
                 return conform(files.persist(url, lambda: parquet.read(schema.names, use_threads=False)), schema, url)
 
-            kept = np.broadcast_to(np.True_, parquet.metadata.num_rows) if picked is None else picked
-            if len(kept) != parquet.metadata.num_rows:
+            def more(names: Iterable[str]) -> pa.Table:
+                return read(_schema_of(self.schema, names, coded))
+
+            if picked is not None and len(picked) != parquet.metadata.num_rows:
                 raise ValueError(f"{url} has changed since its rows were selected: select them again")
             if not self.filters:
-                table = read(wanted.names)
-                return (table if picked is None else table.filter(pa.array(kept))), kept
+                table = read(wanted)
+                return (table if picked is None else table.filter(pa.array(picked))), picked
             first = dict.fromkeys(n for rows in self.filters for n in rows.first if n in self.schema.names)
-            table = read(first)
-            kept = np.logical_and.reduce([kept, *(rows.kept(table, read) for rows in self.filters)])
+            table = more(first)
+            masks = [rows.kept(table, more) for rows in self.filters]
+            kept: np.ndarray = np.logical_and.reduce(masks if picked is None else [picked, *masks])
             if not kept.any():
                 return wanted.empty_table().replace_schema_metadata(table.schema.metadata), kept
             rest = [name for name in wanted.names if name not in first]
-            others = read(rest)
+            others = more(rest)
         columns = [(table if name in first else others)[name] for name in wanted.names]
         found = pa.Table.from_arrays(columns, schema=wanted.with_metadata(table.schema.metadata))
         return (found if kept.all() else found.filter(pa.array(kept))), kept
