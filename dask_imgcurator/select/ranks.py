@@ -293,7 +293,7 @@ def _merge(found: list[_Counts]) -> _Counts:
     out = []
     for pieces in zip(*found, strict=True):
         buckets, counts = (np.concatenate(side) for side in zip(*pieces, strict=True))
-        if len(buckets) and buckets.max() - (start := buckets.min()) < 1 << _DIGIT:  # unsorted
+        if len(buckets) and buckets.max() - (start := buckets.min()) < 1 << _DIGIT:  # no need to sort them
             sums = np.bincount((buckets - start).view(np.int64), counts)
             there = np.flatnonzero(sums)
             buckets, sums = there.astype(np.uint64) + start, sums[there]
