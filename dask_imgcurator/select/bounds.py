@@ -1,9 +1,9 @@
 """Finding the bounds of a selection's steps that rank or draw.
 
-A selection needs little of each row: whether it is readable, whether it meets each expression, and a 64-bit key per
-step that ranks. One pass over the table makes these digests, which stay in memory where the partitions are. They
-suffice to find all bounds, to count the kept rows, and to know which rows of a score table to read. If rows tie at a
-bound, only those are read once more, for the order that breaks ties.
+A selection needs little of each row: whether it is readable, whether it meets each expression, and a key of 32 or 64
+bits per step that ranks. One pass over the table makes these digests, which stay in memory where the partitions are.
+They suffice to find all bounds, to count the kept rows, and to know which rows of a score table to read. If rows tie at
+a bound, only those are read once more, for the order that breaks ties.
 """
 
 from __future__ import annotations
