@@ -241,8 +241,8 @@ def _is_ok_text(texts: Any) -> np.ndarray:
 
 
 def _truth(where: RowTest, table: pa.Table) -> np.ndarray:
-    if len(where.columns) == 1 and pa.types.is_dictionary(table[where.columns[0]].type):
-        (name,) = where.columns
+    name = where.columns[0] if len(where.columns) == 1 else ""
+    if name in table.column_names and pa.types.is_dictionary(table[name].type):
         return by_value(table[name], lambda values: _truth(where, pa.table({name: values})))
     return _where_true(where.evaluate(table))
 
