@@ -842,6 +842,11 @@ def test_repeated_text_is_judged_as_any_text(text: str) -> None:
     assert np.flatnonzero(kept).tolist() == [i for (i,) in db.execute(f"select i from t where {wanted} order by i")]
 
 
+def test_a_condition_on_a_missing_column_is_a_mistake_in_it() -> None:
+    with pytest.raises(WhereError, match="unknown column 'z'"):
+        settled_where(parse_where("z == 1")).kept(pa.table({"s": ["a"]}))
+
+
 TEXTS = [None, "", "a cat", "Cats and dogs", "concat", "a\\b", "π ≈ 3.14", "100%", "line\nbreak"]
 
 
