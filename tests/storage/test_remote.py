@@ -266,7 +266,7 @@ def test_a_table_that_cannot_be_written_stops_the_run_and_the_next_goes_on(
     same_as_local(s3, local)
 
 
-@pytest.mark.parametrize("methods", [("PUT",), ("GET", "HEAD")])
+@pytest.mark.parametrize("methods", [("GET",), ("PUT",), ("GET", "HEAD")])
 def test_credentials_that_expire(
     methods: tuple[str, ...], s3: S3, client: Any, local: Path, made: SampleShards
 ) -> None:
