@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..steps.score_table import file_provenance
+from ..steps.score_table import file_provenance, look_at
 from ..storage import files, tar_copy
 from ..storage.curated import LOCATORS, written_shards
 from ..storage.tar_index import hold_shard, index_shard, open_shard
@@ -87,7 +87,7 @@ def _record_problem(folder: str, record: Mapping[str, Any], kept: int, options: 
             continue
         if shard not in by_shard:
             return f"there are no scores of {shard}"
-        samples += files.parquet_footer(by_shard[shard], options)[0].num_rows
+        samples += look_at(by_shard[shard], options).rows
     if samples != record.get("samples"):
         return f"it counts {record.get('samples')} samples, the score table holds {samples}"
     return None
