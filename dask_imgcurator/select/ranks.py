@@ -171,8 +171,8 @@ def random_order(df: Any, seed: int, why: str) -> RandomOrder:
 def _exactly(array: pa.Array, type_: pa.DataType) -> pa.Array:
     """Cast numbers; ArrowInvalid if one would change."""
     cast = array.cast(type_)
-    if array.type == pa.float64() and type_ == pa.float32():  # which Arrow rounds
-        exact, rounded = (a.to_numpy(zero_copy_only=False) for a in (array, cast))
+    if type_ == pa.float32() and array.type not in (pa.float16(), pa.float32()):  # Arrow rounds float64 and decimals
+        exact, rounded = (a.to_numpy(zero_copy_only=False) for a in (array.cast(pa.float64()), cast))
         if (off := np.flatnonzero((exact != rounded) & (exact == exact))).size:
             raise pa.ArrowInvalid(f"a partition holds {exact[off[0]]} as {array.type}")
     return cast
@@ -191,8 +191,10 @@ def _hashes(array: pa.Array, repeated: bool) -> Any:
     return _hashes_of(array)
 
 
-def by_value(coded: pa.ChunkedArray, function: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
-    """Apply a function once to each value of a dictionary-encoded column, including null."""
+def by_value(coded: pa.ChunkedArray, function: Callable[[Any], np.ndarray]) -> np.ndarray:
+    """Apply a function to a column; if it is dictionary-encoded, once to each of its values, including null."""
+    if not pa.types.is_dictionary(coded.type):
+        return function(coded)
     found, values, of = [], pa.nulls(0, coded.type.value_type), function(pa.nulls(1, coded.type.value_type))
     for chunk in coded.chunks:
         if not chunk.dictionary.equals(values):  # mostly they are those of the chunk before

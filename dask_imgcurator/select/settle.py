@@ -219,7 +219,7 @@ def digest(table: pa.Table, settled: Settled) -> pd.DataFrame:
     table = _as_planned(table, settled.planned)
     ok = np.broadcast_to(np.True_, len(table))
     if settled.ok_only and "status" in table.column_names:
-        ok = _is_ok(table["status"])
+        ok = by_value(table["status"], _is_ok)
     columns: dict[str, Any] = {"ok": ok}
     for i, condition in enumerate(settled.conditions):
         if condition.order is None:
@@ -232,18 +232,13 @@ def digest(table: pa.Table, settled: Settled) -> pd.DataFrame:
     return pd.DataFrame(columns, copy=False)
 
 
-def _is_ok(status: pa.ChunkedArray) -> np.ndarray:
-    return by_value(status, _is_ok_text) if pa.types.is_dictionary(status.type) else _is_ok_text(status)
-
-
-def _is_ok_text(texts: Any) -> np.ndarray:
+def _is_ok(texts: Any) -> np.ndarray:
     return _where_true(pc.equal(texts.cast(pa.string()), "ok"))
 
 
 def _truth(where: RowTest, table: pa.Table) -> np.ndarray:
-    name = where.columns[0] if len(where.columns) == 1 else ""
-    if name in table.column_names and pa.types.is_dictionary(table[name].type):
-        return by_value(table[name], lambda values: _truth(where, pa.table({name: values})))
+    if len(where.columns) == 1 and (name := where.columns[0]) in table.column_names:
+        return by_value(table[name], lambda values: _where_true(where.evaluate(pa.table({name: values}))))
     return _where_true(where.evaluate(table))
 
 

@@ -216,10 +216,11 @@ def test_a_partition_of_wider_floats() -> None:
         ("f8", ["4"], "float64"),
         ("f4", [2**24 + 1], "float32"),
         ("f4", [0.5, 0.1], "float32.*0.1 as double"),
+        ("f4", pd.array([Decimal("0.1")], pd.ArrowDtype(pa.decimal128(5, 2))), "float32.*0.1 as decimal"),
     ],
 )
-def test_a_value_that_cannot_be_compared_exactly_is_told(dtype: str, values: list[Any], told: str) -> None:
-    pieces = [named(np.array([1.0], dtype)), named(np.array(values))]
+def test_a_value_that_cannot_be_compared_exactly_is_told(dtype: str, values: Any, told: str) -> None:
+    pieces = [named(np.array([1.0], dtype)), named(np.array(values) if isinstance(values, list) else values)]
     df = dd.from_map(lambda i: pieces[i], range(2), meta=pieces[0].iloc[:0])
     with pytest.raises(SelectionError, match=rf"'score'.*{told}.*Give it one type"):
         top_count(df, "score", 1)
